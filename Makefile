@@ -1,0 +1,76 @@
+# The only entry: `make` lists what there is. Everything a target needs is installed by it, from Debian and PyPI alone.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := kvmpy/_native.abi3.so
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help packages setup images demo test test-unit test-kvm test-lab soak bench check lint types layers fmt docs clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: packages $(NATIVE) images ## install everything: Debian packages, .venv, the native module, the lab's images
+
+demo: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
+	@$(BIN)/python -m scripts.demo
+
+test: setup ## all tests: unit, kvm, lab
+	$(PYTEST) tests/unit tests/kvm tests/lab
+
+test-unit: packages $(NATIVE) ## no root, no /dev/kvm; under 20 s
+	$(PYTEST) tests/unit
+
+test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
+	$(PYTEST) tests/kvm
+
+test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
+	$(PYTEST) tests/lab
+
+soak: setup ## the tests with their full counts
+	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/kvm tests/lab
+
+bench: setup ## measure kvmpy beside QEMU and print the ratios
+	$(BIN)/python -m bench
+
+check: lint types layers ## all static checks
+
+lint: $(NATIVE)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+docs: $(NATIVE) ## write the pages that are made from the code
+	$(BIN)/python -m scripts.config_reference
+	$(BIN)/python -m scripts.memory_map
+
+types: $(NATIVE)
+	$(BIN)/mypy
+
+layers: $(NATIVE)
+	$(BIN)/lint-imports
+
+fmt: $(NATIVE) ## format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## remove what was built; .lab keeps the downloaded kernels
+	rm -rf build dist *.egg-info kvmpy/_native.c kvmpy/*.so $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+packages:
+	@scripts/system-packages
+
+images: $(NATIVE) ## fetch Debian's kernels, make the initramfs images below .lab
+	@$(BIN)/python -m scripts.lab images >/dev/null
+
+$(VENV)/installed: pyproject.toml | packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'pip>=25.1' 'setuptools>=77' 'cffi>=2.0'
+	$(BIN)/pip install --quiet --group dev
+	touch $@
+
+$(NATIVE): $(VENV)/installed setup.py $(wildcard kvmpy/abi/*.cdef kvmpy/abi/*.c kvmpy/abi/*.h) kvmpy/abi/build_native.py
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-build-isolation --editable .
+	touch $@

@@ -1,0 +1,290 @@
+"""linux/kvm.h, typed: constants, structs and requests by their kernel names.
+
+Values and layouts come from the compiler (kvm.cdef); this file only puts types on them. The API is described in the
+kernel's Documentation/virt/kvm/api.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+from typing import Final
+
+from kvmpy._native import ffi, lib
+from kvmpy.abi import ioctl
+from kvmpy.abi.ioctl import Call, Get, Layout, Put
+
+
+class UserspaceMemoryRegion(Layout, c="struct kvm_userspace_memory_region"):
+    slot: int
+    flags: int
+    guest_phys_addr: int
+    memory_size: int
+    userspace_addr: int
+
+
+class Regs(Layout, c="struct kvm_regs"):
+    rax: int
+    rbx: int
+    rcx: int
+    rdx: int
+    rsi: int
+    rdi: int
+    rsp: int
+    rbp: int
+    r8: int
+    r9: int
+    r10: int
+    r11: int
+    r12: int
+    r13: int
+    r14: int
+    r15: int
+    rip: int
+    rflags: int
+
+
+class Segment(Layout, c="struct kvm_segment"):
+    base: int
+    limit: int
+    selector: int
+    type: int
+    present: int
+    dpl: int
+    db: int
+    s: int
+    l: int  # noqa: E741  the field's name in the header: a 64-bit code segment
+    g: int
+    avl: int
+    unusable: int
+
+
+class Dtable(Layout, c="struct kvm_dtable"):
+    base: int
+    limit: int
+
+
+class Sregs(Layout, c="struct kvm_sregs"):
+    cs: Segment
+    ds: Segment
+    es: Segment
+    fs: Segment
+    gs: Segment
+    ss: Segment
+    tr: Segment
+    ldt: Segment
+    gdt: Dtable
+    idt: Dtable
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    apic_base: int
+    interrupt_bitmap: MutableSequence[int]
+
+
+class Fpu(Layout, c="struct kvm_fpu"):
+    fcw: int
+    fsw: int
+    mxcsr: int
+
+
+class Xsave(Layout, c="struct kvm_xsave"):
+    region: MutableSequence[int]
+
+
+class Xcr(Layout, c="struct kvm_xcr"):
+    xcr: int
+    value: int
+
+
+class Xcrs(Layout, c="struct kvm_xcrs"):
+    nr_xcrs: int
+    flags: int
+    xcrs: MutableSequence[Xcr]
+
+
+class Debugregs(Layout, c="struct kvm_debugregs"):
+    db: MutableSequence[int]
+    dr6: int
+    dr7: int
+
+
+class VcpuEvents(Layout, c="struct kvm_vcpu_events"):
+    flags: int
+
+
+class MpState(Layout, c="struct kvm_mp_state"):
+    mp_state: int
+
+
+class LapicState(Layout, c="struct kvm_lapic_state"):
+    regs: MutableSequence[bytes]
+
+
+class MsrEntry(Layout, c="struct kvm_msr_entry"):
+    index: int
+    data: int
+
+
+class Msrs(Layout, c="struct kvm_msrs"):
+    nmsrs: int
+    pad: int
+    entries: MutableSequence[MsrEntry]
+
+
+class MsrList(Layout, c="struct kvm_msr_list"):
+    nmsrs: int
+    indices: MutableSequence[int]
+
+
+class CpuidEntry2(Layout, c="struct kvm_cpuid_entry2"):
+    function: int
+    index: int
+    flags: int
+    eax: int
+    ebx: int
+    ecx: int
+    edx: int
+
+
+class Cpuid2(Layout, c="struct kvm_cpuid2"):
+    nent: int
+    padding: int
+    entries: MutableSequence[CpuidEntry2]
+
+
+class IrqLevel(Layout, c="struct kvm_irq_level"):
+    irq: int
+    level: int
+
+
+class Irqchip(Layout, c="struct kvm_irqchip"):
+    chip_id: int
+
+
+class PitConfig(Layout, c="struct kvm_pit_config"):
+    flags: int
+
+
+class PitState2(Layout, c="struct kvm_pit_state2"):
+    flags: int
+
+
+class ClockData(Layout, c="struct kvm_clock_data"):
+    clock: int
+    flags: int
+
+
+class Msi(Layout, c="struct kvm_msi"):
+    address_lo: int
+    address_hi: int
+    data: int
+    flags: int
+    devid: int
+
+
+class Irqfd(Layout, c="struct kvm_irqfd"):
+    fd: int
+    gsi: int
+    flags: int
+    resamplefd: int
+
+
+class Ioeventfd(Layout, c="struct kvm_ioeventfd"):
+    datamatch: int
+    addr: int
+    len: int
+    fd: int
+    flags: int
+
+
+class RoutingEntry(Layout, c="struct kvm_irq_routing_entry"):
+    gsi: int
+    type: int
+    flags: int
+    pad: int
+    u: object
+
+
+class IrqRouting(Layout, c="struct kvm_irq_routing"):
+    nr: int
+    flags: int
+    entries: MutableSequence[RoutingEntry]
+
+
+API_VERSION: Final[int] = lib.KVM_API_VERSION
+
+KVM_GET_API_VERSION = Call("KVM_GET_API_VERSION")
+KVM_CREATE_VM = Call("KVM_CREATE_VM")
+KVM_CHECK_EXTENSION = Call("KVM_CHECK_EXTENSION")
+KVM_GET_VCPU_MMAP_SIZE = Call("KVM_GET_VCPU_MMAP_SIZE")
+KVM_GET_SUPPORTED_CPUID = Put("KVM_GET_SUPPORTED_CPUID", Cpuid2)
+KVM_GET_MSR_INDEX_LIST = Put("KVM_GET_MSR_INDEX_LIST", MsrList)
+KVM_GET_MSR_FEATURE_INDEX_LIST = Put("KVM_GET_MSR_FEATURE_INDEX_LIST", MsrList)
+
+KVM_CREATE_VCPU = Call("KVM_CREATE_VCPU")
+KVM_SET_USER_MEMORY_REGION = Put("KVM_SET_USER_MEMORY_REGION", UserspaceMemoryRegion)
+KVM_SET_TSS_ADDR = Call("KVM_SET_TSS_ADDR")
+KVM_CREATE_IRQCHIP = Call("KVM_CREATE_IRQCHIP")
+KVM_GET_IRQCHIP = Put("KVM_GET_IRQCHIP", Irqchip)
+KVM_SET_IRQCHIP = Put("KVM_SET_IRQCHIP", Irqchip)
+KVM_IRQ_LINE = Put("KVM_IRQ_LINE", IrqLevel)
+KVM_SET_GSI_ROUTING = Put("KVM_SET_GSI_ROUTING", IrqRouting)
+KVM_SIGNAL_MSI = Put("KVM_SIGNAL_MSI", Msi)
+KVM_IRQFD = Put("KVM_IRQFD", Irqfd)
+KVM_IOEVENTFD = Put("KVM_IOEVENTFD", Ioeventfd)
+KVM_CREATE_PIT2 = Put("KVM_CREATE_PIT2", PitConfig)
+KVM_GET_PIT2 = Get("KVM_GET_PIT2", PitState2)
+KVM_SET_PIT2 = Put("KVM_SET_PIT2", PitState2)
+KVM_GET_CLOCK = Get("KVM_GET_CLOCK", ClockData)
+KVM_SET_CLOCK = Put("KVM_SET_CLOCK", ClockData)
+
+KVM_GET_REGS = Get("KVM_GET_REGS", Regs)
+KVM_SET_REGS = Put("KVM_SET_REGS", Regs)
+KVM_GET_SREGS = Get("KVM_GET_SREGS", Sregs)
+KVM_SET_SREGS = Put("KVM_SET_SREGS", Sregs)
+KVM_GET_MSRS = Put("KVM_GET_MSRS", Msrs)
+KVM_SET_MSRS = Put("KVM_SET_MSRS", Msrs)
+KVM_GET_FPU = Get("KVM_GET_FPU", Fpu)
+KVM_SET_FPU = Put("KVM_SET_FPU", Fpu)
+KVM_GET_LAPIC = Get("KVM_GET_LAPIC", LapicState)
+KVM_SET_LAPIC = Put("KVM_SET_LAPIC", LapicState)
+KVM_SET_CPUID2 = Put("KVM_SET_CPUID2", Cpuid2)
+KVM_GET_MP_STATE = Get("KVM_GET_MP_STATE", MpState)
+KVM_SET_MP_STATE = Put("KVM_SET_MP_STATE", MpState)
+KVM_GET_VCPU_EVENTS = Get("KVM_GET_VCPU_EVENTS", VcpuEvents)
+KVM_SET_VCPU_EVENTS = Put("KVM_SET_VCPU_EVENTS", VcpuEvents)
+KVM_GET_DEBUGREGS = Get("KVM_GET_DEBUGREGS", Debugregs)
+KVM_SET_DEBUGREGS = Put("KVM_SET_DEBUGREGS", Debugregs)
+KVM_GET_XSAVE = Get("KVM_GET_XSAVE", Xsave)
+KVM_SET_XSAVE = Put("KVM_SET_XSAVE", Xsave)
+KVM_GET_XCRS = Get("KVM_GET_XCRS", Xcrs)
+KVM_SET_XCRS = Put("KVM_SET_XCRS", Xcrs)
+KVM_KVMCLOCK_CTRL = Call("KVM_KVMCLOCK_CTRL")
+
+IRQCHIP_PIC_MASTER: Final[int] = lib.KVM_IRQCHIP_PIC_MASTER
+IRQCHIP_PIC_SLAVE: Final[int] = lib.KVM_IRQCHIP_PIC_SLAVE
+IRQCHIP_IOAPIC: Final[int] = lib.KVM_IRQCHIP_IOAPIC
+ROUTING_IRQCHIP: Final[int] = lib.KVM_IRQ_ROUTING_IRQCHIP
+ROUTING_MSI: Final[int] = lib.KVM_IRQ_ROUTING_MSI
+IRQFD_DEASSIGN: Final[int] = lib.KVM_IRQFD_FLAG_DEASSIGN
+IRQFD_RESAMPLE: Final[int] = lib.KVM_IRQFD_FLAG_RESAMPLE
+IOEVENTFD_DATAMATCH: Final[int] = lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+IOEVENTFD_PIO: Final[int] = lib.KVM_IOEVENTFD_FLAG_PIO
+IOEVENTFD_DEASSIGN: Final[int] = lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+PIT_SPEAKER_DUMMY: Final[int] = lib.KVM_PIT_SPEAKER_DUMMY
+CPUID_SIGNIFICANT_INDEX: Final[int] = lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+IDENTITY_MAP_REQUEST: Final[int] = lib.KVM_SET_IDENTITY_MAP_ADDR
+
+
+def set_identity_map_addr(fd: int, gpa: int) -> None:
+    """KVM_SET_IDENTITY_MAP_ADDR: the one request that takes a pointer to a bare number."""
+    ioctl.sys_ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd, IDENTITY_MAP_REQUEST, ffi.new("uint64_t *", gpa))
+
+
+def capability(name: str) -> int:
+    """The number of a KVM_CAP, such as "KVM_CAP_IRQFD"."""
+    number: int = getattr(lib, name)
+    return number

@@ -1,0 +1,117 @@
+"""The commands that talk to a running machine over its monitor socket."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, Final
+
+from kvmpy.cli.client import Client, find
+from kvmpy.errors import ConfigError, HostError
+from kvmpy.host import rundir
+
+# ps is for when things are wrong: it does not wait long for a machine that hangs.
+PS_PATIENCE: Final = 2.0
+
+
+def ps(args: argparse.Namespace) -> int:
+    """List the machines that run."""
+    rows = [_row(machine) for machine in rundir.running()]
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'NAME':<24} {'PID':>8}  {'STATUS':<16} {'CPUS':>4} {'MEMORY':>10}")
+    for row in rows:
+        memory = f"{row['memory'] >> 20} MiB" if row["memory"] else "-"
+        print(f"{row['name']:<24} {row['pid']:>8}  {row['status']:<16} {row['cpus'] or '-':>4} {memory:>10}")
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    """Say what one machine is doing."""
+    with Client(find(args.name)) as client:
+        info = client("query-machine")
+    if args.json:
+        print(json.dumps(info))
+        return 0
+    exits = ", ".join(f"{count} {kind}" for kind, count in info["exits"].items())
+    print(f"{info['name']}: {info['status']}, process {info['pid']}")
+    print(f"  {info['cpus']} vCPUs, {info['memory'] >> 20} MiB of memory")
+    print(f"  kernel: {info['kernel']}")
+    print(f"  serial line: {info['serial']}")
+    print(f"  exits: {exits}")
+    if info["device-faults"]:
+        print(f"  device faults: {info['device-faults']} (see the machine's standard error)")
+    return 0
+
+
+def pause(args: argparse.Namespace) -> int:
+    """Stop a machine's vCPUs."""
+    return _ask(args.name, "stop")
+
+
+def resume(args: argparse.Namespace) -> int:
+    """Let them run on."""
+    return _ask(args.name, "cont")
+
+
+def reset(args: argparse.Namespace) -> int:
+    """Press the reset button."""
+    return _ask(args.name, "system_reset")
+
+
+def powerdown(args: argparse.Namespace) -> int:
+    """Press the power button."""
+    arguments = {} if args.limit is None else {"limit": args.limit}
+    with Client(find(args.name)) as client:
+        listens = client("query-machine")["power-button-enabled"]
+        client("system_powerdown", **arguments)
+    if not listens:
+        print(
+            f"kvmpy: {args.name}: the guest has not enabled its power button, and may not notice; "
+            f"press again when it has booted, or: kvmpy stop {args.name}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+def stop(args: argparse.Namespace) -> int:
+    """Pull the plug, and wait until the machine is gone."""
+    with Client(find(args.name)) as client:
+        client.quit()
+    return 0
+
+
+def qmp(args: argparse.Namespace) -> int:
+    """Send one monitor command and print what it returns, as JSON."""
+    arguments = dict(_argument(text) for text in args.arguments)
+    with Client(find(args.name)) as client:
+        print(json.dumps(client(args.command, **arguments), indent=2))
+    return 0
+
+
+def _ask(name: str, command: str, **arguments: Any) -> int:
+    with Client(find(name)) as client:
+        client(command, **arguments)
+    return 0
+
+
+def _row(machine: rundir.Running) -> dict[str, Any]:
+    """One line of ps; a machine that does not answer is listed as such."""
+    try:
+        with Client(machine, PS_PATIENCE) as client:
+            info: dict[str, Any] = client("query-machine")
+    except HostError:
+        return {"name": machine.name, "pid": machine.pid, "status": "no answer", "cpus": 0, "memory": 0}
+    return {key: info[key] for key in ("name", "pid", "status", "cpus", "memory")}
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise ConfigError(f"{text}: expected KEY=VALUE, where VALUE is JSON or else a string")
+    try:
+        return key, json.loads(value, parse_constant=int)  # which refuses them: NaN is not JSON
+    except (ValueError, RecursionError):
+        return key, value

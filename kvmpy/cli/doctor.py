@@ -1,0 +1,153 @@
+"""`kvmpy doctor`: what this host can do, each precondition with a verdict and how to mend it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from kvmpy.errors import HostError
+from kvmpy.host import rundir
+from kvmpy.host.memory import MIB, available_memory
+from kvmpy.kvm.system import WELCOME, System
+
+OK, WARN, FAIL = "ok", "warn", "fail"
+# QEMU's and libvirt's usual advice: enough locked memory to map a small guest for a device
+LOCKED_MEMORY_WANTED: Final = 1024 * MIB
+
+
+class Finding(NamedTuple):
+    """One precondition: ``verdict`` is ok, warn (something kvmpy can do without) or fail (nothing runs)."""
+
+    what: str
+    verdict: str
+    found: str
+    remedy: str = ""
+
+
+class Host(NamedTuple):
+    """Where to look; a test looks elsewhere."""
+
+    dev: str = "/dev"
+    proc: str = "/proc"
+    sys: str = "/sys"
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Print every finding; the exit code is 1 where one is a failure."""
+    return report(list(examine(Host())), as_json=args.json)
+
+
+def report(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Print ``findings``; returns the exit code."""
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings]))
+    else:
+        for finding in findings:
+            print(f"{finding.verdict:<5} {finding.what}: {finding.found}")
+            if finding.remedy:
+                print(f"      {finding.remedy}")
+    return int(any(finding.verdict == FAIL for finding in findings))
+
+
+def examine(host: Host) -> Iterator[Finding]:
+    """Every precondition, the most important first."""
+    yield from _kvm(f"{host.dev}/kvm")
+    yield _nested(_read(f"{host.proc}/cpuinfo"))
+    yield Finding("kernel", OK, _read(f"{host.proc}/sys/kernel/osrelease").strip() or "unknown")
+    yield Finding("memory", OK, f"{available_memory() // MIB} MiB available for a guest")
+    yield _huge_pages(Path(host.sys))
+    yield _runtime_directory(rundir.base())
+    yield _device(f"{host.dev}/net/tun", "taps (a later version's netdevs)", "modprobe tun")
+    yield _device(f"{host.dev}/vhost-net", "packets that stay in the kernel (a later version's)", "modprobe vhost_net")
+    yield _device(f"{host.dev}/vfio/vfio", "passed-through PCIe functions (a later version's)", "modprobe vfio_pci")
+    yield _iommu(Path(host.sys))
+    yield _locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], root=os.geteuid() == 0)
+
+
+def _kvm(path: str) -> Iterator[Finding]:
+    try:
+        system = System(path)
+    except HostError as e:
+        found, _, remedy = str(e).removeprefix(f"{path}: ").partition(": ")
+        yield Finding(path, FAIL, found, remedy)
+        return
+    with system:
+        missing = system.missing()
+        for capability in missing:
+            yield Finding(capability.name, FAIL, "missing", f"Linux {capability.since} and later have it")
+        if not missing:
+            yield Finding(path, OK, f"opened; up to {system.max_vcpus} vCPUs in a machine")
+        for capability in WELCOME:
+            if not system.check(capability.name):
+                remedy = f"kvmpy does without; Linux {capability.since} and later have it where the processor does"
+                yield Finding(capability.name, WARN, "missing", remedy)
+
+
+def _nested(cpuinfo: str) -> Finding:
+    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
+    vendor = "vmx" if "vmx" in flags else "svm" if "svm" in flags else None
+    if vendor is None:
+        return Finding(
+            "hardware virtualization",
+            WARN,
+            "neither vmx nor svm in /proc/cpuinfo",
+            "a KVM without it cannot run Linux guests well; make demo uses an emulated host",
+        )
+    return Finding("hardware virtualization", OK, vendor)
+
+
+def _huge_pages(sys: Path) -> Finding:
+    pools = {
+        path.name.removeprefix("hugepages-"): int(_read(path / "free_hugepages") or 0)
+        for path in sorted((sys / "kernel/mm/hugepages").glob("hugepages-*"))
+    }
+    found = ", ".join(f"{count} free of {size}" for size, count in pools.items()) or "none"
+    return Finding("huge pages", OK, found + " (for machine.hugepages)")
+
+
+def _runtime_directory(base: str) -> Finding:
+    nearest = next(path for path in (Path(base).absolute(), *Path(base).absolute().parents) if path.exists())
+    remedy = f"run as root, or set {rundir.OVERRIDE} to a directory of yours"
+    if not nearest.is_dir():
+        return Finding("runtime directory", FAIL, f"{nearest} is not a directory", remedy)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return Finding("runtime directory", FAIL, f"{nearest} is not writable", remedy)
+    return Finding("runtime directory", OK, base)
+
+
+def _device(path: str, purpose: str, remedy: str) -> Finding:
+    if not Path(path).exists():
+        return Finding(path, WARN, f"missing; needed for {purpose}", remedy)
+    if not os.access(path, os.R_OK | os.W_OK):
+        return Finding(
+            path, WARN, f"not permitted; needed for {purpose}", "run as root, or join the group that owns it"
+        )
+    return Finding(path, OK, "can be opened")
+
+
+def _iommu(sys: Path) -> Finding:
+    count = len(list((sys / "kernel/iommu_groups").glob("*")))
+    if count:
+        return Finding("IOMMU", OK, f"{count} groups")
+    remedy = "switch VT-d or AMD-Vi on in the firmware, and boot with intel_iommu=on where the processor is Intel's"
+    return Finding("IOMMU", WARN, "no groups; needed to pass PCIe functions through", remedy)
+
+
+def _locked_memory(soft: int, *, root: bool) -> Finding:
+    shown = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // MIB} MiB"
+    if root or soft == resource.RLIM_INFINITY or soft >= LOCKED_MEMORY_WANTED:
+        return Finding("locked memory", OK, shown)
+    remedy = "raise it to the guest's memory (ulimit -l, or LimitMEMLOCK= in a unit) before passing a function through"
+    return Finding("locked memory", WARN, shown, remedy)
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,164 @@
+"""The command line: arguments, and what an error means to the shell (docs/exit-codes.md).
+
+Exit codes: 0 the guest powered off, or the command did what was asked; 1 the host failed; 2 the configuration, or the
+command line, is wrong; 3 the guest panicked. Each command's module is imported when it is run: start-up is a feature.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from kvmpy import __version__
+from kvmpy.errors import ConfigError, KvmpyError, VcpuError, errno_name
+
+HOST_ERROR: Final = 1
+CONFIG_ERROR: Final = 2
+LONGEST_LIMIT: Final = 86400.0  # a guest that takes more than a day to power off never will
+# What to do about an errno that can come from anywhere.
+ADVICE: Final = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the host's limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "free some of the host's memory, or give the guest less",
+    errno.ENOSPC: "make room on that file system",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command in ``argv``; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    module, function = args.run.split(":")
+    try:
+        result: int = getattr(import_module(f"kvmpy.cli.{module}"), function)(args)
+    except BrokenPipeError:  # whoever read our output has had enough
+        return HOST_ERROR
+    except (KvmpyError, OSError) as e:
+        if args.debug:
+            import traceback
+
+            tell(traceback.format_exc().rstrip())
+        return say(e)
+    return result
+
+
+def say(e: KvmpyError | OSError) -> int:
+    """Tell the operator what went wrong, each mistake on a line; returns the exit code."""
+    for problem in e.problems if isinstance(e, ConfigError) else (_sentence(e),):
+        tell(f"kvmpy: {printable(problem)}")
+    if isinstance(e, VcpuError) and e.registers:
+        tell(e.registers)
+    return CONFIG_ERROR if isinstance(e, ConfigError) else HOST_ERROR
+
+
+def tell(text: str) -> None:
+    """Put ``text`` on standard error, whatever has become of that."""
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"{text}\n")  # in one piece, for several threads trace
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without what a terminal would obey."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _sentence(e: KvmpyError | OSError) -> str:
+    number = e.errno or 0 if isinstance(e, OSError) else 0
+    if isinstance(e, KvmpyError):
+        text = str(e)
+    else:
+        text = ": ".join(str(part) for part in (e.filename, errno_name(number), e.strerror) if part is not None)
+    return f"{text}; {ADVICE[number]}" if number in ADVICE else text
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and option."""
+    parser = argparse.ArgumentParser(prog="kvmpy", description="Boot and control Linux guests on KVM.")
+    parser.add_argument("--version", action="version", version=f"kvmpy {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    run = _command(commands, "run", "run:run", "run a machine in the foreground, its serial line on this terminal")
+    _config_arguments(run)
+    run.add_argument(
+        "--powerdown-limit",
+        type=seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
+    )
+    run.add_argument("--timings", action="store_true", help="say at the end where the start-up time went")
+    run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
+
+    check = _command(commands, "check", "check:check", "check a configuration; needs neither root nor /dev/kvm")
+    _config_arguments(check)
+
+    doctor = _command(commands, "doctor", "doctor:doctor", "check what this host can do, and say how to mend it")
+    doctor.add_argument("--json", action="store_true", help="for scripts")
+
+    ps = _command(commands, "ps", "control:ps", "list the machines that run")
+    ps.add_argument("--json", action="store_true", help="for scripts")
+
+    status = _command(commands, "status", "control:status", "say what a machine is doing")
+    status.add_argument("--json", action="store_true", help="for scripts")
+    status.add_argument("name", help="the machine")
+
+    for name, text in (
+        ("pause", "stop a machine's vCPUs"),
+        ("resume", "let them run on"),
+        ("reset", "press the reset button"),
+        ("stop", "pull the plug"),
+    ):
+        _command(commands, name, f"control:{name}", text).add_argument("name", help="the machine")
+
+    powerdown = _command(commands, "powerdown", "control:powerdown", "press the power button")
+    powerdown.add_argument("name", help="the machine")
+    powerdown.add_argument("--limit", type=seconds, metavar="SECONDS", help="pull the plug if it takes longer")
+
+    console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
+    console.add_argument("name", help="the machine")
+
+    qmp = _command(commands, "qmp", "control:qmp", "send a monitor command and print the reply")
+    qmp.add_argument("name", help="the machine")
+    qmp.add_argument("command", help="such as query-status")
+    qmp.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="VALUE is JSON, or else a string")
+    return parser
+
+
+def seconds(text: str) -> float:
+    """A time to wait, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= LONGEST_LIMIT:
+        raise argparse.ArgumentTypeError(f"expected seconds, 0 to {LONGEST_LIMIT:g}, got {text!r}")
+    return value
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: str, text: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    # Said after the command it counts too; left out there, it leaves alone what was said before it.
+    parser.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback with an error"
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the machine's TOML file")
+    parser.add_argument("--name", help="instead of the configuration's name")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a key, such as machine.memory=1GiB; may be repeated",
+    )

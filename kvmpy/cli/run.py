@@ -1,0 +1,242 @@
+"""`kvmpy run`: a machine in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, Final, NoReturn
+
+from kvmpy import trace
+from kvmpy.cli.main import printable, say, tell
+from kvmpy.config.schema import Config, load, warnings
+from kvmpy.errors import CommandError, ConfigError, HostError
+from kvmpy.host.log import lossy_stderr
+from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
+from kvmpy.host.terminal import EscapeFilter, RawTerminal
+from kvmpy.machine.build import located
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.runstate import Outcome
+from kvmpy.monitor.server import MonitorServer
+
+log = logging.getLogger(__name__)
+
+STDIN: Final = 0
+STDOUT: Final = 1
+ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
+SWITCH_INTERVAL: Final = 1e-4
+# What the lab's guests write to the debug port: /init begins, and it is ready.
+INIT_BEGINS, INIT_READY = 0x41, 0x42
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the machine of ``args.config`` to its end; returns the exit code of its outcome."""
+    started_ns = _process_start_ns() if args.timings else 0
+    logging.basicConfig(format="kvmpy: %(message)s", level=logging.INFO)
+    for glob in args.trace:
+        if not trace.enable(glob, tell):
+            raise ConfigError(f"--trace {glob}: matches none of {', '.join(trace.names())}")
+    config = load(args.config, args.set, name=args.name)
+    for warning in warnings(config):
+        log.warning("warning: %s", printable(warning))
+    with ExitStack() as stack:
+        signals = stack.enter_context(_Signals())
+        stack.enter_context(lossy_stderr())
+        directory = _runtime_directory(config)
+        stack.callback(directory.close)
+        with signals.ending():
+            machine = stack.enter_context(Machine(config))
+        stack.callback(_serve_monitor(machine, directory).close)
+        machine.console.listen(directory.file(CONSOLE_SOCKET))
+        if machine.pty:
+            log.info("the guest's serial line is %s", machine.pty)
+        with _terminal(machine):
+            _settle_interpreter()
+            signals.end_if_caught()
+            machine.start()
+            signals.serve(machine, args.powerdown_limit)
+            outcome = machine.wait()
+            _finish_callback(machine)
+        with signals.ending():
+            machine.finish_output()
+    if args.timings:
+        _say_timings(machine, started_ns)
+    if machine.error is not None:
+        say(machine.error)
+    elif outcome is Outcome.GUEST_PANIC:
+        log.error("the guest's kernel panicked; its console says why")
+    return Outcome.HOST_ERROR.value if outcome is None else outcome.value
+
+
+class _Signals:
+    """SIGTERM, SIGINT and SIGHUP: the first presses the power button, the second pulls the plug.
+
+    Python runs a handler in the main thread between two bytecodes, where a lock may be held; so the handler does
+    next to nothing, and the control thread reads the signal's number from a pipe. Before the machine runs, and while
+    its last output waits for a reader, a signal ends us where nothing that we would leave behind is half made.
+    """
+
+    def __init__(self) -> None:
+        self._presses = 0
+        self._caught: list[int] = []
+        self._served = 0
+        self._at_once = False
+
+    def __enter__(self) -> _Signals:
+        self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._handle) for number in ENDING}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._read_fd)
+        os.close(self._write_fd)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Within, a signal ends us at once; so does one that came before."""
+        self._at_once = True
+        try:
+            self.end_if_caught()
+            yield
+        finally:
+            self._at_once = False
+
+    def serve(self, machine: Machine, limit: float) -> None:
+        """From now on signals are for ``machine``; ``limit`` seconds after the first it is stopped.
+
+        So is one that came while it started: that is in the pipe.
+        """
+        machine.control.watch(self._read_fd, readable=lambda: self._act(machine, limit))
+
+    def _handle(self, number: int, _: Any) -> None:
+        self._caught.append(number)
+        if self._at_once:
+            self._end(number)
+
+    def end_if_caught(self) -> None:
+        """End us where a signal came that the machine was not told of."""
+        if len(self._caught) > self._served:
+            self._end(self._caught[-1])
+
+    def _end(self, number: int) -> NoReturn:
+        """Unwind, once: another signal would tear what is being put away out of its cleanup's hands."""
+        self._at_once = False
+        raise SystemExit(128 + number)
+
+    def _act(self, machine: Machine, limit: float) -> None:
+        for number in os.read(self._read_fd, 16):
+            if number in ENDING:
+                self._presses += 1
+                self._press(machine, signal.Signals(number).name, limit)
+
+    def _press(self, machine: Machine, name: str, limit: float) -> None:
+        with contextlib.suppress(CommandError):  # it has just ended by itself, and the signal is for us
+            if self._presses > 1:
+                log.info("%s: stopping the guest", name)
+                machine.stop()
+            elif machine.powerdown(limit):
+                log.info("%s: pressed the power button; the guest has %g s", name, limit)
+            else:
+                log.warning(
+                    "%s: the guest has not enabled its power button; stopping it in %g s, or at the next signal",
+                    name,
+                    limit,
+                )
+            self._served += 1
+
+
+def _runtime_directory(config: Config) -> RuntimeDirectory:
+    try:
+        return RuntimeDirectory(config.name)
+    except HostError as e:
+        raise (located(config, e) if str(e).startswith("name:") else e) from e
+
+
+def _serve_monitor(machine: Machine, directory: RuntimeDirectory) -> MonitorServer:
+    """Listen where the configuration says, and let the commands find the socket in the runtime directory."""
+    standard = directory.file(QMP_SOCKET)
+    qmp = machine.config.monitor.qmp
+    try:
+        server = MonitorServer(machine, qmp.path if qmp else standard)
+    except HostError as e:
+        raise located(machine.config, e) from e
+    if qmp:
+        with contextlib.suppress(FileExistsError):  # it is the same place
+            os.symlink(qmp.path, standard)
+    return server
+
+
+def _finish_callback(machine: Machine) -> None:
+    """Wait for the control thread to finish what ended the machine: it may owe a client its reply."""
+    finished = threading.Event()
+    machine.control.post(finished.set)
+    finished.wait()
+
+
+def _terminal(machine: Machine) -> AbstractContextManager[object]:
+    """Raw mode and the escape key, where the guest's serial line is on a terminal."""
+    if machine.config.console.serial != "stdio":
+        return nullcontext()
+    if not os.isatty(STDIN):
+        log.info("standard input is not a terminal: no escape key; stop the guest with: kvmpy stop %s", machine.name)
+        return nullcontext()
+    # Typed in the io thread, which must not wait for the machine to stop.
+    machine.console.filter = EscapeFilter(
+        {
+            "x": (lambda: machine.control.post(machine.stop), "stop the guest and leave"),
+            "p": (lambda: machine.control.post(lambda: _power_button(machine)), "press the power button"),
+        },
+        # Help is for who typed, not for the file or pipe that the guest's output may go to.
+        machine.console.show if os.isatty(STDOUT) else lambda text: sys.stderr.write(text.decode()),
+    )
+    return RawTerminal(STDIN)
+
+
+def _power_button(machine: Machine) -> None:
+    with contextlib.suppress(CommandError):  # it has just ended by itself
+        if not machine.powerdown():
+            log.warning("the guest has not enabled its power button; Ctrl-A x stops it")
+
+
+def _settle_interpreter() -> None:
+    """No collection and no long hold of the GIL while vCPUs run: what is alive now stays alive."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+
+
+def _process_start_ns() -> int:
+    """When the kernel started this process, on time.monotonic_ns's clock, to a hundredth of a second."""
+    with open("/proc/self/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])
+    since_boot = ticks * 10**9 // os.sysconf("SC_CLK_TCK")
+    return since_boot + time.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+
+
+def _say_timings(machine: Machine, started_ns: int) -> None:
+    stamps = dict(machine.board.debug_port.stamps)
+    moments = [
+        ("first KVM_RUN", machine.first_run_ns),
+        ("kernel", stamps.get(INIT_BEGINS)),
+        ("init", stamps.get(INIT_READY)),
+    ]
+    before, parts = started_ns, []
+    for name, moment in moments:
+        if moment is not None:
+            parts.append(f"{name} {(moment - before) / 1e9:.3f} s")
+            before = moment
+    tell("kvmpy: where the time went: " + ", ".join(parts))

@@ -1,0 +1,71 @@
+"""The contract every device keeps, and the few protocols through which it speaks outward.
+
+A device is told offsets, never addresses. The bus holds its ``lock`` around read and write; an entry from the host side
+(a character typed, a timer, the power button) takes it itself. A device never takes another's lock, never blocks, and
+speaks only through what it was given: an IrqLine, a sink, a Power, a Timer.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Generic, Protocol, TypeVar
+
+from kvmpy.state import State
+
+S = TypeVar("S", bound=State)
+
+
+class Power(Protocol):
+    """The machine's power switch as a device sees it: requests are posted, not waited for. Any thread."""
+
+    def request_reset(self) -> None:
+        """The guest asks for a system reset."""
+
+    def request_shutdown(self) -> None:
+        """The guest turns the machine off (S5)."""
+
+    def report_panic(self) -> None:
+        """The guest says that its kernel has panicked."""
+
+
+class Timer(Protocol):
+    """A one-shot alarm of the host, made for one callback. Any thread; never blocks."""
+
+    def arm(self, seconds: float) -> None:
+        """Call back in ``seconds`` from now; replaces an earlier arming."""
+
+    def cancel(self) -> None:
+        """Do not call back. One callback already under way may still come."""
+
+
+class Device(Generic[S]):
+    """A device model with its migratable state.
+
+    ``name`` is stable and comes from the configuration or build.py: it is the id under which the state migrates.
+    ``blocks_migration`` is a reason, where there is one, why the machine cannot be migrated now.
+    """
+
+    blocks_migration: str | None = None
+
+    def __init__(self, name: str, state: S) -> None:
+        self.name = name
+        self.state = state
+        self.lock = threading.RLock()
+
+    def read(self, offset: int, size: int) -> int:
+        """The ``size`` bytes at ``offset``; all ones where nothing is implemented."""
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Store ``value``; ignored where nothing is implemented."""
+
+    def reset(self) -> None:
+        """Back to power-on: a fresh state, then whatever follows from it."""
+        self.state = type(self.state)()
+        self.post_load()
+
+    def post_load(self) -> None:
+        """Rebuild what follows from the state (a line's level, a timer). Touches no other device."""
+
+    def close(self) -> None:
+        """Give back host resources. Nothing is called afterwards."""

@@ -1,0 +1,88 @@
+"""The exceptions of kvmpy: the class says whose fault it is, and so who can act on it.
+
+    KvmpyError
+    ├── ConfigError          operator   the message starts with file:line and the TOML path; exit code 2
+    ├── HostError            host       exit code 1; says what to do
+    │   ├── IoctlError       also an OSError: names the request, errno kept
+    │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
+    ├── GuestError           guest      caught by the device; never fatal to the process
+    ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
+    └── CommandError         client     becomes an error reply on the monitor
+
+Messages are sentences without a final stop, numbers in hex where they are addresses, the offender first. Anything else
+that escapes is a bug of ours and shows a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+def errno_name(number: int) -> str:
+    """The symbol of an errno: 13 is "EACCES"; an unknown one is its number."""
+    return errno.errorcode.get(number, str(number))
+
+
+class KvmpyError(Exception):
+    """Everything kvmpy raises on purpose."""
+
+
+class ConfigError(KvmpyError):
+    """The operator's configuration cannot be used. One message per mistake, all found in one run.
+
+    Each entry of ``problems`` is one line, ``file:line: path: what is wrong``.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class HostError(KvmpyError):
+    """This host cannot do what was asked: a missing device, right, resource or file. Says what to do."""
+
+
+class IoctlError(HostError, OSError):
+    """An ioctl failed. ``request`` is its kernel name, ``errno`` what the kernel said."""
+
+    def __init__(self, request: str, number: int, hint: str = "") -> None:
+        super().__init__(number, f"{request}: {errno_name(number)}{hint and ': '}{hint}")
+        self.request = request
+        self.errno = number
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
+class MissingCapability(HostError):
+    """KVM lacks a capability that kvmpy cannot do without.
+
+    ``since`` is the kernel release that brought it, such as "2.6.32".
+    """
+
+    def __init__(self, name: str, since: str) -> None:
+        super().__init__(f"{name}: this kernel's KVM does not have it; Linux {since} and later do")
+        self.name, self.since = name, since
+
+
+class GuestError(KvmpyError):
+    """The guest broke a device's rules. The device stops or ignores it; the process goes on."""
+
+
+class VcpuError(KvmpyError):
+    """A vCPU cannot go on: KVM_EXIT_FAIL_ENTRY, KVM_EXIT_INTERNAL_ERROR or a triple fault.
+
+    ``registers`` is a multi-line dump for the operator, empty where the vCPU could not be read.
+    """
+
+    def __init__(self, message: str, registers: str = "") -> None:
+        super().__init__(message)
+        self.registers = registers
+
+
+class CommandError(KvmpyError):
+    """A monitor client asked for something that cannot be done now. ``kind`` is QMP's error class."""
+
+    def __init__(self, message: str, kind: str = "GenericError") -> None:
+        super().__init__(message)
+        self.kind = kind

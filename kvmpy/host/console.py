@@ -1,0 +1,176 @@
+"""The far end of the guest's serial line: the configured backend, and whoever attached to the console socket.
+
+Output goes to all of them. The backend sets the pace, where it is one that somebody meant to keep (a terminal, a pipe,
+a file): while it is full the guest's transmitter is not ready. A pty or a socket may have nobody behind it, so it loses
+what does not fit. Input comes from any of them, and waits with its sender until the guest has room. Not so what the
+operator types at the backend's terminal: that is always read, since the key that leaves is in it, and comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tty
+from collections.abc import Callable
+from typing import Final
+
+from kvmpy.errors import HostError, errno_name
+from kvmpy.host.reactor import Reactor
+from kvmpy.host.stream import Listener, Stream
+
+log = logging.getLogger(__name__)
+
+# A guest that hangs takes no input: what is typed meanwhile waits up to here. A pasted file should fit.
+MOST_TYPED: Final = 64 * 1024
+# What is offered to the guest at a time; its FIFO is shorter.
+OFFER: Final = 4096
+# Who attaches may never read, or go away while the guest takes no input: they do not use up our descriptors.
+MOST_CLIENTS: Final = 16
+# A regular file never blocks; a named pipe or a terminal must not, and we want no controlling terminal.
+FILE_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+class Console:
+    """Where a serial device's bytes go and come from."""
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._streams: list[Stream] = []
+        self._pacing: Stream | None = None
+        self._listeners: list[Listener] = []
+        self._terminal: Stream | None = None
+        self._typed = bytearray()
+        self._losing = False
+        self._waiting = bytearray()
+        self._pty = -1
+        self._receive: Callable[[bytes], int] = len
+        self._drained: Callable[[], object] = lambda: None
+        self.filter: Callable[[bytes], bytes] = bytes
+        """Sees the backend's input first: the terminal's escape key."""
+
+    def connect(self, receive: Callable[[bytes], int], drained: Callable[[], object]) -> None:
+        """The guest's side: ``receive`` says how many bytes it took, ``drained`` hears that `room` is back."""
+        self._receive, self._drained = receive, drained
+
+    def write(self, data: bytes) -> None:
+        """The guest sent ``data``. Any thread; never blocks."""
+        for stream in self._streams:
+            stream.write(data)
+
+    def room(self) -> bool:
+        """Whether the backend that sets the pace takes more."""
+        return self._pacing is None or not self._pacing.full
+
+    @property
+    def unsent(self) -> bool:
+        """The backend that sets the pace has not taken all of the output yet."""
+        return self._pacing is not None and self._pacing.unsent
+
+    def offer(self) -> None:
+        """The guest has room for input again. Any thread, under any lock."""
+        self._reactor.post(self._deliver)
+
+    def attach(self, read_fd: int, write_fd: int) -> None:
+        """Make two descriptors, now ours, the backend that sets the pace.
+
+        Input from a pipe or a file is held back until the guest has room, and all of it comes. A terminal's is not.
+        """
+        stream = Stream(self._reactor, read_fd, write_fd)
+        stream.on_drained = lambda: self._drained()
+        self._pacing = stream
+        if read_fd >= 0 and os.isatty(read_fd):
+            self._terminal = stream
+            self._add(stream, lambda data: self._type(self.filter(data)))
+        else:
+            self._add(stream, lambda data: self._take(self.filter(data)))
+
+    def show(self, text: bytes) -> None:
+        """Say ``text`` to the backend, and to nobody else. Any thread; never blocks."""
+        if self._pacing:
+            self._pacing.write(text)
+
+    def open_pty(self) -> str:
+        """Make a new pty a backend; returns the path of its terminal side."""
+        ours, theirs = os.openpty()
+        # Kept open, or our side would report a hang-up whenever nobody has it open; raw, or it would echo.
+        self._pty = theirs
+        tty.setraw(theirs)
+        os.set_blocking(ours, False)
+        self._add(Stream(self._reactor, ours, ours))
+        return os.ttyname(theirs)
+
+    def open_file(self, path: str) -> None:
+        """Append the guest's output to ``path``. Raises HostError."""
+        try:
+            fd = os.open(path, FILE_FLAGS, 0o600)
+        except OSError as e:
+            raise HostError(f"console.serial: {path}: {errno_name(e.errno or 0)}: cannot be written") from e
+        self.attach(-1, fd)
+
+    def listen(self, path: str) -> None:
+        """Let clients attach at the unix socket ``path``. Raises HostError."""
+        try:
+            self._listeners.append(Listener(self._reactor, path, self._admit))
+        except OSError as e:
+            raise HostError(f"console: {path}: {errno_name(e.errno or 0)}: cannot listen there") from e
+
+    def close(self) -> None:
+        """Close every stream and socket."""
+        for listener in self._listeners:
+            listener.close()
+        for stream in self._streams:
+            stream.close()
+        if self._pty >= 0:
+            os.close(self._pty)
+            self._pty = -1
+        self._streams, self._listeners, self._pacing, self._terminal = [], [], None, None
+
+    def _admit(self, client: Stream) -> None:
+        """Attach a client of the socket, if need be in the place of one that has hung up."""
+        others = [stream for stream in self._streams if stream is not self._pacing]
+        if len(others) >= MOST_CLIENTS:
+            gone = next((stream for stream in others if stream.hung_up), None)
+            if gone is None:
+                client.close()
+                return
+            self._remove(gone)
+        self._add(client)
+
+    def _add(self, stream: Stream, on_input: Callable[[bytes], object] | None = None) -> None:
+        stream.on_input = on_input or self._take
+        stream.on_end = self._remove
+        self._streams = [*self._streams, stream]
+        self._listen(stream)
+
+    def _listen(self, stream: Stream) -> None:
+        stream.listen(wanted=stream is self._terminal or not (self._typed or self._waiting))
+
+    def _remove(self, stream: Stream) -> None:
+        if stream is self._pacing:
+            return  # the end of standard input is not the end of the output
+        self._streams = [other for other in self._streams if other is not stream]
+        stream.close()
+
+    def _take(self, data: bytes) -> None:
+        self._waiting += data
+        self._deliver()
+
+    def _type(self, data: bytes) -> None:
+        room = MOST_TYPED - len(self._typed)
+        if len(data) > room and not self._losing:
+            log.warning("the guest does not read its serial line: what is typed now is lost")
+        self._losing = len(data) > room
+        self._typed += data[:room]
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Give the guest what it takes; while some is left nobody else may send more. In the reactor's thread."""
+        while data := bytes((self._typed[:OFFER] + self._waiting)[:OFFER]):
+            taken = self._receive(data)
+            typed = min(taken, len(self._typed))
+            del self._typed[:typed]
+            del self._waiting[: taken - typed]
+            if taken < len(data):
+                break
+        for stream in self._streams:
+            self._listen(stream)

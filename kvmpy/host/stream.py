@@ -1,0 +1,230 @@
+"""Bytes to and from a descriptor that must never block a thread: a terminal, a pipe, a pty, a client's socket."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import stat
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from kvmpy.errors import errno_name
+from kvmpy.host.reactor import Reactor
+
+log = logging.getLogger(__name__)
+
+CHUNK: Final = 4096
+# Behind a reader that has stopped, output waits up to here; then the stream is full.
+BACKLOG: Final = 64 * 1024
+# Seconds until a listener whose client could not be accepted (no descriptors left) tries again.
+ACCEPT_AGAIN: Final = 1.0
+
+
+class Stream:
+    """Non-blocking input and output over one or two descriptors, which it owns."""
+
+    def __init__(self, reactor: Reactor, read_fd: int, write_fd: int) -> None:
+        """Either descriptor may be -1. Both must be non-blocking, or such that they never block."""
+        self._reactor = reactor
+        self._read_fd, self._write_fd = read_fd, write_fd
+        self._lock = threading.Lock()
+        self._backlog = bytearray()
+        self.on_input: Callable[[bytes], object] = _nothing
+        self.on_drained: Callable[[], object] = _nothing
+        self.on_end: Callable[[Stream], object] = _nothing
+        self._reading = False
+        self._ended = False
+        self._in_turn = False
+
+    @property
+    def unsent(self) -> bool:
+        """Some of what was written waits for the far side to read."""
+        return bool(self._backlog)
+
+    @property
+    def full(self) -> bool:
+        """The far side has not read for so long that more output would be lost."""
+        return len(self._backlog) >= BACKLOG
+
+    def write(self, data: bytes) -> None:
+        """Send ``data`` now or when the far side reads; all of it is dropped once the stream is full. Any thread."""
+        with self._lock:
+            if self._write_fd < 0 or self.full:
+                return
+            if not self._backlog:
+                data = data[self._send(data) :]
+            if data:
+                self._backlog += data
+                self._watch()
+
+    def listen(self, *, wanted: bool) -> None:
+        """Start or stop taking input; after its end nothing more comes."""
+        with self._lock:
+            wanted = wanted and self._read_fd >= 0 and not self._ended
+            if wanted != self._reading:
+                self._reading = wanted
+                self._watch()
+
+    @property
+    def hung_up(self) -> bool:
+        """The far side is gone for good, whether or not all its input has been read."""
+        with self._lock:
+            if self._read_fd < 0:
+                return True
+            poll = select.poll()
+            poll.register(self._read_fd, 0)
+            return any(events & (select.POLLHUP | select.POLLERR) for _, events in poll.poll(0))
+
+    def close(self) -> None:
+        """Send what the far side takes at once (all, where the descriptor blocks), then close.
+
+        Closing twice is allowed.
+        """
+        with self._lock:
+            if self._backlog:
+                self._send(bytes(self._backlog))
+                self._backlog.clear()
+            for fd in {self._read_fd, self._write_fd} - {-1}:
+                self._reactor.unwatch(fd)
+                os.close(fd)
+            self._read_fd = self._write_fd = -1
+            self._reading = False
+        # Whoever is called back holds us: without the collector, which a VMM switches off, the two would live for ever.
+        self.on_input = self.on_drained = self.on_end = _nothing
+
+    def _send(self, data: bytes) -> int:
+        """How many bytes went; all of them where the far side is gone, for then nobody waits for them."""
+        try:
+            return os.write(self._write_fd, data)
+        except BlockingIOError:
+            return 0
+        except OSError:
+            return len(data)
+
+    def _watch(self) -> None:
+        """Ask the reactor for what is of interest now. Under the lock."""
+        wanted = {fd: [False, False] for fd in {self._read_fd, self._write_fd} - {-1}}
+        if self._reading:
+            wanted[self._read_fd][0] = True
+        if self._backlog:
+            wanted[self._write_fd][1] = True
+        for fd, (read, write) in wanted.items():
+            if not (read or write):
+                self._reactor.unwatch(fd)
+                continue
+            try:
+                self._reactor.watch(
+                    fd, readable=self._readable if read else None, writable=self._writable if write else None
+                )
+            except PermissionError:  # a regular file or /dev/null: never blocks, so serve it in turn with the rest
+                if not self._in_turn:
+                    self._in_turn = True
+                    self._reactor.post(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Read and write what epoll does not watch, once; the next turn comes after everybody else's."""
+        try:
+            self._readable()
+            self._writable()
+        finally:
+            with self._lock:
+                self._in_turn = False
+                self._watch()
+
+    def _readable(self) -> None:
+        # Under the lock: were another thread to close it now, the descriptor's number could be somebody else's.
+        with self._lock:
+            if not self._reading:
+                return
+            try:
+                data = os.read(self._read_fd, CHUNK)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._ended, self._reading = True, False
+                self._watch()
+        if data:
+            self.on_input(data)
+        else:
+            self.on_end(self)
+
+    def _writable(self) -> None:
+        with self._lock:
+            if not self._backlog:
+                return
+            sent = self._send(bytes(self._backlog))
+            del self._backlog[:sent]
+            if not self._backlog:
+                self._watch()
+        if not self.full:
+            self.on_drained()
+
+
+class Listener:
+    """A unix socket at ``path`` (mode 0600) that hands each client to ``on_client`` as a Stream."""
+
+    def __init__(self, reactor: Reactor, path: str, on_client: Callable[[Stream], object]) -> None:
+        """Raises OSError where ``path`` cannot be bound; a socket there that nobody listens at any more is replaced."""
+        self._reactor, self._path, self._on_client = reactor, path, on_client
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            if _is_abandoned(path):
+                os.unlink(path)
+            mask = os.umask(0o177)
+            try:
+                self._socket.bind(path)
+            finally:
+                os.umask(mask)
+            self._socket.listen()
+        except BaseException:
+            self._socket.close()
+            raise
+        self._again = reactor.timer(self._watch)
+        self._watch()
+
+    def close(self) -> None:
+        """Take the socket away; clients keep their streams."""
+        self._again.cancel()
+        self._reactor.unwatch(self._socket.fileno())
+        self._socket.close()
+        if os.path.lexists(self._path):
+            os.unlink(self._path)
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as e:
+            # The client stays in the queue, so the socket stays readable: asking again at once would never end.
+            log.warning("%s: %s: a client has to wait", self._path, errno_name(e.errno or 0))
+            self._reactor.unwatch(self._socket.fileno())
+            self._again.arm(ACCEPT_AGAIN)
+            return
+        client.setblocking(False)
+        fd = client.detach()
+        self._on_client(Stream(self._reactor, fd, fd))
+
+    def _watch(self) -> None:
+        self._reactor.watch(self._socket.fileno(), readable=self._accept)
+
+
+def _nothing(*_: object) -> None:
+    """The callback of nobody."""
+
+
+def _is_abandoned(path: str) -> bool:
+    """A unix socket whose process is gone, as a killed one leaves it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return stat.S_ISSOCK(os.lstat(path).st_mode)
+        except OSError:
+            return False
+    return False

@@ -1,0 +1,1 @@
+"""KVM as typed Python: the system, the VM, its vCPUs and their exits."""

@@ -1,0 +1,261 @@
+"""A vCPU: its registers, and KVM_RUN.
+
+A pending access. After an exit for IN or MMIO read KVM finishes the instruction only when KVM_RUN is entered again, so
+before registers are read or set, `complete` enters it once with immediate_exit: the access is finished, no further
+instruction runs. Whoever parks a vCPU does that first.
+
+A kick. Another thread sets immediate_exit, then sends the no-op signal. Either KVM_RUN has not been entered, and
+returns -EINTR at once, or it is interrupted. The vCPU's own thread clears immediate_exit before it looks at what is
+asked of it, so a kick is never lost.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+from typing import Any, Final, NamedTuple
+
+from kvmpy._native import ffi, lib
+from kvmpy.abi import kvm as abi
+from kvmpy.errors import IoctlError
+from kvmpy.kvm.exits import (
+    Exit,
+    FailEntry,
+    Halted,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PioRead,
+    PioWrite,
+    TripleFault,
+    Unknown,
+)
+from kvmpy.kvm.vm import Vm
+
+KICK_SIGNAL: Final[int] = lib.kvmpy_kick_signal()
+EXIT_IO: Final[int] = lib.KVM_EXIT_IO
+EXIT_MMIO: Final[int] = lib.KVM_EXIT_MMIO
+EXIT_HLT: Final[int] = lib.KVM_EXIT_HLT
+EXIT_INTR: Final[int] = lib.KVM_EXIT_INTR
+EXIT_IRQ_WINDOW_OPEN: Final[int] = lib.KVM_EXIT_IRQ_WINDOW_OPEN
+EXIT_SHUTDOWN: Final[int] = lib.KVM_EXIT_SHUTDOWN
+EXIT_FAIL_ENTRY: Final[int] = lib.KVM_EXIT_FAIL_ENTRY
+EXIT_INTERNAL_ERROR: Final[int] = lib.KVM_EXIT_INTERNAL_ERROR
+IO_IN: Final[int] = lib.KVM_EXIT_IO_IN
+MMIO_DATA: Final[int] = ffi.offsetof("struct kvm_run", "mmio", "data")
+
+_run = lib.kvmpy_run
+
+
+class VcpuState(NamedTuple):
+    """A vCPU's registers, all that KVM lets a VMM set (within one kernel: not a migration format)."""
+
+    mp_state: abi.MpState
+    regs: abi.Regs
+    sregs: abi.Sregs
+    fpu: abi.Fpu
+    xsave: abi.Xsave | None
+    xcrs: abi.Xcrs | None
+    msrs: dict[int, int]
+    lapic: abi.LapicState | None
+    debugregs: abi.Debugregs
+    events: abi.VcpuEvents
+
+
+class Vcpu:
+    """vCPU ``index`` of ``vm``, with APIC id ``index``. `run` is for its own thread; `kick` for any."""
+
+    def __init__(self, vm: Vm, index: int) -> None:
+        """Raises IoctlError; EEXIST and EINVAL mean an index in use or beyond KVM's limit."""
+        self.index = index
+        self._vm = vm
+        self.fd = abi.KVM_CREATE_VCPU(vm.fd, index)
+        try:
+            self._mmap = mmap.mmap(self.fd, vm.system.vcpu_mmap_size)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        self._shared = memoryview(self._mmap)
+        self._kvm_run: Any = ffi.cast("struct kvm_run *", ffi.from_buffer(self._shared))
+        self._reply_at: tuple[int, int] = (0, 0)
+
+    def close(self) -> None:
+        """Close the descriptor and the shared area; closing twice is allowed."""
+        if self.fd >= 0:
+            self._kvm_run = None
+            self._shared.release()
+            self._mmap.close()
+            os.close(self.fd)
+            self.fd = -1
+
+    # Running
+
+    def run(self) -> Exit:
+        """Enter the guest until it needs us. An `Interrupted` says only that something may be asked of the thread.
+
+        Raises IoctlError where KVM_RUN itself fails.
+        """
+        result = _run(self.fd)
+        if result < 0:
+            # EAGAIN: a vCPU that waited for its start-up IPI was woken by something else.
+            if result in (-errno.EINTR, -errno.EAGAIN):
+                return Interrupted()
+            raise IoctlError("KVM_RUN", -result)
+        run = self._kvm_run
+        reason = run.exit_reason
+        if reason == EXIT_IO:
+            return self._pio(run.io)
+        if reason == EXIT_MMIO:
+            return self._mmio(run.mmio)
+        return self._rare(reason)
+
+    def reply(self, value: int) -> None:
+        """Answer the read that `run` returned: a little-endian int, masked to the access's size."""
+        at, size = self._reply_at
+        self._shared[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+
+    def kick(self, thread_ident: int) -> None:
+        """Make `run`, under way or about to begin in the thread of that ident, return `Interrupted`."""
+        self._kvm_run.immediate_exit = 1
+        signal.pthread_kill(thread_ident, KICK_SIGNAL)
+
+    def accept(self) -> None:
+        """Called by the vCPU's thread before it looks at what is asked of it: kicks up to here are heard."""
+        self._kvm_run.immediate_exit = 0
+
+    def complete(self) -> None:
+        """Finish the access of the last exit without running another instruction. By the vCPU's own thread."""
+        self._kvm_run.immediate_exit = 1
+        result = _run(self.fd)
+        if result < 0 and result not in (-errno.EINTR, -errno.EAGAIN):
+            raise IoctlError("KVM_RUN", -result)
+
+    def _pio(self, io: Any) -> PioRead | PioWrite:
+        port, size, count, at = io.port, io.size, io.count, io.data_offset
+        if io.direction == IO_IN:
+            self._reply_at = (at, size * count)
+            return PioRead(port, size, count)
+        if count == 1:
+            return PioWrite(port, size, (int.from_bytes(self._shared[at : at + size], "little"),))
+        data = self._shared
+        ends = range(at, at + size * count, size)
+        return PioWrite(port, size, tuple([int.from_bytes(data[i : i + size], "little") for i in ends]))
+
+    def _mmio(self, mmio: Any) -> MmioRead | MmioWrite:
+        gpa, size = mmio.phys_addr, mmio.len
+        if mmio.is_write:
+            return MmioWrite(gpa, size, int.from_bytes(ffi.buffer(mmio.data, size), "little"))
+        self._reply_at = (MMIO_DATA, size)
+        return MmioRead(gpa, size)
+
+    def _rare(self, reason: int) -> Exit:
+        if reason in (EXIT_INTR, EXIT_IRQ_WINDOW_OPEN):
+            return Interrupted()
+        if reason == EXIT_HLT:
+            return Halted()
+        if reason == EXIT_SHUTDOWN:
+            return TripleFault()
+        if reason == EXIT_FAIL_ENTRY:
+            entry = self._kvm_run.fail_entry
+            return FailEntry(entry.hardware_entry_failure_reason, entry.cpu)
+        if reason == EXIT_INTERNAL_ERROR:
+            internal = self._kvm_run.internal
+            return InternalError(internal.suberror, tuple(internal.data[i] for i in range(min(internal.ndata, 16))))
+        return Unknown(reason)
+
+    # Registers: the vCPU must not be running, and have completed its last access.
+
+    @property
+    def regs(self) -> abi.Regs:
+        """The general registers."""
+        return abi.KVM_GET_REGS(self.fd)
+
+    @regs.setter
+    def regs(self, regs: abi.Regs) -> None:
+        abi.KVM_SET_REGS(self.fd, regs)
+
+    @property
+    def sregs(self) -> abi.Sregs:
+        """Segments, control registers, EFER and the APIC base."""
+        return abi.KVM_GET_SREGS(self.fd)
+
+    @sregs.setter
+    def sregs(self, sregs: abi.Sregs) -> None:
+        abi.KVM_SET_SREGS(self.fd, sregs)
+
+    def set_cpuid(self, table: list[dict[str, int]]) -> None:
+        """What CPUID answers on this vCPU; before its first run."""
+        abi.KVM_SET_CPUID2(self.fd, abi.Cpuid2.new(nent=len(table), entries=table))
+
+    def get_msrs(self, indices: list[int]) -> dict[int, int]:
+        """The values of those of ``indices`` that this vCPU has."""
+        values: dict[int, int] = {}
+        rest = list(indices)
+        while rest:
+            table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
+            done = abi.KVM_GET_MSRS(self.fd, table)
+            values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
+            rest = rest[done + 1 :]  # KVM stops at the first it does not have
+        return values
+
+    def set_msrs(self, values: dict[int, int]) -> list[int]:
+        """Set MSRs; returns the indices that KVM refused."""
+        refused: list[int] = []
+        rest = list(values.items())
+        while rest:
+            table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": i, "data": v} for i, v in rest])
+            done = abi.KVM_SET_MSRS(self.fd, table)
+            refused += [index for index, _ in rest[done : done + 1]]
+            rest = rest[done + 1 :]
+        return refused
+
+    def state(self, *, irqchip: bool = True) -> VcpuState:
+        """A copy of every register. ``irqchip``: the VM has local APICs in the kernel."""
+        # MP_STATE first: reading it makes KVM take in a pending INIT or start-up IPI.
+        return VcpuState(
+            mp_state=abi.KVM_GET_MP_STATE(self.fd),
+            regs=self.regs,
+            sregs=self.sregs,
+            fpu=abi.KVM_GET_FPU(self.fd),
+            xsave=abi.KVM_GET_XSAVE(self.fd) if self._vm.system.check("KVM_CAP_XSAVE") else None,
+            xcrs=abi.KVM_GET_XCRS(self.fd) if self._vm.system.check("KVM_CAP_XCRS") else None,
+            msrs=self.get_msrs(self._vm.system.msr_indices()),
+            lapic=abi.KVM_GET_LAPIC(self.fd) if irqchip else None,
+            debugregs=abi.KVM_GET_DEBUGREGS(self.fd),
+            events=abi.KVM_GET_VCPU_EVENTS(self.fd),
+        )
+
+    def set_state(self, state: VcpuState) -> None:
+        """Put back what `state` gave. The order matters: EFER and the APIC base before the MSRs and the LAPIC."""
+        self.sregs = state.sregs
+        self.regs = state.regs
+        if state.xsave is not None:
+            abi.KVM_SET_XSAVE(self.fd, state.xsave)
+        else:
+            abi.KVM_SET_FPU(self.fd, state.fpu)
+        if state.xcrs is not None:
+            abi.KVM_SET_XCRS(self.fd, state.xcrs)
+        abi.KVM_SET_DEBUGREGS(self.fd, state.debugregs)
+        if state.lapic is not None:
+            abi.KVM_SET_LAPIC(self.fd, state.lapic)
+        self.set_msrs(state.msrs)
+        abi.KVM_SET_MP_STATE(self.fd, state.mp_state)
+        abi.KVM_SET_VCPU_EVENTS(self.fd, state.events)
+
+    def tell_paused(self) -> None:
+        """Tell the guest's kvmclock that it was stopped, so that its watchdogs do not bark at the gap."""
+        try:
+            abi.KVM_KVMCLOCK_CTRL(self.fd)
+        except IoctlError as e:
+            if e.errno not in (errno.EINVAL, errno.ENOTTY):  # the guest does not use kvmclock
+                raise
+
+
+def accept_kicks() -> None:
+    """Install the no-op handler of the kick signal, once for the process."""
+    result = lib.kvmpy_accept_kicks(KICK_SIGNAL)
+    if result < 0:
+        raise IoctlError("sigaction", -result)

@@ -1,0 +1,105 @@
+"""A VM: its memory slots, its in-kernel interrupt controllers and timer, its clock."""
+
+from __future__ import annotations
+
+import os
+from typing import Final, NamedTuple
+
+from kvmpy.abi import kvm as abi
+from kvmpy.kvm.irq import Line, MsiMessage, Routing
+from kvmpy.kvm.system import System
+from kvmpy.memory import Ram
+
+CHIPS: Final = (abi.IRQCHIP_PIC_MASTER, abi.IRQCHIP_PIC_SLAVE, abi.IRQCHIP_IOAPIC)
+
+
+class InterruptState(NamedTuple):
+    """The PICs, the IOAPIC and the PIT as KVM keeps them."""
+
+    chips: tuple[abi.Irqchip, ...]
+    pit: abi.PitState2
+
+
+class Vm:
+    """One virtual machine of KVM. Owns its descriptor; vCPUs made from it must be closed first."""
+
+    def __init__(self, system: System) -> None:
+        """Raises IoctlError."""
+        self.system = system
+        self.fd = system.create_vm()
+        self.routing = Routing(self.fd)
+
+    def close(self) -> None:
+        """Close the descriptor; KVM frees the VM when the last vCPU's is closed too."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def set_memory(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+        """Back guest-physical [gpa, gpa+size) with host memory at ``hva``; size 0 removes the slot."""
+        region = abi.UserspaceMemoryRegion.new(
+            slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
+        )
+        abi.KVM_SET_USER_MEMORY_REGION(self.fd, region)
+
+    def create_irqchip(self, *, tss: int, identity_map: int) -> None:
+        """PICs, IOAPIC, local APICs and PIT in the kernel, and the default routes.
+
+        ``tss`` (three pages) and ``identity_map`` (one page) are guest-physical pages below 4 GiB that no RAM covers:
+        Intel processors without unrestricted guest mode run real mode with their help.
+        """
+        abi.set_identity_map_addr(self.fd, identity_map)
+        abi.KVM_SET_TSS_ADDR(self.fd, tss)
+        abi.KVM_CREATE_IRQCHIP(self.fd)
+        abi.KVM_CREATE_PIT2(self.fd, abi.PitConfig.new(flags=abi.PIT_SPEAKER_DUMMY))
+        self.routing.commit()
+
+    def line(self, gsi: int) -> Line:
+        """The interrupt line of ``gsi``, for the one device that drives it."""
+        return Line(self.fd, gsi)
+
+    def signal_msi(self, message: MsiMessage) -> None:
+        """Deliver one message-signalled interrupt now."""
+        abi.KVM_SIGNAL_MSI(
+            self.fd,
+            abi.Msi.new(address_lo=message.address & 0xFFFF_FFFF, address_hi=message.address >> 32, data=message.data),
+        )
+
+    def interrupt_state(self) -> InterruptState:
+        """A copy of the interrupt controllers and the PIT."""
+        chips = tuple(abi.Irqchip.new(chip_id=chip) for chip in CHIPS)
+        for chip in chips:
+            abi.KVM_GET_IRQCHIP(self.fd, chip)
+        return InterruptState(chips, abi.KVM_GET_PIT2(self.fd))
+
+    def set_interrupt_state(self, state: InterruptState) -> None:
+        """Put back what `interrupt_state` gave."""
+        for chip in state.chips:
+            abi.KVM_SET_IRQCHIP(self.fd, chip)
+        abi.KVM_SET_PIT2(self.fd, state.pit)
+
+    def clock(self) -> int:
+        """The VM's kvmclock, in nanoseconds."""
+        return abi.KVM_GET_CLOCK(self.fd).clock
+
+    def set_clock(self, nanoseconds: int) -> None:
+        """Set the VM's kvmclock."""
+        abi.KVM_SET_CLOCK(self.fd, abi.ClockData.new(clock=nanoseconds))
+
+
+class MemorySlots:
+    """Gives KVM a slot for each block of RAM (a `MemoryListener`)."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+        self._slots: dict[Ram, int] = {}
+
+    def ram_added(self, block: Ram) -> None:
+        """Raises IoctlError where KVM refuses, with no slot used."""
+        slot = next(n for n in range(len(self._slots) + 1) if n not in self._slots.values())
+        self._vm.set_memory(slot, block.gpa, block.size, block.hva)
+        self._slots[block] = slot
+
+    def ram_removed(self, block: Ram) -> None:
+        """Take the block's slot away."""
+        self._vm.set_memory(self._slots.pop(block), block.gpa, 0, 0)

@@ -1,0 +1,1 @@
+"""The machine: where everything is, how it is put together, and how it runs."""

@@ -1,0 +1,408 @@
+"""A machine that runs: its threads, its run state, and what an operator can ask of it.
+
+    with Machine(config) as machine:
+        machine.start()
+        outcome = machine.wait()
+
+Three roles of threads. `control` changes the run state, one change at a time, and serves the monitor. `vcpuN` runs the
+guest and its devices' registers. `io` moves the console's bytes and keeps the devices' timers. A request by the guest
+(reset, power-off, panic) closes the gate at once, so that no vCPU runs on past it, and is carried out by `control`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
+
+from kvmpy.config.schema import Config
+from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
+from kvmpy.host.console import Console
+from kvmpy.host.reactor import Reactor
+from kvmpy.host.terminal import reopen
+from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
+from kvmpy.kvm.vcpu import VcpuState, accept_kicks
+from kvmpy.kvm.vm import InterruptState
+from kvmpy.machine import registers
+from kvmpy.machine.build import Board, build, check, located
+from kvmpy.machine.runstate import LEGAL, Outcome, RunState
+from kvmpy.machine.vcpu import Gate, VcpuThread
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Listener = Callable[[str, dict[str, Any]], object]
+
+# os.O_RDONLY and os.O_WRONLY of standard input and output
+STDIN: Final = (0, 0)
+STDOUT: Final = (1, 1)
+# Seconds between two looks at whether a slow reader has taken the last of the output
+OUTPUT_POLL: Final = 0.05
+
+
+class PowerOn(NamedTuple):
+    """What KVM holds of a machine that has just been made: a reset puts it back."""
+
+    interrupts: InterruptState
+    vcpus: tuple[VcpuState, ...]
+
+
+class Machine:
+    """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has."""
+
+    def __init__(self, config: Config) -> None:
+        """Make the machine, its vCPUs parked before their first instruction.
+
+        Raises ConfigError where the configuration cannot be used, HostError where this host cannot run it.
+        """
+        self.config = config
+        self.name: str = config.name
+        self.state = RunState.PRELAUNCH
+        self.outcome: Outcome | None = None
+        self.error: KvmpyError | None = None
+        self.listeners: list[Listener] = []
+        self.first_run_ns: int | None = None
+        self._ended = threading.Event()
+        self._unplugged = threading.Event()
+        self._lifecycle = threading.Lock()
+        self._started = self._closed = False
+        self._process = os.getpid()
+        self._boots = 0
+        self._gate = Gate()
+        self._threads: tuple[VcpuThread, ...] = ()
+        self.boot = check(config)
+        with ExitStack() as resources:
+            self._io = Reactor("io")
+            resources.callback(self._io.close)
+            self.control = Reactor("control")
+            resources.callback(self.control.close)
+            self.console = Console(self._io)
+            resources.callback(self.console.close)
+            self.pty = self._open_console()
+            self.board: Board = build(config, self, self.console, self._io, resources)
+            self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
+            self._powerdown_limit = self.control.timer(self._power_off_by_force)
+            self._resources = resources.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What an operator asks
+
+    def start(self) -> None:
+        """Load the kernel and run; once.
+
+        Raises ConfigError where a file has gone since the machine was made, HostError where a thread cannot be had.
+        """
+        with self._lifecycle:
+            if self._started or self._closed:
+                raise CommandError("the machine has been " + ("closed" if self._closed else "started already"))
+            self._started = True
+            self._start_threads()
+
+    def _start_threads(self) -> None:
+        accept_kicks()
+        registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
+        self._threads = tuple(
+            VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
+            for vcpu in self.board.vcpus
+        )
+        running = _Call(self._start)
+        try:
+            self._io.start()
+            for thread in self._threads:
+                thread.start()
+            # Posted first, so that it comes before what a client of the monitor may have sent already.
+            self.control.post(running)
+            self.control.start()
+        except RuntimeError as e:  # "can't start new thread", without an errno
+            raise HostError(
+                f"machine.cpus: EAGAIN: no thread for each of {len(self._threads)} vCPUs; "
+                "raise the limit of processes (ulimit -u, or pids.max of the cgroup), or give the guest fewer"
+            ) from e
+        running.result()
+
+    def pause(self) -> None:
+        """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
+        self._in_control(self._pause)
+
+    def resume(self) -> None:
+        """Run on after `pause`."""
+        self._in_control(self._resume)
+
+    def reset(self) -> None:
+        """Press the reset button: registers, devices and kernel as at the start."""
+        self._in_control(lambda: self._reset(by_guest=False))
+
+    def powerdown(self, limit: float | None = None) -> bool:
+        """Press the power button. False where the guest has not enabled it, and so may never look.
+
+        With ``limit``, in seconds, the machine is stopped if the guest has not powered off by then.
+        """
+        self._require_alive()
+        if limit is not None and not 0 <= limit < math.inf:  # no timer takes NaN
+            raise CommandError(f"limit: expected seconds, 0 or more, got {limit}")
+        heard = self.board.acpi_pm.press_power_button()
+        if limit is not None:
+            self._powerdown_limit.arm(limit)
+        self._emit("POWERDOWN")
+        return heard
+
+    def stop(self) -> None:
+        """Pull the plug: end the machine now."""
+        self._in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait until the machine has ended, or ``timeout`` seconds; None where it still runs."""
+        self._ended.wait(timeout)
+        return self.outcome
+
+    def finish_output(self) -> None:
+        """Once the machine has ended: wait for whoever reads our standard output, unless the plug was pulled.
+
+        A `stop` ends the wait, and so does an exception, such as a signal's.
+        """
+        while self.console.unsent and not self._unplugged.wait(OUTPUT_POLL):
+            pass
+
+    def close(self) -> None:
+        """End what still runs, and give everything back to the host. Closing twice is allowed; a listener cannot."""
+        if os.getpid() != self._process:
+            return  # a fork's copy: the machine, its threads and its sockets are the parent's
+        if threading.current_thread() is self.control.thread:
+            raise CommandError("a machine cannot be closed by its own control thread")
+        with self._lifecycle:
+            if self._closed:
+                return
+            self._closed = True
+            if self.control.thread is not None and not self._ended.is_set():
+                self.stop()
+            self._gate.end(self._threads)
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join()
+            self._io.stop()  # or it could accept a client that nobody closes
+            self._resources.close()
+
+    @property
+    def threads(self) -> tuple[VcpuThread, ...]:
+        """The vCPU threads, with their counts of exits."""
+        return self._threads
+
+    # What the guest asks (kvmpy.devices.base.Power): by vCPU threads, under a device's lock
+
+    def request_reset(self) -> None:
+        """The guest asks for a system reset."""
+        self._ask(lambda: self._reset(by_guest=True))
+
+    def request_shutdown(self) -> None:
+        """The guest turns the machine off."""
+        self._ask(lambda: self._end(Outcome.POWER_OFF, reason="guest-shutdown", by_guest=True))
+
+    def report_panic(self) -> None:
+        """The guest's kernel has panicked."""
+        self._ask(self._panicked)
+
+    # The control thread
+
+    def _start(self) -> None:
+        self._become(RunState.RUNNING)
+        self.first_run_ns = time.monotonic_ns()
+        self._gate.open()
+
+    # A change is complete before its event is sent: a listener may make the next one.
+
+    def _pause(self) -> None:
+        self._require_alive()
+        if self.state is RunState.RUNNING:
+            self._park()
+            for vcpu in self.board.vcpus:
+                vcpu.tell_paused()
+            self._become(RunState.PAUSED)
+            self._emit("STOP")
+
+    def _resume(self) -> None:
+        self._require_alive()
+        if self.state is RunState.PAUSED:
+            self._become(RunState.RUNNING)
+            self._gate.open()
+            self._emit("RESUME")
+
+    def _reset(self, *, by_guest: bool) -> None:
+        if by_guest and self.state is RunState.SHUTDOWN:
+            return
+        self._require_alive()
+        self._park()
+        self._boots += 1
+        board = self.board
+        board.vm.set_interrupt_state(self._power_on.interrupts)
+        for vcpu, state in zip(board.vcpus, self._power_on.vcpus, strict=True):
+            vcpu.set_state(state)
+        for device in board.devices:
+            with device.lock:
+                device.reset()
+        try:
+            entry = self.boot.load(board.memory)
+        except KvmpyError as e:
+            self._end(Outcome.HOST_ERROR, error=e)
+            return
+        registers.enter(board.vcpus[0], entry)
+        if self.state is RunState.RUNNING:
+            self._gate.open()
+        self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+
+    def _panicked(self) -> None:
+        if self.state is RunState.SHUTDOWN:
+            return
+        self._park()
+        self._become(RunState.GUEST_PANICKED)
+        self._emit("GUEST_PANICKED", action="poweroff")
+        self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
+
+    def _failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
+        if self.state is RunState.SHUTDOWN:
+            return
+        self._park()
+        self._become(RunState.INTERNAL_ERROR)
+        outcome = Outcome.GUEST_PANIC if isinstance(what, TripleFault) else Outcome.HOST_ERROR
+        text = f"{thread.name}: {_explain(what)}"
+        if registers.are_lost(thread.vcpu):
+            text += "; this processor resets its registers then, so those below are not the crash's"
+        error = VcpuError(text, registers.dump(thread.vcpu))
+        self._end(outcome, error=error, reason="guest-panic" if outcome is Outcome.GUEST_PANIC else "host-error")
+
+    def _power_off_by_force(self) -> None:
+        log.warning("the guest has not powered off in time; stopping it")
+        self._end(Outcome.POWER_OFF, reason="host-signal", by_force=True)
+
+    def _end(
+        self,
+        outcome: Outcome,
+        *,
+        error: KvmpyError | None = None,
+        reason: str = "host-error",
+        by_guest: bool = False,
+        by_force: bool = False,
+    ) -> None:
+        if by_force:
+            self._unplugged.set()
+        if self.state is RunState.SHUTDOWN:
+            return
+        self._park()
+        self._become(RunState.SHUTDOWN)
+        self._powerdown_limit.cancel()
+        self.outcome, self.error = outcome, error
+        self._emit("SHUTDOWN", guest=by_guest, reason=reason)
+        self._ended.set()
+
+    def _park(self) -> None:
+        """Stop all vCPUs and wait until they have."""
+        self._gate.close(self._threads)
+        self._gate.wait_parked(self._threads)
+
+    def _become(self, state: RunState) -> None:
+        if state not in LEGAL[self.state]:
+            raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
+        self.state = state
+
+    def _require_alive(self) -> None:
+        if self.state not in (RunState.RUNNING, RunState.PAUSED):
+            raise CommandError(f"the machine is not running: its state is {self.state.value}")
+
+    def _emit(self, event: str, **data: Any) -> None:
+        for listener in tuple(self.listeners):
+            try:
+                listener(event, data)
+            except Exception:  # whoever listens does not decide whether the change goes on
+                log.exception("a listener failed at %s", event)
+
+    # Between threads
+
+    def _ask(self, request: Callable[[], object]) -> None:
+        """Let no vCPU run on past the guest's request, and have `control` carry it out, unless a reset comes first."""
+        boot = self._boots
+        self._gate.close(self._threads)
+        self.control.post(lambda: request() if boot == self._boots else None)
+
+    def _vcpu_failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
+        self._ask(functools.partial(self._failed, thread, what))
+
+    def _in_control(self, change: Callable[[], T]) -> T:
+        """Make a change in the control thread and return what it returns, or raise what it raises."""
+        if threading.current_thread() is self.control.thread:
+            return change()
+        if self.control.thread is None:
+            raise CommandError("the machine has not been started")
+        call = _Call(change)
+        try:
+            self.control.post(call)
+        except RuntimeError as e:
+            raise CommandError("the machine has been closed") from e
+        return call.result()
+
+    def _open_console(self) -> str | None:
+        """Open the configured backend; returns the path of a pty."""
+        serial = self.config.console.serial
+        try:
+            match serial.kind:
+                case "stdio":
+                    self.console.attach(reopen(*STDIN), reopen(*STDOUT))
+                case "pty":
+                    return self.console.open_pty()
+                case "file":
+                    self.console.open_file(serial.path)
+                case "unix":
+                    self.console.listen(serial.path)
+        except HostError as e:
+            raise located(self.config, e) from e
+        return None
+
+
+class _Call(Generic[T]):
+    """A call that one thread makes for another, which waits for its result."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._done = threading.Event()
+        self._result: list[T] = []
+        self._failure: BaseException | None = None
+
+    def __call__(self) -> None:
+        try:
+            self._result.append(self._function())
+        except BaseException as e:  # noqa: BLE001  it is raised again, in the thread that waits
+            self._failure = e
+        self._done.set()
+
+    def result(self) -> T:
+        """Wait for the call; returns what it returned, or raises what it raised."""
+        self._done.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self._result[0]
+
+
+def _explain(what: Exit | HostError) -> str:
+    """What a vCPU's end means, for the operator."""
+    match what:
+        case TripleFault():
+            return "triple fault: the guest's kernel crashed so early, or so badly, that it could not say why"
+        case InternalError(suberror, data):
+            meaning = {1: "an instruction that KVM cannot emulate", 3: "a fault while delivering an event"}
+            words = " ".join(f"{word:#x}" for word in data)
+            return f"KVM_EXIT_INTERNAL_ERROR {suberror} ({meaning.get(suberror, 'see linux/kvm.h')}), data {words}"
+        case FailEntry(reason, cpu):
+            return f"KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state, reason {reason:#x} on cpu {cpu}"
+        case HostError():
+            return str(what)
+        case _:
+            return f"KVM_RUN returned {what}, which kvmpy did not ask for"

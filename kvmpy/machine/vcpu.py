@@ -1,0 +1,158 @@
+"""A vCPU's thread: every guest access to a device starts here, the first of its three hops."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Final, assert_never
+
+from kvmpy.bus import Bus
+from kvmpy.errors import HostError
+from kvmpy.kvm.exits import (
+    Exit,
+    FailEntry,
+    Halted,
+    InternalError,
+    Interrupted,
+    MmioRead,
+    MmioWrite,
+    PioRead,
+    PioWrite,
+    TripleFault,
+    Unknown,
+)
+from kvmpy.kvm.vcpu import Vcpu
+
+log = logging.getLogger(__name__)
+
+# A device that raises is a bug of ours that the guest may be able to drive: say it this often, then only count.
+FAULTS_LOGGED: Final = 10
+
+OnFatal = Callable[["VcpuThread", Exit | HostError], object]
+
+
+class Gate:
+    """Where vCPU threads stop: closed, each parks at its next exit, its last access completed."""
+
+    def __init__(self) -> None:
+        self.closed = True
+        self._ended = False
+        self._parked: set[VcpuThread] = set()
+        self._changed = threading.Condition()
+
+    def close(self, threads: Sequence[VcpuThread]) -> None:
+        """Ask every thread to park, without waiting: signal all first, so that they stop together."""
+        self.closed = True
+        for thread in threads:
+            thread.kick()
+
+    def wait_parked(self, threads: Sequence[VcpuThread]) -> None:
+        """Wait until every thread that lives is parked. Never by a vCPU thread."""
+        with self._changed:
+            self._changed.wait_for(lambda: all(t in self._parked or not t.is_alive() for t in threads))
+
+    def open(self) -> None:
+        """Let the parked threads run."""
+        with self._changed:
+            self.closed = False
+            self._changed.notify_all()
+
+    def end(self, threads: Sequence[VcpuThread]) -> None:
+        """Have every thread finish for good: the parked now, the others at their next exit."""
+        with self._changed:
+            self._ended = self.closed = True
+            self._changed.notify_all()
+        for thread in threads:
+            thread.kick()
+
+    def park(self, thread: VcpuThread) -> bool:
+        """Wait while closed; False when the thread is to finish."""
+        with self._changed:
+            self._parked.add(thread)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._ended or not self.closed)
+            self._parked.discard(thread)
+            return not self._ended
+
+
+class VcpuThread(threading.Thread):
+    """Runs one vCPU between the gate's openings."""
+
+    def __init__(self, vcpu: Vcpu, gate: Gate, pio: Bus, mmio: Bus, on_fatal: OnFatal) -> None:
+        super().__init__(name=f"vcpu{vcpu.index}", daemon=True)
+        self.vcpu = vcpu
+        self.pio_exits = 0
+        self.mmio_exits = 0
+        self.other_exits = 0
+        self.faults = 0
+        self._gate, self._pio, self._mmio, self._on_fatal = gate, pio, mmio, on_fatal
+
+    def run(self) -> None:
+        while True:
+            self.vcpu.accept()
+            if self._gate.closed:
+                # Nothing is pending: the KVM_RUN that a kick cut short finished the last access first.
+                if not self._gate.park(self):
+                    return
+                continue
+            try:
+                self._serve()
+            except HostError as e:
+                self._fatal(e)
+
+    def _serve(self) -> None:
+        """Run until the gate is to be looked at. Raises HostError where this vCPU cannot go on."""
+        try:
+            while self.step():
+                pass
+        except HostError:
+            raise
+        except Exception:  # noqa: BLE001  no guest access may end the process
+            self._contain()
+
+    def kick(self) -> None:
+        """Make the thread look at the gate soon. Any thread, itself included."""
+        if self.ident is not None and self.is_alive():
+            self.vcpu.kick(self.ident)
+
+    def step(self) -> bool:
+        """Run to the next exit and serve it; False when the gate is to be looked at."""
+        match self.vcpu.run():
+            case PioWrite(port, size, values):
+                self.pio_exits += 1
+                for value in values:
+                    self._pio.write(port, size, value)
+            case PioRead(port, size, repeat):
+                self.pio_exits += 1
+                self.vcpu.reply(-1)  # what an unanswered read gives, should the device raise
+                items = b"".join([self._pio.read(port, size).to_bytes(size, "little") for _ in range(repeat)])
+                self.vcpu.reply(int.from_bytes(items, "little"))
+            case MmioWrite(gpa, size, value):
+                self.mmio_exits += 1
+                self._mmio.write(gpa, size, value)
+            case MmioRead(gpa, size):
+                self.mmio_exits += 1
+                self.vcpu.reply(-1)
+                self.vcpu.reply(self._mmio.read(gpa, size))
+            case Interrupted():
+                self.other_exits += 1
+                return False
+            case Halted() | TripleFault() | InternalError() | FailEntry() | Unknown() as fatal:
+                self._fatal(fatal)
+                return False
+            case other:
+                assert_never(other)
+        return True
+
+    def _fatal(self, what: Exit | HostError) -> None:
+        """This vCPU cannot go on, so none does; whoever owns the machine is told."""
+        self._gate.closed = True
+        self._on_fatal(self, what)
+
+    def _contain(self) -> None:
+        """A device raised: the access is lost, the machine goes on. Raises HostError as `Vcpu.complete` does."""
+        self.faults += 1
+        if self.faults <= FAULTS_LOGGED:
+            log.exception("%s: a device failed; the access is ignored", self.name)
+        self.vcpu.complete()

@@ -1,0 +1,1 @@
+"""The control socket: what operators and scripts say to a running machine."""

@@ -1,0 +1,32 @@
+"""The tiers: a test's directory is its marker, and a missing resource skips with its reason or, where KVMPY_REQUIRE
+names the tier, fails."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+TIERS = ("kvm", "lab")
+
+
+def required(resource: str) -> bool:
+    """KVMPY_REQUIRE=kvm,lab turns a skip for want of that resource into a failure."""
+    return resource in os.environ.get("KVMPY_REQUIRE", "").split(",")
+
+
+def skip_or_fail(resource: str, reason: str) -> NoReturn:
+    """For a fixture whose ``resource`` is not there."""
+    if required(resource):
+        pytest.fail(f"KVMPY_REQUIRE names {resource}: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        tier = item.path.relative_to(here).parts[0]
+        if tier in TIERS:
+            item.add_marker(tier)

@@ -1,0 +1,1 @@
+"""Small real objects that stand where a device meets the host."""

@@ -1,0 +1,108 @@
+"""A machine for the monitor to command, without KVM, and a QMP client that sends what real ones send."""
+
+from __future__ import annotations
+
+import json
+import socket
+from types import SimpleNamespace
+from typing import Any
+
+from kvmpy.errors import CommandError
+from kvmpy.host.reactor import Reactor
+from kvmpy.machine.runstate import RunState
+from tests.fakes.loop import BOUND
+
+
+class FakeMachine:
+    """As much of a Machine as the commands touch; notes what is asked of it in ``asked``."""
+
+    def __init__(self, control: Reactor) -> None:
+        self.control = control
+        self.name = "web1"
+        self.state = RunState.RUNNING
+        self.listeners: list[Any] = []
+        self.asked: list[str] = []
+        self.pty: str | None = None
+        self.threads = [
+            SimpleNamespace(
+                vcpu=SimpleNamespace(index=n), native_id=100 + n, pio_exits=1, mmio_exits=2, other_exits=3, faults=n
+            )
+            for n in range(2)
+        ]
+        self.board = SimpleNamespace(
+            vcpus=(0, 1),
+            memory=SimpleNamespace(size=512 << 20),
+            acpi_pm=SimpleNamespace(power_button_enabled=True),
+        )
+        self.boot = SimpleNamespace(description="Linux 6.1")
+        self.config = SimpleNamespace(console=SimpleNamespace(serial="stdio"))
+
+    def emit(self, name: str, **data: Any) -> None:
+        for listener in tuple(self.listeners):
+            listener(name, data)
+
+    def pause(self) -> None:
+        self.asked.append("pause")
+        self.state = RunState.PAUSED
+        self.emit("STOP")
+
+    def resume(self) -> None:
+        self.asked.append("resume")
+        self.state = RunState.RUNNING
+        self.emit("RESUME")
+
+    def reset(self) -> None:
+        self.asked.append("reset")
+
+    def powerdown(self, limit: float | None = None) -> bool:
+        self.asked.append(f"powerdown {limit}")
+        return True
+
+    def stop(self) -> None:
+        if self.state is RunState.SHUTDOWN:
+            raise CommandError("the machine is not running: its state is shutdown")
+        self.asked.append("stop")
+        self.state = RunState.SHUTDOWN
+        self.emit("SHUTDOWN", guest=False, reason="host-qmp-quit")
+
+
+class Client:
+    """A QMP session over a unix socket. It sends no newlines, as real clients do not."""
+
+    def __init__(self, path: str, *, negotiate: bool = True) -> None:
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.settimeout(BOUND)
+        self.socket.connect(path)
+        self._received = b""
+        self.greeting = self.receive()
+        if negotiate:
+            assert self.ask({"execute": "qmp_capabilities"}) == {"return": {}}
+
+    def send(self, *messages: Any) -> None:
+        """Send raw bytes as they are, anything else as JSON."""
+        self.socket.sendall(b"".join(m if isinstance(m, bytes) else json.dumps(m).encode() for m in messages))
+
+    def receive(self) -> Any:
+        """The next message."""
+        while b"\r\n" not in self._received:
+            piece = self.socket.recv(1 << 16)
+            assert piece, f"hung up after {self._received!r}"
+            self._received += piece
+        line, _, self._received = self._received.partition(b"\r\n")
+        return json.loads(line)
+
+    def ask(self, message: Any) -> Any:
+        self.send(message)
+        return self.receive()
+
+    def rest(self) -> bytes:
+        """Everything until the monitor hangs up."""
+        try:
+            while piece := self.socket.recv(1 << 16):
+                self._received += piece
+        except ConnectionResetError:
+            pass
+        return self._received
+
+    def close(self) -> None:
+        self.socket.close()

@@ -1,0 +1,92 @@
+"""Kicks, registers and what a VM keeps: nothing is lost, and what is read can be put back."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+
+from kvmpy.abi import kvm as abi
+from kvmpy.errors import HostError, IoctlError
+from kvmpy.kvm.exits import Exit, Halted, Interrupted
+from kvmpy.kvm.system import System
+from kvmpy.kvm.vcpu import Vcpu
+from tests.kvm.conftest import CODE, MakeGuest
+
+SPIN = b"\xeb\xfe"
+HLT = b"\xf4"
+
+
+def test_a_kick_before_the_run_is_not_lost(make_guest: MakeGuest) -> None:
+    vcpu = make_guest().load(SPIN)
+    vcpu.kick(threading.get_ident())
+    assert vcpu.run() == Interrupted()
+
+
+def test_an_accepted_kick_is_over(make_guest: MakeGuest) -> None:
+    vcpu = make_guest().load(HLT)
+    vcpu.kick(threading.get_ident())
+    assert vcpu.run() == Interrupted()
+    vcpu.accept()
+    assert vcpu.run() == Halted()
+
+
+def test_a_kick_stops_a_guest_that_never_exits(make_guest: MakeGuest) -> None:
+    vcpu = make_guest().load(SPIN)
+    seen: list[Exit] = []
+    runner = threading.Thread(target=lambda: seen.append(vcpu.run()))
+    runner.start()
+    vcpu.kick(runner.ident or 0)
+    runner.join(60)
+    assert seen == [Interrupted()]
+    assert vcpu.regs.rip == CODE
+
+
+def test_every_register_that_is_read_can_be_put_back(make_guest: MakeGuest) -> None:
+    vcpu = make_guest(irqchip=True).load(SPIN)
+    vcpu.regs = abi.Regs.new(rax=1, rbx=2, r15=3, rip=CODE, rflags=2)
+    before = vcpu.state()
+    vcpu.regs = abi.Regs.new(rip=0, rflags=2)
+    vcpu.set_state(before)
+    after = vcpu.state()
+    assert (after.regs.rax, after.regs.rbx, after.regs.r15, after.regs.rip) == (1, 2, 3, CODE)
+    assert after.mp_state.mp_state == before.mp_state.mp_state
+    assert after.msrs.keys() == before.msrs.keys()
+
+
+def test_an_unknown_msr_is_left_out_and_the_rest_is_read(make_guest: MakeGuest) -> None:
+    vcpu = make_guest().vcpu
+    assert vcpu.get_msrs([0xC000_0080, 0x7FFF_FFF0, 0x174]).keys() == {0xC000_0080, 0x174}
+    assert vcpu.set_msrs({0x174: 0x10, 0x7FFF_FFF0: 1, 0x176: 0x20}) == [0x7FFF_FFF0]
+    assert vcpu.get_msrs([0x174, 0x176]) == {0x174: 0x10, 0x176: 0x20}
+
+
+def test_the_interrupt_controllers_state_can_be_put_back(make_guest: MakeGuest) -> None:
+    vm = make_guest(irqchip=True).vm
+    before = vm.interrupt_state()
+    vm.line(4).set(level=True)
+    vm.set_interrupt_state(before)
+    assert [chip.chip_id for chip in vm.interrupt_state().chips] == [0, 1, 2]
+
+
+def test_the_clock_runs_from_where_it_is_set(make_guest: MakeGuest) -> None:
+    vm = make_guest(irqchip=True).vm
+    vm.set_clock(10**15)
+    assert 10**15 <= vm.clock() < 2 * 10**15
+
+
+def test_a_vcpu_beyond_the_limit_is_refused_by_name(make_guest: MakeGuest, system: System) -> None:
+    vm = make_guest().vm
+    with pytest.raises(IoctlError, match="KVM_CREATE_VCPU: E"):
+        Vcpu(vm, system.check("KVM_CAP_MAX_VCPU_ID") or 4096)
+
+
+def test_a_missing_device_node_says_what_to_do() -> None:
+    with pytest.raises(HostError, match=r"/nonexistent/kvm: ENOENT: .*modprobe"):
+        System("/nonexistent/kvm")
+
+
+def test_something_else_than_kvm_is_refused() -> None:
+    with pytest.raises(HostError, match=r"/dev/null: is not KVM \(KVM_GET_API_VERSION: ENOTTY\)"):
+        System(os.devnull)

@@ -1,0 +1,51 @@
+"""What tests on emulated hosts share: one host for all of them, its console in every failure, and time enough."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from scripts.lab import images
+from scripts.lab.host import EmulatedHost
+from tests.conftest import skip_or_fail
+
+TIMEOUT_SECONDS = 600  # a guest on an emulated host boots in tens of seconds, on a busy machine in minutes
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("timeout") is not None:  # somebody knows better
+        return
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS))
+
+
+@pytest.fixture(scope="session")
+def lab_images() -> images.Images:
+    """The kernels and initramfs images, made on demand."""
+    if missing := images.missing_packages():
+        skip_or_fail("lab", f"the lab's programs are not here: apt-get install {' '.join(missing)}")
+    return images.make()
+
+
+@pytest.fixture(scope="session")
+def host(lab_images: images.Images) -> Iterator[EmulatedHost]:
+    """The emulated host that all tests share. A test ends what it starts there."""
+    with EmulatedHost(memory="4G") as emulated:
+        yield emulated
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show the console of each host that a failed test ran on."""
+    report = yield
+    if report.failed:
+        used = getattr(item, "funcargs", {}).values()
+        consoles = [value.console_tail() for value in used if isinstance(value, EmulatedHost)]
+        report.sections.extend(("console of the emulated host", text) for text in consoles)
+    return report

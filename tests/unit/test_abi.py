@@ -1,0 +1,179 @@
+"""The ABI that the compiler gave us: each typed name is the header's, each number the one a C program prints."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmpy._native import ffi, lib
+from kvmpy.abi import ioctl
+from kvmpy.abi import kvm as abi
+from kvmpy.abi.ioctl import Call, Get, Layout, Put, Request
+from kvmpy.errors import HostError, IoctlError
+from kvmpy.kvm.system import REQUIRED, WELCOME
+from tests.conftest import skip_or_fail
+from tests.fakes.kernel import Kernel
+
+ABI = Path(abi.__file__).parent
+LAYOUTS = sorted(Layout.__subclasses__(), key=lambda layout: layout.__name__)
+REQUESTS = {name: value for name, value in vars(abi).items() if isinstance(value, Request)}
+CONSTANTS = re.findall(r"^#define (\w+) \.\.\.", (ABI / "kvm.cdef").read_text(), re.MULTILINE)
+STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith("kvm_")]
+
+
+def fields_of(struct: str) -> dict[str, Any]:
+    return {name: field for name, field in ffi.typeof(struct).fields if name}
+
+
+@pytest.fixture(scope="module")
+def compiler_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """Every constant, size and offset that kvm.cdef names, from one small C program."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        skip_or_fail("cc", "needs a C compiler: install gcc")
+    expressions = [*CONSTANTS]
+    for struct in STRUCTS:
+        expressions.append(f"sizeof(struct {struct})")
+        expressions += [f"offsetof(struct {struct}, {name})" for name in fields_of(f"struct {struct}")]
+    directory = tmp_path_factory.mktemp("abi")
+    prints = "\n".join(f'printf("%s=%llu\\n", "{text}", (unsigned long long)({text}));' for text in expressions)
+    (directory / "says.c").write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "compat.h"\nint main(void) {{\n{prints}\nreturn 0;\n}}\n'
+    )
+    subprocess.run([compiler, f"-I{ABI}", "-o", directory / "says", directory / "says.c"], check=True)
+    lines = subprocess.run([directory / "says"], check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    return {text: int(value) for text, _, value in (line.rpartition("=") for line in lines)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layouts_annotations_are_the_structs_fields(layout: type[Layout]) -> None:
+    annotated = [name for name in layout.__annotations__ if name != "C"]
+    assert set(annotated) <= set(fields_of(layout.C))
+    assert annotated == [name for name in fields_of(layout.C) if name in annotated]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layouts_annotations_claim_the_kind_of_field_that_it_is(layout: type[Layout]) -> None:
+    claimed = {name: kind.partition("[")[0] for name, kind in layout.__annotations__.items() if name != "C"}
+    kinds = {"primitive": "int", "array": "MutableSequence", "union": "object"}
+    structs = {other.C: other.__name__ for other in LAYOUTS}
+    found = {
+        name: kinds.get(field.type.kind) or structs[field.type.cname] for name, field in fields_of(layout.C).items()
+    }
+    assert claimed.items() <= found.items()
+
+
+def test_every_struct_of_the_cdef_is_as_the_compiler_lays_it_out(compiler_says: dict[str, int]) -> None:
+    ours = {f"sizeof(struct {struct})": ffi.sizeof(f"struct {struct}") for struct in STRUCTS}
+    for struct in STRUCTS:
+        for name in fields_of(f"struct {struct}"):
+            ours[f"offsetof(struct {struct}, {name})"] = ffi.offsetof(f"struct {struct}", name)
+    assert len(ours) > 150
+    assert ours == {text: value for text, value in compiler_says.items() if "(" in text}
+
+
+def test_every_constant_is_the_compilers(compiler_says: dict[str, int]) -> None:
+    assert len(CONSTANTS) > 100
+    assert {name: getattr(lib, name) for name in CONSTANTS} == {name: compiler_says[name] for name in CONSTANTS}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_request_is_named_as_it_is_called_and_has_the_kernels_number(name: str, compiler_says: dict[str, int]) -> None:
+    request = REQUESTS[name]
+    assert request.name == name
+    assert request.number == compiler_says[name]
+
+
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if not isinstance(request, Call)])
+def test_size_in_the_requests_number_is_that_of_its_layout(name: str) -> None:
+    request = REQUESTS[name]
+    assert isinstance(request, Get | Put)
+    assert request.number >> 16 & 0x3FFF == ffi.sizeof(request.layout.C)
+
+
+# The header says "in" of some requests whose answer comes back in the same struct, and "out" of none.
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Get)])
+def test_request_that_only_gets_is_one_that_the_kernel_writes(name: str) -> None:
+    assert REQUESTS[name].number >> 30 == 2
+
+
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Call)])
+def test_request_that_takes_a_number_has_no_struct(name: str) -> None:
+    assert REQUESTS[name].number >> 16 == 0
+
+
+@pytest.mark.parametrize("capability", [*REQUIRED, *WELCOME], ids=lambda capability: capability.name)
+def test_every_capability_that_is_asked_for_is_known(capability: Any, compiler_says: dict[str, int]) -> None:
+    assert abi.capability(capability.name) == compiler_says[capability.name]
+
+
+def test_failure_names_the_request_and_the_errno() -> None:
+    with pytest.raises(IoctlError) as caught:
+        abi.KVM_GET_REGS(-1)
+    assert str(caught.value) == "KVM_GET_REGS: EBADF"
+    assert caught.value.errno == errno.EBADF
+    assert caught.value.request == "KVM_GET_REGS"
+    assert isinstance(caught.value, HostError)
+    assert isinstance(caught.value, OSError)
+
+
+def test_failure_on_what_is_no_kvm_is_the_kernels_word() -> None:
+    fd = os.open(os.devnull, os.O_RDONLY)
+    with pytest.raises(IoctlError, match=r"^KVM_CREATE_VM: ENOTTY$"):
+        abi.KVM_CREATE_VM(fd)
+    os.close(fd)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    kernel = Kernel()
+    monkeypatch.setattr(ioctl, "sys_ioctl", kernel)
+    return kernel
+
+
+def test_call_passes_its_number_as_the_argument_itself(kernel: Kernel) -> None:
+    abi.KVM_SET_TSS_ADDR(3, 0xFEFF_D000)
+    abi.KVM_CREATE_IRQCHIP(3)
+    assert kernel.seen == [("KVM_SET_TSS_ADDR", 0xFEFF_D000), ("KVM_CREATE_IRQCHIP", 0)]
+
+
+def test_get_returns_what_the_kernel_wrote_into_a_zeroed_struct(kernel: Kernel) -> None:
+    def answer(regs: Any) -> int:
+        regs.rip = 2**64 - 1
+        return 0
+
+    kernel.answers["KVM_GET_REGS"] = answer
+    regs = abi.KVM_GET_REGS(3)
+    assert (regs.rip, regs.rax) == (2**64 - 1, 0)
+    assert kernel.named("KVM_GET_REGS")[0]["rip"] == 0
+
+
+def test_put_passes_the_struct_and_returns_the_kernels_answer(kernel: Kernel) -> None:
+    kernel.answers["KVM_SIGNAL_MSI"] = lambda _: 1
+    assert abi.KVM_SIGNAL_MSI(3, abi.Msi.new(data=7)) == 1
+    assert kernel.named("KVM_SIGNAL_MSI")[0]["data"] == 7
+
+
+def test_identity_map_is_passed_by_address(kernel: Kernel) -> None:
+    abi.set_identity_map_addr(3, 0xFEFF_C000)
+    assert kernel.seen == [("KVM_SET_IDENTITY_MAP_ADDR", [0xFEFF_C000])]
+
+
+def test_struct_refuses_a_value_that_its_field_cannot_hold() -> None:
+    with pytest.raises(OverflowError):
+        abi.Irqfd.new(gsi=1 << 32)
+    with pytest.raises(OverflowError):
+        abi.Regs.new(rip=-1)
+
+
+def test_flexible_array_takes_a_list_or_a_length() -> None:
+    listed, counted = abi.MsrList.new(nmsrs=2, indices=[7, 9]), abi.MsrList.new(nmsrs=3, indices=3)
+    assert [listed.indices[0], listed.indices[1]] == [7, 9]
+    assert [counted.indices[n] for n in range(3)] == [0, 0, 0]

@@ -1,0 +1,322 @@
+"""QMP sessions as clients have them: negotiation, ids, errors in QEMU's words, events; and clients that mean harm."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmpy import __version__
+from kvmpy.errors import HostError
+from kvmpy.machine.machine import Machine
+from kvmpy.monitor.commands import COMMANDS
+from kvmpy.monitor.server import MOST_SESSIONS, MonitorServer, Session
+from tests.fakes.loop import BOUND, open_descriptors, running, settle
+from tests.fakes.monitor import Client, FakeMachine
+
+
+@pytest.fixture
+def machine() -> Iterator[FakeMachine]:
+    with running("control") as control:
+        yield FakeMachine(control)
+
+
+@pytest.fixture
+def server(machine: FakeMachine, tmp_path: Path) -> Iterator[MonitorServer]:
+    with closing(MonitorServer(cast(Machine, machine), str(tmp_path / "qmp.sock"))) as server:
+        yield server
+
+
+Connect = Callable[..., Client]
+
+
+@pytest.fixture
+def connect(server: MonitorServer, tmp_path: Path) -> Iterator[Connect]:
+    """``connect(negotiate=False)``: a new client, hung up at the end."""
+    with ExitStack() as stack:
+
+        def make(*, negotiate: bool = True) -> Client:
+            return stack.enter_context(closing(Client(str(tmp_path / "qmp.sock"), negotiate=negotiate)))
+
+        yield make
+
+
+def error(kind: str, text: str) -> dict[str, Any]:
+    return {"error": {"class": kind, "desc": text}}
+
+
+def test_greeting_has_what_qmp_shell_prints(connect: Connect) -> None:
+    assert connect(negotiate=False).greeting == {
+        "QMP": {
+            "version": {"qemu": {"major": 10, "minor": 0, "micro": 0}, "package": f"kvmpy {__version__}"},
+            "capabilities": [],
+        }
+    }
+
+
+def test_nothing_but_negotiation_is_answered_before_it(connect: Connect, machine: FakeMachine) -> None:
+    client = connect(negotiate=False)
+    assert client.ask({"execute": "quit"}) == error(
+        "CommandNotFound", "Expecting capabilities negotiation with 'qmp_capabilities'"
+    )
+    assert client.ask({"execute": "qmp_capabilities"}) == {"return": {}}
+    assert client.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
+    assert machine.asked == []
+
+
+def test_negotiation_twice_is_refused(connect: Connect) -> None:
+    assert connect().ask({"execute": "qmp_capabilities"}) == error(
+        "CommandNotFound", "Capabilities negotiation is already complete, command ignored"
+    )
+
+
+def test_capability_that_was_not_offered_is_refused_and_the_session_still_negotiates(connect: Connect) -> None:
+    client = connect(negotiate=False)
+    assert client.ask({"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}) == error(
+        "GenericError", "Capability oob not available"
+    )
+    assert client.ask({"execute": "qmp_capabilities", "arguments": {"enable": []}}) == {"return": {}}
+
+
+@pytest.mark.parametrize("id_", ["__qmp#00000", 7, -1.5, None, True, "", "é\ud800", [1, [2]], {"a": {"b": []}}, 10**30])
+def test_id_of_any_type_comes_back_with_replies_and_errors(connect: Connect, id_: Any) -> None:
+    client = connect()
+    assert client.ask({"execute": "query-name", "id": id_}) == {"return": {"name": "web1"}, "id": id_}
+    assert client.ask({"execute": "absent", "id": id_})["id"] == id_
+    assert client.ask({"execute": 1, "id": id_})["id"] == id_
+
+
+@pytest.mark.parametrize(
+    ("request_", "answer"),
+    [
+        ({"execute": "absent"}, error("CommandNotFound", "The command absent has not been found")),
+        ({}, error("GenericError", "QMP input lacks member 'execute'")),
+        ({"execute": 1}, error("GenericError", "QMP input member 'execute' must be a string")),
+        ({"execute": "stop", "extra": 1}, error("GenericError", "QMP input member 'extra' is unexpected")),
+        ({"exec-oob": "stop"}, error("GenericError", "QMP input member 'exec-oob' is unexpected")),
+        (
+            {"execute": "stop", "arguments": []},
+            error("GenericError", "QMP input member 'arguments' must be an object"),
+        ),
+        ({"execute": "stop", "arguments": {"x": 1}}, error("GenericError", "Parameter 'x' is unexpected")),
+        (
+            {"execute": "system_powerdown", "arguments": {"limit": "5"}},
+            error("GenericError", "Invalid arguments: Expected `float | null`, got `str` - at `$.limit`"),
+        ),
+        (
+            {"execute": "system_powerdown", "arguments": {"limit": -1}},
+            error("GenericError", "Invalid arguments: Expected `float` >= 0.0 - at `$.limit`"),
+        ),
+        ([], error("GenericError", "JSON parse error: expected an object")),
+        (b"{garbage}", error("GenericError", "JSON parse error")),
+    ],
+)
+def test_refusal_is_in_qemus_words_and_does_nothing(
+    connect: Connect, machine: FakeMachine, request_: Any, answer: Any
+) -> None:
+    assert connect().ask(request_) == answer
+    assert machine.asked == []
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "asked"),
+    [
+        ("stop", {}, "pause"),
+        ("cont", {}, "resume"),
+        ("system_reset", {}, "reset"),
+        ("system_powerdown", {}, "powerdown None"),
+        ("system_powerdown", {"limit": 30}, "powerdown 30.0"),
+        ("quit", {}, "stop"),
+    ],
+)
+def test_command_reaches_the_machine_and_returns_nothing(
+    connect: Connect, machine: FakeMachine, command: str, arguments: dict[str, Any], asked: str
+) -> None:
+    client = connect()
+    client.send({"execute": command, "arguments": arguments})
+    messages = [client.receive()]
+    while "event" in messages[-1]:
+        messages.append(client.receive())
+    assert messages[-1] == {"return": {}}
+    assert machine.asked == [asked]
+
+
+def test_queries_say_what_the_machine_is(connect: Connect, machine: FakeMachine) -> None:
+    client = connect()
+    assert client.ask({"execute": "query-status"}) == {"return": {"status": "running", "running": True}}
+    assert client.ask({"execute": "query-version"})["return"] == client.greeting["QMP"]["version"]
+    assert client.ask({"execute": "query-commands"}) == {"return": [{"name": name} for name in sorted(COMMANDS)]}
+    assert client.ask({"execute": "query-cpus-fast"})["return"][1] == {
+        "cpu-index": 1,
+        "thread-id": 101,
+        "target": "x86_64",
+    }
+    summary = client.ask({"execute": "query-machine"})["return"]
+    assert (summary["name"], summary["cpus"], summary["memory"], summary["kernel"]) == (
+        "web1",
+        2,
+        512 << 20,
+        "Linux 6.1",
+    )
+    assert summary["exits"] == {"pio": 2, "mmio": 4, "other": 6}
+    assert (summary["serial"], summary["device-faults"], summary["power-button-enabled"]) == ("stdio", 1, True)
+
+
+def test_events_come_after_negotiation_only_and_to_everybody(connect: Connect, machine: FakeMachine) -> None:
+    one, other, silent = connect(), connect(), connect(negotiate=False)
+    one.send({"execute": "stop"})
+    assert other.receive()["event"] == "STOP"
+    assert one.receive()["event"] == "STOP"
+    assert one.receive() == {"return": {}}
+    assert silent.ask({"execute": "qmp_capabilities"}) == {"return": {}}
+
+
+def test_shutdown_is_announced_before_quit_returns(connect: Connect) -> None:
+    client = connect()
+    client.send({"execute": "quit"})
+    event = client.receive()
+    assert (event["event"], event["data"]) == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+    assert client.receive() == {"return": {}}
+
+
+def test_refusal_by_the_machine_is_an_error_reply(connect: Connect, machine: FakeMachine) -> None:
+    client = connect()
+    client.send({"execute": "quit"}, {"execute": "quit"})
+    assert [client.receive() for _ in range(3)][2] == error(
+        "GenericError", "the machine is not running: its state is shutdown"
+    )
+
+
+def test_command_that_fails_in_us_is_answered_and_logged(
+    connect: Connect, machine: FakeMachine, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = connect()
+    machine.threads = cast(Any, None)
+    with caplog.at_level(logging.ERROR):
+        answer = client.ask({"execute": "query-cpus-fast", "id": 1})
+    assert answer["error"]["desc"].startswith("kvmpy's own mistake: TypeError")
+    assert answer["id"] == 1
+    assert "Traceback" in caplog.text
+    assert client.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
+
+
+def test_requests_in_one_piece_are_answered_in_order(connect: Connect) -> None:
+    client = connect()
+    client.send(*({"execute": "query-name", "id": n} for n in range(50)))
+    assert [client.receive()["id"] for _ in range(50)] == list(range(50))
+
+
+def test_request_in_single_bytes_is_answered(connect: Connect) -> None:
+    client = connect()
+    for byte in b'{"execute":"query-name"}':
+        client.send(bytes([byte]))
+    assert client.receive() == {"return": {"name": "web1"}}
+
+
+def test_request_beyond_the_limit_is_answered_and_ends_the_session(connect: Connect, machine: FakeMachine) -> None:
+    client = connect()
+    client.send(b'{"execute":"' + b"x" * 70_000)
+    assert b"JSON parse error: longer than" in client.rest()
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    data=st.lists(st.sampled_from([b"{", b"}", b'"', b"\\", b"\xff", b'{"id":', b"[" * 70]) | st.binary()).map(b"".join)
+)
+def test_hostile_bytes_never_raise_and_the_next_client_is_served(
+    connect: Connect, server: MonitorServer, caplog: pytest.LogCaptureFixture, data: bytes
+) -> None:
+    with closing(connect()) as client:
+        client.send(data)
+        client.socket.shutdown(socket.SHUT_WR)
+        client.rest()
+    with closing(connect()) as client:
+        assert client.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
+    assert caplog.records == []
+
+
+def test_client_that_does_not_read_is_cut_off_and_the_machine_goes_on(
+    connect: Connect, server: MonitorServer, machine: FakeMachine
+) -> None:
+    deaf, listening = connect(), connect()
+    for _ in range(40):
+        machine.emit("POWERDOWN", reason="x" * 20_000)
+        assert listening.receive()["event"] == "POWERDOWN"
+    assert len(server._sessions) == 1
+    assert len(deaf.rest()) < 1 << 20
+
+
+def test_command_behind_the_one_that_cut_a_client_off_is_not_executed(
+    connect: Connect, server: MonitorServer, machine: FakeMachine
+) -> None:
+    client = connect()
+    stream = server._sessions[0]._stream
+    while not stream.full:
+        machine.emit("POWERDOWN", reason="x" * 20_000)
+    client.send({"execute": "query-name"}, {"execute": "stop"})
+    settle(machine.control)
+    assert server._sessions == []
+    assert machine.asked == []
+
+
+def test_client_that_hangs_up_is_forgotten(connect: Connect, server: MonitorServer, machine: FakeMachine) -> None:
+    before = open_descriptors()
+    connect().close()
+    settle(machine.control)
+    assert server._sessions == []
+    assert open_descriptors() == before
+
+
+def test_clients_beyond_the_limit_are_turned_away_until_one_leaves(
+    connect: Connect, tmp_path: Path, machine: FakeMachine
+) -> None:
+    clients = [connect() for _ in range(MOST_SESSIONS)]
+    with socket.socket(socket.AF_UNIX) as another:
+        another.settimeout(BOUND)
+        another.connect(str(tmp_path / "qmp.sock"))
+        assert another.recv(1) == b""
+    clients[0].close()
+    settle(machine.control)
+    connect()
+
+
+def test_close_hangs_up_on_everybody_and_takes_the_socket_away(machine: FakeMachine, tmp_path: Path) -> None:
+    before = open_descriptors()
+    server = MonitorServer(cast(Machine, machine), str(tmp_path / "qmp.sock"))
+    client = Client(str(tmp_path / "qmp.sock"))
+    server.close()
+    assert client.rest() == b""
+    client.close()
+    machine.emit("STOP")
+    assert open_descriptors() == before
+    assert not (tmp_path / "qmp.sock").exists()
+
+
+def test_socket_that_cannot_be_bound_is_named(machine: FakeMachine, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=rf"monitor.qmp: {tmp_path}/no/qmp.sock: ENOENT: cannot listen there"):
+        MonitorServer(cast(Machine, machine), f"{tmp_path}/no/qmp.sock")
+    assert machine.listeners == []
+
+
+def test_a_session_that_is_over_is_gone_without_the_garbage_collector(connect: Connect) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, Session) for thing in gc.get_objects())
+        for _ in range(5):
+            client = connect()
+            client.ask({"execute": "query-status"})
+            client.close()
+        watcher = connect()  # once it is answered, the hang-ups before it have been seen
+        watcher.ask({"execute": "query-status"})
+        assert sum(isinstance(thing, Session) for thing in gc.get_objects()) == before + 1
+    finally:
+        gc.enable()

@@ -1,0 +1,267 @@
+"""VcpuThread and Gate: threads stop when asked and never otherwise, and a broken device breaks only its access."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import pytest
+
+from kvmpy.bus import Bus
+from kvmpy.errors import HostError, IoctlError
+from kvmpy.kvm.exits import (
+    Exit,
+    FailEntry,
+    Halted,
+    InternalError,
+    MmioRead,
+    MmioWrite,
+    PioRead,
+    PioWrite,
+    TripleFault,
+    Unknown,
+)
+from kvmpy.kvm.vcpu import Vcpu
+from kvmpy.machine.vcpu import FAULTS_LOGGED, Gate, VcpuThread
+from tests.fakes.loop import BOUND, Inbox, each
+from tests.fakes.vcpu import FakeVcpu
+
+
+class Port:
+    """A device that answers 1, 2, 3 and so on; or fails as it is told."""
+
+    def __init__(self) -> None:
+        self.name, self.lock = "port", threading.RLock()
+        self.seen: Inbox[tuple[str, int, int, int]] = Inbox()
+        self.error: Exception | None = None
+        self.reads = 0
+
+    def read(self, offset: int, size: int) -> int:
+        if self.error:
+            raise self.error
+        self.reads += 1
+        self.seen.put(("read", offset, size, self.reads))
+        return self.reads
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if self.error:
+            raise self.error
+        self.seen.put(("write", offset, size, value))
+
+
+class Rig:
+    """vCPU threads behind one gate, each with a device at port 0x10 and at gpa 0x1000."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.port = Port()
+        self.pio, self.mmio = Bus("pio"), Bus("mmio")
+        self.pio.map(0x10, 8, self.port)
+        self.mmio.map(0x1000, 8, self.port)
+        self.fatal: Inbox[tuple[str, Exit | HostError]] = Inbox()
+        self.threads: list[VcpuThread] = []
+
+    def start(self, *vcpus: FakeVcpu) -> None:
+        self.threads = [
+            VcpuThread(cast(Vcpu, vcpu), self.gate, self.pio, self.mmio, lambda t, w: self.fatal.put((t.name, w)))
+            for vcpu in vcpus
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def run(self, *exits: Any) -> FakeVcpu:
+        """One vCPU that has had ``exits`` and runs on in the guest."""
+        vcpu = FakeVcpu(*exits)
+        self.start(vcpu)
+        self.gate.open()
+        assert vcpu.in_guest.wait(BOUND)
+        return vcpu
+
+    def park(self) -> None:
+        self.gate.close(self.threads)
+        bounded(lambda: self.gate.wait_parked(self.threads))
+
+
+def bounded(wait: Callable[[], object]) -> None:
+    """Fail where ``wait`` does not end."""
+    done = threading.Event()
+
+    def run() -> None:
+        wait()
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    assert done.wait(BOUND), "waits for ever"
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.gate.end(rig.threads)
+    for thread in rig.threads:
+        thread.join(BOUND)
+        assert not thread.is_alive()
+
+
+def test_no_instruction_runs_before_the_gate_is_opened(rig: Rig) -> None:
+    vcpu = FakeVcpu(PioWrite(0x10, 1, (1,)))
+    rig.start(vcpu)
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    assert vcpu.log == []
+    rig.gate.open()
+    assert rig.port.seen.wait() == [("write", 0, 1, 1)]
+
+
+def test_closed_gate_stops_a_guest_that_never_exits(rig: Rig) -> None:
+    vcpu = rig.run()
+    rig.park()
+    assert vcpu.log == ["interrupted"]
+
+
+def test_all_threads_are_kicked_before_any_is_waited_for(rig: Rig) -> None:
+    vcpus = [FakeVcpu(index=n) for n in range(4)]
+    rig.start(*vcpus)
+    rig.gate.open()
+    assert all(vcpu.in_guest.wait(BOUND) for vcpu in vcpus)
+    rig.park()
+    assert [vcpu.kicks for vcpu in vcpus] == [1, 1, 1, 1]
+
+
+def test_parked_threads_run_on_when_the_gate_opens_again(rig: Rig) -> None:
+    vcpu = rig.run()
+    rig.park()
+    vcpu.give(PioWrite(0x10, 1, (7,)))
+    rig.gate.open()
+    assert rig.port.seen.wait() == [("write", 0, 1, 7)]
+    assert rig.threads[0] not in rig.gate._parked
+
+
+def test_kick_just_before_the_thread_listens_again_is_heard(rig: Rig) -> None:
+    vcpu = FakeVcpu()
+    accepted: Inbox[None] = Inbox()
+    vcpu.before_accept = each(lambda: rig.gate.close(rig.threads), lambda: accepted.put(None))
+    rig.start(vcpu)
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    rig.gate.open()
+    accepted.wait(2)
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    assert vcpu.log == []
+
+
+def test_no_kick_is_lost_however_often_the_gate_closes_and_opens(rig: Rig) -> None:
+    vcpus = [FakeVcpu(index=n) for n in range(3)]
+    rig.start(*vcpus)
+    stop_and_go = [rig.gate.open, rig.park] * 200
+    for step in stop_and_go:
+        step()
+    assert all(thread in rig.gate._parked for thread in rig.threads)
+
+
+def test_guest_in_a_storm_of_exits_stops_too(rig: Rig) -> None:
+    vcpu = FakeVcpu(*[PioWrite(0x10, 1, (0,))] * 100_000)
+    rig.start(vcpu)
+    rig.gate.open()
+    rig.port.seen.wait(10)
+    rig.park()
+    assert len(rig.port.seen.items) < 100_000
+
+
+def test_device_that_closes_the_gate_from_the_vcpus_own_thread_parks_it(rig: Rig) -> None:
+    vcpu = FakeVcpu(PioWrite(0x20, 1, (0,)), PioWrite(0x10, 1, (1,)))
+
+    class Power(Port):
+        def write(self, offset: int, size: int, value: int) -> None:
+            rig.gate.close(rig.threads)
+
+    rig.pio.map(0x20, 1, Power())
+    rig.start(vcpu)
+    rig.gate.open()
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    assert rig.port.seen.items == []
+
+
+def test_thread_that_is_done_or_was_never_started_is_not_waited_for(rig: Rig) -> None:
+    rig.run()
+    never = VcpuThread(cast(Vcpu, FakeVcpu()), rig.gate, rig.pio, rig.mmio, lambda t, w: None)
+    rig.park()
+    rig.gate.end(rig.threads)
+    rig.threads[0].join(BOUND)
+    bounded(lambda: rig.gate.wait_parked([*rig.threads, never]))
+    rig.gate.close([*rig.threads, never])
+
+
+def test_end_finishes_a_thread_that_runs(rig: Rig) -> None:
+    vcpu = rig.run()
+    rig.gate.end(rig.threads)
+    rig.threads[0].join(BOUND)
+    assert not rig.threads[0].is_alive()
+    assert vcpu.log == ["interrupted"]
+
+
+def test_writes_reach_the_device_item_by_item_and_are_counted(rig: Rig) -> None:
+    rig.run(PioWrite(0x12, 2, (0xAAAA, 0xBBBB)), MmioWrite(0x1004, 4, 0xCCCC))
+    assert rig.port.seen.items == [("write", 2, 2, 0xAAAA), ("write", 2, 2, 0xBBBB), ("write", 4, 4, 0xCCCC)]
+    thread = rig.threads[0]
+    assert (thread.pio_exits, thread.mmio_exits, thread.faults) == (1, 1, 0)
+
+
+def test_reads_are_answered_the_first_item_lowest(rig: Rig) -> None:
+    vcpu = rig.run(PioRead(0x10, 2, 3), MmioRead(0x1000, 4))
+    assert vcpu.replies == [-1, 0x0003_0002_0001, -1, 4]
+
+
+def test_device_that_raises_costs_its_access_and_the_guest_runs_on(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.port.error = ZeroDivisionError("a bug of ours")
+    with caplog.at_level(logging.ERROR):
+        vcpu = rig.run(PioWrite(0x10, 1, (1,)), MmioRead(0x1000, 4), PioRead(0x10, 1, 1))
+    assert rig.threads[0].faults == 3
+    assert vcpu.log == ["run", "complete"] * 3
+    assert vcpu.replies == [-1, -1]
+    assert "vcpu0: a device failed; the access is ignored" in caplog.text
+    assert "a bug of ours" in caplog.text
+    assert rig.fatal.items == []
+
+
+def test_device_that_raises_for_ever_fills_no_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.port.error = ZeroDivisionError()
+    with caplog.at_level(logging.ERROR):
+        rig.run(*[PioWrite(0x10, 1, (1,))] * 100)
+    assert rig.threads[0].faults == 100
+    assert len(caplog.records) == FAULTS_LOGGED
+
+
+@pytest.mark.parametrize(
+    "fatal", [Halted(), TripleFault(), InternalError(1, (2, 3)), FailEntry(0x8000_0021, 0), Unknown(99)]
+)
+def test_vcpu_that_cannot_go_on_closes_the_gate_and_says_why_once(rig: Rig, fatal: Exit) -> None:
+    vcpu = FakeVcpu(fatal, PioWrite(0x10, 1, (1,)))
+    rig.start(vcpu)
+    rig.gate.open()
+    assert rig.fatal.wait() == [("vcpu0", fatal)]
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    assert rig.gate.closed
+    assert vcpu.log == ["run"]
+    assert len(rig.fatal.items) == 1
+
+
+def test_kvm_run_that_fails_is_fatal(rig: Rig) -> None:
+    error = IoctlError("KVM_RUN", errno.EFAULT)
+    rig.start(FakeVcpu(error))
+    rig.gate.open()
+    assert rig.fatal.wait() == [("vcpu0", error)]
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+
+
+def test_kvm_that_fails_to_complete_a_failed_devices_access_is_fatal_and_the_thread_lives_to_park(rig: Rig) -> None:
+    rig.port.error = ZeroDivisionError()
+    vcpu = FakeVcpu(PioWrite(0x10, 1, (1,)))
+    vcpu.complete_error = IoctlError("KVM_RUN", errno.EIO)
+    rig.start(vcpu)
+    rig.gate.open()
+    assert rig.fatal.wait() == [("vcpu0", vcpu.complete_error)]
+    bounded(lambda: rig.gate.wait_parked(rig.threads))
+    assert rig.threads[0].is_alive()
