@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ def settle(reactor: Reactor, rounds: int = 3) -> None:
 
 def open_descriptors() -> list[str]:
     """What this process has open, for a comparison before and after."""
+    gc.collect()  # or what an earlier test left behind may close in between
     found = []
     for fd in os.listdir("/proc/self/fd"):
         try:

@@ -10,7 +10,7 @@ import socket
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -49,10 +49,13 @@ def connected(reactor: Reactor) -> tuple[Stream, socket.socket]:
 def no_descriptors_left() -> Iterator[None]:
     """Within it the process can open nothing more."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    highest = max(int(line.split()[0]) for line in open_descriptors())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
-    spare = [os.dup(0) for _ in range(highest + 1 - len(open_descriptors()))]
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+    spare: list[int] = []
     try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, limits[1]))
+        with suppress(OSError):  # EMFILE: the last free one is taken; how many there were is nobody's business
+            while True:
+                spare.append(os.open(os.devnull, os.O_RDONLY))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
