@@ -34,19 +34,29 @@ def console(args: argparse.Namespace) -> int:
             wire.connect(path)
         except OSError as e:
             raise HostError(f"{path}: {errno_name(e.errno or 0)}: the machine does not answer; is it ending?") from e
-        for number in ENDING:
-            signal.signal(number, _end)
+        caught = _catch_signals()
         wire.setblocking(False)
         screen, blocking = reopen(STDOUT, os.O_WRONLY), os.get_blocking(STDOUT)
         try:
             with RawTerminal(STDIN):
                 _say(screen, f"{args.name}: attached; Ctrl-A x leaves, Ctrl-A h helps")
-                left = _shuttle(wire, screen)
+                left = _shuttle(wire, screen, caught)
                 _say(screen, "" if left else f"{args.name}: the machine has ended")
         finally:
             os.close(screen)
             os.set_blocking(STDOUT, blocking)  # where it cannot be opened afresh
     return 0
+
+
+def _catch_signals() -> int:
+    """End at a signal. Returns what becomes readable then: one that comes just before a select does not interrupt it."""
+    caught, wake = os.pipe()
+    for fd in (caught, wake):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(wake)
+    for number in ENDING:
+        signal.signal(number, _end)
+    return caught
 
 
 def _end(number: int, _: object) -> NoReturn:
@@ -56,7 +66,7 @@ def _end(number: int, _: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _shuttle(wire: socket.socket, screen: int) -> bool:
+def _shuttle(wire: socket.socket, screen: int, caught: int) -> bool:
     """Carry bytes both ways until either side ends; True where that was ours. Waits for nothing but the next byte."""
     leaving = False
     typed, said = bytearray(), bytearray()
@@ -70,7 +80,7 @@ def _shuttle(wire: socket.socket, screen: int) -> bool:
         while not leaving:
             # Always the keyboard, or Ctrl-A x would not be seen; the machine only once the screen has shown the last.
             readable, writable, _ = select.select(
-                [STDIN] if said else [STDIN, wire.fileno()],
+                [STDIN, caught] if said else [STDIN, caught, wire.fileno()],
                 [fd for fd, pending in ((wire.fileno(), typed), (screen, said)) if pending],
                 [],
             )
