@@ -2,7 +2,9 @@
  * kvmpy_run. Every function returns a negative errno where it fails: errno itself would be lost on the way. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdint.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -38,4 +40,27 @@ static int kvmpy_accept_kicks(int signal_number)
 static int kvmpy_kick_signal(void)
 {
     return SIGRTMIN;
+}
+
+/* Virtqueue indices (Virtio 1.2, 2.7): one access of 16 bits each, ordered against the rest of the ring. Python has
+ * neither, and a bytes copy may be done byte by byte. */
+static uint16_t kvmpy_load16(const char *at)
+{
+    return __atomic_load_n((const uint16_t *)at, __ATOMIC_ACQUIRE);
+}
+
+static void kvmpy_store16(char *at, uint16_t value)
+{
+    __atomic_store_n((uint16_t *)at, value, __ATOMIC_RELEASE);
+}
+
+static void kvmpy_fence(void)
+{
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+/* Puts the calling thread, and no other, into a network namespace: os.setns came with Python 3.12. */
+static int kvmpy_enter_netns(int fd)
+{
+    return setns(fd, CLONE_NEWNET) < 0 ? -errno : 0;
 }

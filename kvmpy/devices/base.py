@@ -8,8 +8,9 @@ speaks only through what it was given: an IrqLine, a sink, a Power, a Timer.
 from __future__ import annotations
 
 import threading
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
+from kvmpy.host.eventfd import EventFd
 from kvmpy.state import State
 
 S = TypeVar("S", bound=State)
@@ -36,6 +37,20 @@ class Timer(Protocol):
 
     def cancel(self) -> None:
         """Do not call back. One callback already under way may still come."""
+
+
+class Closable(Protocol):
+    """Something taken that can be given back."""
+
+    def close(self) -> None:
+        """Give it back; closing twice is allowed."""
+
+
+class Doorbells(Protocol):
+    """Guest writes that only wake somebody: absorbed in the kernel, no exit. Any thread."""
+
+    def doorbell(self, gpa: int, event: EventFd) -> Closable:
+        """Let a guest's write of any width at ``gpa`` signal ``event``. Raises HostError."""
 
 
 class Device(Generic[S]):
@@ -66,6 +81,19 @@ class Device(Generic[S]):
 
     def post_load(self) -> None:
         """Rebuild what follows from the state (a line's level, a timer). Touches no other device."""
+
+    def pause(self) -> None:
+        """Stop touching the guest's memory; nothing is lost.
+
+        By the control thread, every vCPU parked, without the lock. A device that is paused can be reset or saved.
+        """
+
+    def resume(self) -> None:
+        """Go on after `pause`, or begin: a device is made paused. By the control thread, before the vCPUs run."""
+
+    def info(self) -> dict[str, Any]:
+        """What an operator is shown of the device, as JSON values. Any thread."""
+        return {}
 
     def close(self) -> None:
         """Give back host resources. Nothing is called afterwards."""

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvmpy.abi import kvm as abi
+from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
+from kvmpy.irq import MsiMessage
 
 PIC_PINS: Final = 8
 IOAPIC_PINS: Final = 24
 # KVM_MAX_IRQ_ROUTES is 4096 on x86; the pins take the first 24.
 GSI_LIMIT: Final = 4096
-
-
-class MsiMessage(NamedTuple):
-    """What the guest programmed: a 64-bit address and 32 bits of data."""
-
-    address: int
-    data: int
 
 
 class Line:
@@ -43,12 +38,23 @@ class Line:
 
 
 class Routing:
-    """The VM's GSI routing table: the default pins, and the messages added to them."""
+    """The VM's GSI routing table: the default pins, and the messages added to them.
+
+    The table is kept as KVM takes it and changed in place: with hundreds of vectors, building it anew for each change
+    would take longer than the change.
+    """
 
     def __init__(self, vm_fd: int) -> None:
         self._vm_fd = vm_fd
         self._lock = threading.Lock()
         self._messages: dict[int, MsiMessage] = {}
+        self._places: dict[int, int] = {}  # of each GSI with a message, its entry
+        self._free: list[int] = []  # GSIs that were given back
+        pins = _default_pins()
+        self._first = len(pins)
+        self._table = abi.IrqRouting.new(nr=len(pins), entries=len(pins) + GSI_LIMIT - IOAPIC_PINS)
+        for index, pin in enumerate(pins):
+            self._table.entries[index] = pin
 
     @property
     def messages(self) -> Mapping[int, MsiMessage]:
@@ -56,38 +62,66 @@ class Routing:
         return self._messages
 
     def add(self, message: MsiMessage) -> int:
-        """Route a free GSI to ``message``; returns the GSI. Raises IoctlError, the table unchanged."""
+        """Route a free GSI to ``message``; returns the GSI. Raises HostError, the table unchanged."""
         with self._lock:
-            gsi = next(n for n in range(IOAPIC_PINS, GSI_LIMIT) if n not in self._messages)
-            self._set({**self._messages, gsi: message})
+            gsi = self._free[-1] if self._free else IOAPIC_PINS + len(self._messages)
+            if gsi >= GSI_LIMIT:
+                raise HostError(f"KVM_SET_GSI_ROUTING: all {GSI_LIMIT} interrupt routes of the machine are in use")
+            place = self._table.nr
+            self._put(place, gsi, message)
+            self._table.nr = place + 1
+            try:
+                self._commit()
+            except BaseException:
+                self._table.nr = place
+                raise
+            if self._free:
+                self._free.pop()
+            self._messages[gsi], self._places[gsi] = message, place
             return gsi
 
     def change(self, gsi: int, message: MsiMessage) -> None:
-        """Send ``gsi`` elsewhere."""
+        """Send ``gsi`` elsewhere. Raises IoctlError, the table unchanged."""
         with self._lock:
-            self._set({**self._messages, gsi: message})
+            place, earlier = self._places[gsi], self._messages[gsi]
+            self._put(place, gsi, message)
+            try:
+                self._commit()
+            except BaseException:
+                self._put(place, gsi, earlier)
+                raise
+            self._messages[gsi] = message
 
     def remove(self, gsi: int) -> None:
-        """Free a GSI that `add` gave."""
+        """Free a GSI that `add` gave: the last entry takes its place. Raises IoctlError, the table unchanged."""
         with self._lock:
-            self._set({n: message for n, message in self._messages.items() if n != gsi})
+            place, last = self._places[gsi], self._table.nr - 1
+            moved = self._table.entries[last].gsi
+            self._put(place, moved, self._messages[moved])
+            self._table.nr = last
+            try:
+                self._commit()
+            except BaseException:
+                self._put(place, gsi, self._messages[gsi])
+                self._table.nr = last + 1
+                raise
+            self._places[moved] = place
+            del self._places[gsi], self._messages[gsi]
+            self._free.append(gsi)
 
     def commit(self) -> None:
         """Hand the whole table to KVM, the default pins included."""
         with self._lock:
-            self._set(self._messages)
+            self._commit()
 
-    def _set(self, messages: dict[int, MsiMessage]) -> None:
-        entries = _default_pins()
-        for gsi, message in messages.items():
-            msi = {
-                "address_lo": message.address & 0xFFFF_FFFF,
-                "address_hi": message.address >> 32,
-                "data": message.data,
-            }
-            entries.append({"gsi": gsi, "type": abi.ROUTING_MSI, "u": {"msi": msi}})
-        abi.KVM_SET_GSI_ROUTING(self._vm_fd, abi.IrqRouting.new(nr=len(entries), entries=entries))
-        self._messages = dict(messages)
+    def _put(self, place: int, gsi: int, message: MsiMessage) -> None:
+        entry = self._table.entries[place]
+        entry.gsi, entry.type = gsi, abi.ROUTING_MSI
+        msi = entry.u.msi
+        msi.address_lo, msi.address_hi, msi.data = message.address & 0xFFFF_FFFF, message.address >> 32, message.data
+
+    def _commit(self) -> None:
+        abi.KVM_SET_GSI_ROUTING(self._vm_fd, self._table)
 
 
 def _default_pins() -> list[dict[str, object]]:

@@ -6,7 +6,11 @@ import os
 from typing import Final, NamedTuple
 
 from kvmpy.abi import kvm as abi
-from kvmpy.kvm.irq import Line, MsiMessage, Routing
+from kvmpy.errors import HostError, errno_name
+from kvmpy.host.eventfd import EventFd
+from kvmpy.irq import MsiMessage
+from kvmpy.kvm.irq import IoEventFd, Line, Routing
+from kvmpy.kvm.msi import Vector
 from kvmpy.kvm.system import System
 from kvmpy.memory import Ram
 
@@ -28,6 +32,7 @@ class Vm:
         self.system = system
         self.fd = system.create_vm()
         self.routing = Routing(self.fd)
+        self._any_length = bool(system.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
 
     def close(self) -> None:
         """Close the descriptor; KVM frees the VM when the last vCPU's is closed too."""
@@ -57,6 +62,22 @@ class Vm:
     def line(self, gsi: int) -> Line:
         """The interrupt line of ``gsi``, for the one device that drives it."""
         return Line(self.fd, gsi)
+
+    def vector(self) -> Vector:
+        """A message-signalled interrupt for a function's use (`kvmpy.irq.MsiSink`). Raises HostError."""
+        try:
+            return Vector(self.fd, self.routing)
+        except OSError as e:
+            raise HostError(
+                f"eventfd: {errno_name(e.errno or 0)}: no descriptor for an interrupt; raise ulimit -n"
+            ) from e
+
+    def doorbell(self, gpa: int, event: EventFd) -> IoEventFd:
+        """Let a guest's write at ``gpa`` only signal ``event`` (`kvmpy.devices.base.Doorbells`). Raises IoctlError.
+
+        Of any width where KVM can match that, which also spares it decoding the instruction; else of 2 bytes.
+        """
+        return IoEventFd(self.fd, gpa, 0 if self._any_length else 2, event)
 
     def signal_msi(self, message: MsiMessage) -> None:
         """Deliver one message-signalled interrupt now."""

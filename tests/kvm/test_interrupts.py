@@ -129,3 +129,41 @@ def test_message_routes_get_free_gsis_and_give_them_back(make_guest: MakeGuest) 
     assert routing.add(MsiMessage(0xFEE0_0000, 0x43)) == first
     assert dict(routing.messages) == {first: MsiMessage(0xFEE0_0000, 0x43), second: MsiMessage(0xFEE0_0000, 0x42)}
     assert max(routing.messages) < GSI_LIMIT
+
+
+def test_a_vector_that_was_signalled_while_masked_interrupts_once_when_it_gets_its_route(make_guest: MakeGuest) -> None:
+    guest = guest_with_local_apic(make_guest)
+    vector = guest.vm.vector()
+    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+    vector.signal()
+    vector.signal()
+    assert vector.pending
+    vector.route(MsiMessage(0xFEE0_0000, 0x24))
+    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    assert not vector.pending
+    vector.route(None)
+    assert not vector.pending
+    vector.signal()
+    assert vector.pending
+    vector.route(MsiMessage(0xFEE0_0000, 0x24))
+    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    vector.close()
+    assert not guest.vm.routing.messages
+
+
+def test_a_doorbell_takes_writes_of_every_width_without_an_exit(make_guest: MakeGuest) -> None:
+    guest = make_guest()
+    guest.load(
+        b"\xc6\x07\x01"  # mov byte [bx], 1
+        b"\xc7\x07\x01\x00"  # mov word [bx], 1
+        b"\x66\xc7\x07\x01\x00\x00\x00"  # mov dword [bx], 1
+        b"\xb0\x44" + OUT_REPORT
+    )
+    sregs = guest.vcpu.sregs
+    sregs.ds.base = 0xD000_0000
+    guest.vcpu.sregs = sregs
+    with EventFd() as event:
+        closing = guest.vm.doorbell(0xD000_0000, event)
+        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("D"),))
+        assert event.take() == 3
+        closing.close()

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
+import kvmpy.kvm.irq
 from kvmpy._native import lib
 from kvmpy.abi import ioctl
 from kvmpy.abi import kvm as abi
 from kvmpy.errors import HostError, IoctlError, MissingCapability
 from kvmpy.host.eventfd import EventFd
 from kvmpy.kvm.irq import IOAPIC_PINS, IoEventFd, IrqFd, Line, MsiMessage, Routing
+from kvmpy.kvm.msi import Vector
 from kvmpy.kvm.system import MOST_ENTRIES, REQUIRED, System
 from tests.fakes.kernel import Kernel, copied
 from tests.fakes.loop import open_descriptors
@@ -41,8 +43,7 @@ def event() -> Iterator[EventFd]:
 def routes(kernel: Kernel) -> list[dict[str, Any]]:
     """The entries of the last table that KVM was given."""
     table = kernel.named("KVM_SET_GSI_ROUTING")[-1]
-    assert table["nr"] == len(table["entries"])
-    entries: list[dict[str, Any]] = table["entries"]
+    entries: list[dict[str, Any]] = table["entries"][: table["nr"]]
     return entries
 
 
@@ -127,6 +128,46 @@ def test_threads_that_add_at_once_get_different_gsis(kernel: Kernel) -> None:
         thread.join()
     assert sorted(given) == list(range(24, 124))
     assert sorted(messages(kernel)) == sorted(given)
+
+
+def test_the_table_stays_right_while_routes_come_and_go_in_any_order(kernel: Kernel) -> None:
+    routing = Routing(VM_FD)
+    gsis = [routing.add(MsiMessage(0, n)) for n in range(6)]
+    for n in (0, 5, 2):
+        routing.remove(gsis[n])
+    routing.change(gsis[4], MsiMessage(0, 40))
+    again = routing.add(MsiMessage(0, 9))
+    assert messages(kernel) == {gsi: (0, 0, message.data) for gsi, message in routing.messages.items()}
+    assert sorted(message.data for message in routing.messages.values()) == [1, 3, 9, 40]
+    assert again in gsis
+
+
+def test_a_machine_out_of_routes_says_so(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvmpy.kvm.irq, "GSI_LIMIT", IOAPIC_PINS + 1)
+    routing = Routing(VM_FD)
+    routing.add(MESSAGE)
+    with pytest.raises(HostError, match="all 25 interrupt routes of the machine are in use"):
+        routing.add(MESSAGE)
+    assert len(routing.messages) == 1
+
+
+def test_a_vector_is_an_irqfd_while_it_has_a_route_and_keeps_signals_otherwise(kernel: Kernel) -> None:
+    vector = Vector(VM_FD, routing := Routing(VM_FD))
+    vector.signal()
+    assert vector.pending
+    vector.route(MESSAGE)
+    vector.route(MESSAGE)
+    assert len(kernel.named("KVM_IRQFD")) == 1
+    vector.route(MsiMessage(0, 1))
+    assert (len(kernel.named("KVM_IRQFD")), list(routing.messages.values())) == (1, [MsiMessage(0, 1)])
+    vector.route(None)
+    assert vector.pending
+    vector.discard()
+    assert not vector.pending
+    vector.close()
+    vector.close()
+    assert not routing.messages
+    assert [request["flags"] for request in kernel.named("KVM_IRQFD")] == [0, abi.IRQFD_DEASSIGN]
 
 
 def test_irqfd_is_assigned_and_taken_away(kernel: Kernel, event: EventFd) -> None:
