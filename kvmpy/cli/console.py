@@ -49,7 +49,7 @@ def console(args: argparse.Namespace) -> int:
 
 
 def _catch_signals() -> int:
-    """End at a signal. Returns what becomes readable then: one that comes just before a select does not interrupt it."""
+    """End at a signal. Returns what becomes readable then: a select that is just beginning is not interrupted."""
     caught, wake = os.pipe()
     for fd in (caught, wake):
         os.set_blocking(fd, False)
