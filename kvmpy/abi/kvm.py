@@ -7,7 +7,7 @@ kernel's Documentation/virt/kvm/api.rst.
 from __future__ import annotations
 
 from collections.abc import MutableSequence
-from typing import Final
+from typing import Any, Final
 
 from kvmpy._native import ffi, lib
 from kvmpy.abi import ioctl
@@ -211,7 +211,7 @@ class RoutingEntry(Layout, c="struct kvm_irq_routing_entry"):
 class IrqRouting(Layout, c="struct kvm_irq_routing"):
     nr: int
     flags: int
-    entries: MutableSequence[RoutingEntry]
+    entries: MutableSequence[Any]  # RoutingEntry; a dict is taken too
 
 
 API_VERSION: Final[int] = lib.KVM_API_VERSION

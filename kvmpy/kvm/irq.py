@@ -51,7 +51,6 @@ class Routing:
         self._places: dict[int, int] = {}  # of each GSI with a message, its entry
         self._free: list[int] = []  # GSIs that were given back
         pins = _default_pins()
-        self._first = len(pins)
         self._table = abi.IrqRouting.new(nr=len(pins), entries=len(pins) + GSI_LIMIT - IOAPIC_PINS)
         for index, pin in enumerate(pins):
             self._table.entries[index] = pin
@@ -115,10 +114,12 @@ class Routing:
             self._commit()
 
     def _put(self, place: int, gsi: int, message: MsiMessage) -> None:
-        entry = self._table.entries[place]
-        entry.gsi, entry.type = gsi, abi.ROUTING_MSI
-        msi = entry.u.msi
-        msi.address_lo, msi.address_hi, msi.data = message.address & 0xFFFF_FFFF, message.address >> 32, message.data
+        address = {"address_lo": message.address & 0xFFFF_FFFF, "address_hi": message.address >> 32}
+        self._table.entries[place] = {
+            "gsi": gsi,
+            "type": abi.ROUTING_MSI,
+            "u": {"msi": {**address, "data": message.data}},
+        }
 
     def _commit(self) -> None:
         abi.KVM_SET_GSI_ROUTING(self._vm_fd, self._table)
