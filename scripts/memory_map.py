@@ -40,6 +40,8 @@ def _memory() -> Iterator[str]:
         yield f"| {gpa:#x} | | at boot: {what} |"
     yield _extent(layout.LEGACY_HOLE, "reserved: a PC's VGA and BIOS")
     yield _row(low.acpi.start, low.acpi.stop, "in it: the ACPI tables, RSDP first")
+    yield _extent(layout.ECAM, "reserved: ECAM, the configuration space of PCI Express")
+    yield _extent(layout.MMIO32, "PCI: 32-bit window for BARs")
     yield _extent(layout.IOAPIC, "IOAPIC")
     yield _extent(layout.LAPIC, "local APIC, each vCPU's own")
     yield _extent(layout.IDENTITY_MAP, "KVM's identity map")
@@ -47,6 +49,12 @@ def _memory() -> Iterator[str]:
     yield f"| {layout.HIGH_RAM:#x} | | RAM that did not fit below |"
     yield ""
     yield f"With 1 GiB pages the RAM below 4 GiB ends at {layout.LOW_RAM_END_1GIB_PAGES:#x}."
+    yield ""
+    yield "PCI's 64-bit window for BARs is above the RAM, as big as it must be, aligned to its size:"
+    yield from ("", "| RAM | root ports | from | to |", "|---|---|---|---|")
+    for gib, ports in ((1, 0), (4, 2), (16, 4), (64, 16)):
+        window = layout.mmio64(gib * layout.GIB, ports)
+        yield f"| {gib} GiB | {ports} | {window.base:#x} | {window.base + window.size - 1:#x} |"
 
 
 def _ports() -> Iterator[str]:
@@ -58,7 +66,9 @@ def _ports() -> Iterator[str]:
     yield _extent(layout.COM1, "COM1, a 16550A")
     yield _extent(layout.PVPANIC, "pvpanic")
     yield _extent(layout.ACPI_PM, "ACPI power management: PM1 event and control blocks, timer")
-    yield _extent(layout.RESET, "reset register")
+    yield _extent(layout.PCI_CONFIG, "PCI configuration: address and data")
+    yield _extent(layout.RESET, "in it, for accesses of one byte: reset register")
+    yield _extent(layout.PCI_IO, "PCI: window for BARs")
 
 
 def _interrupts() -> Iterator[str]:
@@ -67,6 +77,9 @@ def _interrupts() -> Iterator[str]:
     yield f"| {layout.COM1_IRQ} | COM1 |"
     yield f"| {layout.RTC_IRQ} | real-time clock |"
     yield f"| {layout.SCI_IRQ} | ACPI's SCI, level, active high |"
+    for number, gsi in enumerate(layout.PCI_IRQS):
+        pins = ", ".join(f"INT{'ABCD'[(number - device) % 4]} of device {device}" for device in range(4))
+        yield f"| {gsi} | PCI: {pins}, and so on |"
 
 
 def _extent(extent: Extent, what: str) -> str:

@@ -17,11 +17,24 @@ from kvmpy.boot.plan import Entry
 from kvmpy.errors import IoctlError
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.machine import layout, registers
-from kvmpy.machine.layout import GIB, HIGH_RAM, LOW_RAM_END, LOW_RAM_END_1GIB_PAGES, Extent, ram
+from kvmpy.machine.layout import (
+    GIB,
+    HIGH_RAM,
+    LOW_RAM_END,
+    LOW_RAM_END_1GIB_PAGES,
+    Extent,
+    is_addressable,
+    mmio64,
+    ram,
+)
 from kvmpy.machine.runstate import LEGAL, RunState
 
-PORTS = {name: extent for name, extent in vars(layout).items() if isinstance(extent, Extent) and extent.base < 0x1_0000}
-PAGES = ("IOAPIC", "LAPIC", "IDENTITY_MAP", "TSS")
+PORTS = {
+    name: extent
+    for name, extent in vars(layout).items()
+    if isinstance(extent, Extent) and extent.base < 0x1_0000 and name != "RESET"
+}
+PAGES = ("ECAM", "MMIO32", "IOAPIC", "LAPIC", "IDENTITY_MAP", "TSS")
 TIB = 1 << 40
 
 
@@ -32,6 +45,18 @@ def overlap(one: Extent, other: Extent) -> bool:
 @pytest.mark.parametrize(("one", "other"), list(combinations(PORTS, 2)))
 def test_no_port_belongs_to_two_devices(one: str, other: str) -> None:
     assert not overlap(PORTS[one], PORTS[other])
+
+
+def test_the_reset_register_is_inside_the_port_that_owns_it_on_the_bus() -> None:
+    assert (layout.PCI_CONFIG.base + 1, 1) == layout.RESET
+
+
+def test_the_ports_on_the_pci_bus_are_all_but_those_that_configure_it() -> None:
+    low, high = layout.PCI_IO_RANGES
+    assert (low.base, low.size, high.base + high.size) == (0, layout.PCI_CONFIG.base, 0x1_0000)
+    assert high.base == layout.PCI_CONFIG.base + layout.PCI_CONFIG.size
+    assert high.base <= layout.PCI_IO.base
+    assert layout.PCI_IO.base + layout.PCI_IO.size == high.base + high.size
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(PAGES, 2)))
@@ -48,8 +73,8 @@ def test_pages_below_4_gib_are_aligned_and_never_ram(name: str) -> None:
 
 
 def test_interrupts_are_told_apart_and_are_pins_of_the_ioapic() -> None:
-    irqs = (layout.COM1_IRQ, layout.RTC_IRQ, layout.SCI_IRQ)
-    assert len(set(irqs)) == len(irqs)
+    irqs = (layout.COM1_IRQ, layout.RTC_IRQ, layout.SCI_IRQ, *layout.PCI_IRQS)
+    assert len(set(irqs)) == len(irqs) == 7
     assert all(0 < irq < 24 and irq != 2 for irq in irqs)
 
 
@@ -58,6 +83,11 @@ def test_kvms_own_pages_are_reserved() -> None:
         r.base <= layout.TSS.base and layout.TSS.base + layout.TSS.size <= r.base + r.size for r in layout.RESERVED
     )
     assert any(r.base <= layout.IDENTITY_MAP.base < r.base + r.size for r in layout.RESERVED)
+
+
+def test_ecam_is_one_mib_for_each_bus_and_reserved() -> None:
+    assert (layout.ECAM.base % layout.ECAM.size, layout.ECAM.size) == (0, 256 << 20)
+    assert layout.ECAM in layout.RESERVED
 
 
 @given(st.integers(1, 16 * TIB), st.sampled_from([0, 2 << 20, GIB]))
@@ -92,6 +122,42 @@ def test_with_huge_pages_of_1_gib_offset_and_address_agree_modulo_the_page(gibib
         assert (extent.base - offset) % GIB == 0
         offset += extent.size
     assert LOW_RAM_END_1GIB_PAGES % GIB == 0
+
+
+@given(st.integers(1, 16 * TIB), st.integers(0, 255), st.sampled_from([0, 2 << 20, GIB]))
+def test_the_64_bit_window_is_above_ram_and_aligned_to_its_size(size: int, ports: int, huge_page: int) -> None:
+    base, window = mmio64(size, ports, huge_page=huge_page)
+    last = ram(size, huge_page=huge_page)[-1]
+    assert max(HIGH_RAM, last.base + last.size) <= base < max(HIGH_RAM, last.base + last.size) + window
+    assert (window.bit_count(), base % window) == (1, 0)
+    assert (ports + 1) * GIB <= window
+
+
+@pytest.mark.parametrize(
+    ("size", "ports", "huge_page", "expected"),
+    [
+        (1 * GIB, 0, 0, (4 * GIB, 4 * GIB)),
+        (4 * GIB, 3, 0, (8 * GIB, 4 * GIB)),
+        (4 * GIB, 4, 0, (8 * GIB, 8 * GIB)),
+        (LOW_RAM_END + 4 * GIB, 0, 0, (8 * GIB, 4 * GIB)),
+        (LOW_RAM_END + 4 * GIB, 0, GIB, (12 * GIB, 4 * GIB)),  # 1 GiB pages: less of the RAM is below 4 GiB
+    ],
+)
+def test_the_64_bit_window_is_as_low_as_can_be(
+    size: int, ports: int, huge_page: int, expected: tuple[int, int]
+) -> None:
+    assert mmio64(size, ports, huge_page=huge_page) == expected
+
+
+@pytest.mark.parametrize("size", [1 * GIB, 8 * GIB, 32 * GIB])
+@pytest.mark.parametrize("ports", [0, 2, 15])
+def test_ordinary_guests_64_bit_window_fits_36_address_bits(size: int, ports: int) -> None:
+    assert is_addressable(mmio64(size, ports), 36)
+
+
+def test_a_window_that_ends_where_the_address_bits_do_is_addressable() -> None:
+    assert is_addressable(Extent(60 * GIB, 4 * GIB), 36)
+    assert not is_addressable(Extent(64 * GIB, 4 * GIB), 36)
 
 
 # Run states

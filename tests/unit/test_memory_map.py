@@ -9,10 +9,10 @@ import pytest
 from kvmpy.machine import layout
 from scripts import memory_map
 
-MEMORY = (layout.LEGACY_HOLE, layout.IOAPIC, layout.LAPIC, layout.IDENTITY_MAP, layout.TSS)
+MEMORY = (layout.LEGACY_HOLE, layout.ECAM, layout.MMIO32, layout.IOAPIC, layout.LAPIC, layout.IDENTITY_MAP, layout.TSS)
 PORTS = (
     *(layout.I8042_DATA, layout.I8042_COMMAND, layout.CMOS, layout.DEBUG_PORT),
-    *(layout.COM1, layout.PVPANIC, layout.ACPI_PM, layout.RESET),
+    *(layout.COM1, layout.PVPANIC, layout.ACPI_PM, layout.PCI_CONFIG, layout.PCI_IO),
 )
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -42,6 +42,6 @@ def test_ram_that_does_not_fit_below_the_hole_goes_on_at_4_gib(
 
 
 def test_the_boot_structures_and_the_reserved_ranges_leave_the_rest_free() -> None:
-    assert [extent.base for extent in layout.RESERVED] == [0xA_0000, 0xFEFF_C000]
+    assert [extent.base for extent in layout.RESERVED] == [0xA_0000, 0xB000_0000, 0xFEFF_C000]
     assert layout.LOW_MEMORY.acpi.start >= layout.LEGACY_HOLE.base
     assert layout.LOW_MEMORY.acpi.stop <= layout.LEGACY_HOLE.base + layout.LEGACY_HOLE.size
