@@ -4,6 +4,7 @@
 #define KVMPY_COMPAT_H
 
 #include <linux/kvm.h>
+#include <linux/vhost.h>
 
 #ifndef KVM_CAP_MEMORY_FAULT_INFO /* Linux 6.8 */
 #define KVM_CAP_MEMORY_FAULT_INFO 232

@@ -82,3 +82,27 @@ class Put(Request, Generic[T]):
 
     def __call__(self, fd: int, value: T) -> int:
         return sys_ioctl(self.name, fd, self.number, value)
+
+
+class Number(Request):
+    """A request about one bare number, passed by its address: of 64 bits, or of the C type ``c``."""
+
+    def __init__(self, name: str, c: str = "uint64_t") -> None:
+        super().__init__(name)
+        self.c = c
+
+
+class GetNumber(Number):
+    """_IOR: a number out."""
+
+    def __call__(self, fd: int) -> int:
+        value = ffi.new(f"{self.c} *")
+        sys_ioctl(self.name, fd, self.number, value)
+        return int(value[0])
+
+
+class PutNumber(Number):
+    """_IOW: a number in."""
+
+    def __call__(self, fd: int, number: int) -> int:
+        return sys_ioctl(self.name, fd, self.number, ffi.new(f"{self.c} *", number))

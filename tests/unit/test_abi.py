@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from kvmpy._native import ffi, lib
-from kvmpy.abi import ioctl
+from kvmpy.abi import ioctl, vhost
 from kvmpy.abi import kvm as abi
-from kvmpy.abi.ioctl import Call, Get, Layout, Put, Request
+from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request
 from kvmpy.errors import HostError, IoctlError
 from kvmpy.kvm.system import REQUIRED, WELCOME
 from tests.conftest import skip_or_fail
@@ -23,9 +23,13 @@ from tests.fakes.kernel import Kernel
 
 ABI = Path(abi.__file__).parent
 LAYOUTS = sorted(Layout.__subclasses__(), key=lambda layout: layout.__name__)
-REQUESTS = {name: value for name, value in vars(abi).items() if isinstance(value, Request)}
-CONSTANTS = re.findall(r"^#define (\w+) \.\.\.", (ABI / "kvm.cdef").read_text(), re.MULTILINE)
-STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith("kvm_")]
+MODULES = (abi, vhost)
+CDEFS = ("kvm.cdef", "vhost.cdef")
+REQUESTS = {name: each for module in MODULES for name, each in vars(module).items() if isinstance(each, Request)}
+CONSTANTS = [
+    name for cdef in CDEFS for name in re.findall(r"^#define (\w+) \.\.\.", (ABI / cdef).read_text(), re.MULTILINE)
+]
+STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_"))]
 
 
 def fields_of(struct: str) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def fields_of(struct: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def compiler_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Every constant, size and offset that kvm.cdef names, from one small C program."""
+    """Every constant, size and offset that the cdefs name, from one small C program."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         skip_or_fail("cc", "needs a C compiler: install gcc")
@@ -91,15 +95,22 @@ def test_request_is_named_as_it_is_called_and_has_the_kernels_number(name: str, 
     assert request.number == compiler_says[name]
 
 
-@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if not isinstance(request, Call)])
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if not isinstance(request, Call | Number)])
 def test_size_in_the_requests_number_is_that_of_its_layout(name: str) -> None:
     request = REQUESTS[name]
     assert isinstance(request, Get | Put)
     assert request.number >> 16 & 0x3FFF == ffi.sizeof(request.layout.C)
 
 
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Number)])
+def test_size_in_the_requests_number_is_that_of_its_bare_number(name: str) -> None:
+    request = REQUESTS[name]
+    assert isinstance(request, GetNumber | PutNumber)
+    assert request.number >> 16 & 0x3FFF == ffi.sizeof(request.c)
+
+
 # The header says "in" of some requests whose answer comes back in the same struct, and "out" of none.
-@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Get)])
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Get | GetNumber)])
 def test_request_that_only_gets_is_one_that_the_kernel_writes(name: str) -> None:
     assert REQUESTS[name].number >> 30 == 2
 
@@ -164,6 +175,17 @@ def test_put_passes_the_struct_and_returns_the_kernels_answer(kernel: Kernel) ->
 def test_identity_map_is_passed_by_address(kernel: Kernel) -> None:
     abi.set_identity_map_addr(3, 0xFEFF_C000)
     assert kernel.seen == [("KVM_SET_IDENTITY_MAP_ADDR", [0xFEFF_C000])]
+
+
+def test_bare_number_is_passed_by_address_both_ways(kernel: Kernel) -> None:
+    def answer(number: Any) -> int:
+        number[0] = 2**64 - 1
+        return 0
+
+    kernel.answers["VHOST_GET_FEATURES"] = answer
+    assert vhost.VHOST_GET_FEATURES(3) == 2**64 - 1
+    vhost.VHOST_SET_FEATURES(3, 1 << 32)
+    assert kernel.seen == [("VHOST_GET_FEATURES", [0]), ("VHOST_SET_FEATURES", [1 << 32])]
 
 
 def test_struct_refuses_a_value_that_its_field_cannot_hold() -> None:
