@@ -3,7 +3,12 @@
 #ifndef KVMPY_COMPAT_H
 #define KVMPY_COMPAT_H
 
+#include <sys/socket.h>
+#include <linux/ethtool.h>
+#include <linux/if.h>
+#include <linux/if_tun.h>
 #include <linux/kvm.h>
+#include <linux/sockios.h>
 #include <linux/vhost.h>
 
 #ifndef KVM_CAP_MEMORY_FAULT_INFO /* Linux 6.8 */
@@ -11,6 +16,11 @@
 #endif
 #ifndef KVM_CAP_PRE_FAULT_MEMORY /* Linux 6.11 */
 #define KVM_CAP_PRE_FAULT_MEMORY 236
+#endif
+
+#ifndef TUN_F_USO4 /* Linux 6.2 */
+#define TUN_F_USO4 0x20
+#define TUN_F_USO6 0x40
 #endif
 
 _Static_assert(sizeof(struct kvm_regs) == 144, "struct kvm_regs");

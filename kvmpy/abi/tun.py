@@ -1,0 +1,108 @@
+"""linux/if_tun.h, typed, and the few requests of linux/if.h and linux/ethtool.h that a tap needs.
+
+Values and layouts come from the compiler (tun.cdef). The API is described in the kernel's
+Documentation/networking/tuntap.rst; what it leaves out is said in drivers/net/tun.c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence
+from typing import Any, Final
+
+from kvmpy._native import ffi, lib
+from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Put, PutNumber
+
+
+class Ifreq(Layout, c="struct ifreq"):
+    """The name of an interface, and one thing about it: see `ifreq` and `value`."""
+
+    ifr_ifrn: object
+    ifr_ifru: object
+
+
+class EthtoolValue(Layout, c="struct ethtool_value"):
+    cmd: int
+    data: int
+
+
+class TunFilter(Layout, c="struct tun_filter"):
+    flags: int
+    count: int
+    addr: MutableSequence[bytes]
+
+
+TUNSETIFF = Put("TUNSETIFF", Ifreq)
+TUNGETIFF = Get("TUNGETIFF", Ifreq)
+TUNGETFEATURES = GetNumber("TUNGETFEATURES", "unsigned int")
+TUNSETOFFLOAD = Call("TUNSETOFFLOAD")
+TUNSETTXFILTER = Put("TUNSETTXFILTER", TunFilter)
+TUNGETSNDBUF = GetNumber("TUNGETSNDBUF", "int")
+TUNSETSNDBUF = PutNumber("TUNSETSNDBUF", "int")
+TUNGETVNETHDRSZ = GetNumber("TUNGETVNETHDRSZ", "int")
+TUNSETVNETHDRSZ = PutNumber("TUNSETVNETHDRSZ", "int")
+TUNSETQUEUE = Put("TUNSETQUEUE", Ifreq)
+
+# On any socket of the interface's network namespace.
+SIOCGIFFLAGS = Put("SIOCGIFFLAGS", Ifreq)
+SIOCSIFFLAGS = Put("SIOCSIFFLAGS", Ifreq)
+SIOCGIFMTU = Put("SIOCGIFMTU", Ifreq)
+SIOCSIFMTU = Put("SIOCSIFMTU", Ifreq)
+SIOCETHTOOL = Put("SIOCETHTOOL", Ifreq)
+
+IFF_UP: Final[int] = lib.IFF_UP
+IFF_TAP: Final[int] = lib.IFF_TAP
+IFF_NO_PI: Final[int] = lib.IFF_NO_PI
+IFF_VNET_HDR: Final[int] = lib.IFF_VNET_HDR
+IFF_TUN_EXCL: Final[int] = lib.IFF_TUN_EXCL
+IFF_MULTI_QUEUE: Final[int] = lib.IFF_MULTI_QUEUE
+IFF_ATTACH_QUEUE: Final[int] = lib.IFF_ATTACH_QUEUE
+IFF_DETACH_QUEUE: Final[int] = lib.IFF_DETACH_QUEUE
+IFF_PERSIST: Final[int] = lib.IFF_PERSIST
+
+TUN_F_CSUM: Final[int] = lib.TUN_F_CSUM
+TUN_F_TSO4: Final[int] = lib.TUN_F_TSO4
+TUN_F_TSO6: Final[int] = lib.TUN_F_TSO6
+TUN_F_TSO_ECN: Final[int] = lib.TUN_F_TSO_ECN
+TUN_F_USO4: Final[int] = lib.TUN_F_USO4
+TUN_F_USO6: Final[int] = lib.TUN_F_USO6
+TUN_FLT_ALLMULTI: Final[int] = lib.TUN_FLT_ALLMULTI
+
+ETHTOOL_GTXCSUM: Final[int] = lib.ETHTOOL_GTXCSUM
+ETHTOOL_GTSO: Final[int] = lib.ETHTOOL_GTSO
+
+_FLAGS_MASK: Final = 0xFFFF
+
+
+def ifreq(name: str, *, flags: int = 0, mtu: int | None = None) -> Ifreq:
+    """A request about the interface ``name``, carrying its flags or its MTU."""
+    value = {"ifru_mtu": mtu} if mtu is not None else {"ifru_flags": ffi.cast("short", flags & _FLAGS_MASK)}
+    return Ifreq.new(ifr_ifrn={"ifrn_name": name.encode()}, ifr_ifru=value)
+
+
+def name_of(request: Ifreq) -> str:
+    """The interface's name in ``request``, as the kernel filled it in."""
+    names: Any = request.ifr_ifrn
+    said: bytes = ffi.string(names.ifrn_name)
+    return said.decode(errors="replace")
+
+
+def flags_of(request: Ifreq) -> int:
+    """The 16 flags in ``request``; IFF_TUN_EXCL is the uppermost."""
+    value: Any = request.ifr_ifru
+    return int(value.ifru_flags) & _FLAGS_MASK
+
+
+def mtu_of(request: Ifreq) -> int:
+    """The MTU in ``request``, in bytes."""
+    value: Any = request.ifr_ifru
+    return int(value.ifru_mtu)
+
+
+def ethtool_value(fd: int, name: str, command: int) -> int:
+    """What ethtool's ``command``, one that gets a number, says of the interface ``name``."""
+    answer = EthtoolValue.new(cmd=command)
+    request = ifreq(name)
+    union: Any = request.ifr_ifru
+    union.ifru_data = answer
+    SIOCETHTOOL(fd, request)
+    return answer.data
