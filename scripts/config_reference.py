@@ -29,8 +29,8 @@ array by number or id, `--set netdev.hostnet1.ifname=tap7`. Paths are relative t
 expanded. A file has at most 1 MiB, 16 levels of nesting and 4096 tables in an array; of many mistakes the first 50 are
 shown. This page is written by `scripts/config_reference.py`.
 
-**In this version** `root_port`, `netdev`, `drive`, `device` and `machine.dirty_ring` are checked, and then refused by
-`check` and `run`: there is no PCI bus and no migration yet.
+**In this version** `vfio-pci` devices, `failover` and `machine.dirty_ring` are checked, and then refused by `check` and
+`run`: there is no pass-through and no migration yet.
 
 ## An example
 
@@ -94,7 +94,7 @@ def sections(kind: type[Table], heading: str) -> Iterator[tuple[str, type[Table]
     yield heading, kind
     for field in public_fields(kind):
         for inner in holds_tables(field):
-            name = f"`[[{field.name}]]`" if get_origin(field.type) is tuple else f"`[{field.name}]`"
+            name = f"`[[{field.encode_name}]]`" if get_origin(field.type) is tuple else f"`[{field.encode_name}]`"
             config = inner.__struct_config__
             yield from sections(inner, f'{name} with {config.tag_field} = "{config.tag}"' if config.tag else name)
 
@@ -113,7 +113,7 @@ def section(heading: str, kind: type[Table]) -> str:
 def row(field: FieldInfo, comment: str) -> str:
     """A comment may say what no value can: "what it is; default: what happens without it"."""
     meaning, _, default = comment.partition("; default: ")
-    return f"| `{field.name}` | {type_text(field.type)} | {default or default_text(field)} | {meaning} |"
+    return f"| `{field.encode_name}` | {type_text(field.type)} | {default or default_text(field)} | {meaning} |"
 
 
 def public_fields(kind: type[Table]) -> list[FieldInfo]:

@@ -48,10 +48,10 @@ class Reader:
         kind = self.kind(kinds, value, path)
         keys = [field for field in _fields(kind) if not field.name.startswith("_")]
         if kind in kinds:
-            names = [field.name for field in keys] + [kind.__struct_config__.tag_field or ""]
+            names = [field.encode_name for field in keys] + [kind.__struct_config__.tag_field or ""]
             for key in [key for key in value if key not in names]:
                 self.refuse((*path, key), partial(_unknown_key, key, names))
-        return kind(**{field.name: self.field(field, value, (*path, field.name)) for field in keys})
+        return kind(**{field.name: self.field(field, value, (*path, field.encode_name)) for field in keys})
 
     def kind(self, kinds: Sequence[type[Table]], table: dict[str, Any], path: Path) -> type[Table]:
         """Which of the ``kinds`` a table says it is; if none, what they have in common."""
@@ -68,15 +68,15 @@ class Reader:
 
     def field(self, field: FieldInfo, table: dict[str, Any], path: Path) -> Any:
         if get_origin(field.type) is tuple:
-            return self.array(tables(get_args(field.type)[0]), table.get(field.name, []), path)
+            return self.array(tables(get_args(field.type)[0]), table.get(field.encode_name, []), path)
         if kinds := tables(field.type):
-            return self.table(kinds, table.get(field.name, {}), path)
+            return self.table(kinds, table.get(field.encode_name, {}), path)
         default = "" if field.required else field.default
-        if field.name not in table:
+        if field.encode_name not in table:
             if field.required:
                 self.refuse(path, "missing")
             return default
-        value = table[field.name]
+        value = table[field.encode_name]
         try:
             return msgspec.convert(value, field.type, dec_hook=self.parse)
         except msgspec.ValidationError as e:

@@ -27,7 +27,9 @@ from kvmpy.config.values import (
     Interface,
     Mac,
     Name,
+    NetworkNamespace,
     PciAddress,
+    Serial,
     Size,
     UnixSocket,
     shown,
@@ -116,6 +118,7 @@ class Tap(NetdevBase, frozen=True, kw_only=True, tag="tap"):
     bridge: Interface | None = None  # the bridge it joins; made and removed likewise; default: none
     vhost: bool | None = None  # move frames in the host kernel; default: where /dev/vhost-net exists
     queues: Annotated[int, Meta(ge=1, le=256)] = 1  # pairs of queues, at most the kernel's MAX_TAP_QUEUES
+    netns: NetworkNamespace | None = None  # the network namespace of tap and bridge; default: kvmpy's own
 
 
 class Drive(Table, frozen=True, kw_only=True):
@@ -139,7 +142,8 @@ class VirtioNetPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-net-pci"):
     """A virtio network device. With `failover`, it can be the standby of a passed-through NIC."""
 
     netdev: Id  # its netdev
-    mac: Mac | None = None  # its address; default: chosen by kvmpy
+    mac: Mac | None = None  # its address; default: made of the machine's name and the device's id
+    host_mtu: Annotated[int, Meta(ge=68, le=65521)] | None = None  # the MTU of guest and tap; default: the tap's
     failover: bool = False  # offer VIRTIO_NET_F_STANDBY: a primary names this device in its failover_pair_id
 
 
@@ -155,6 +159,8 @@ class VirtioBlkPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-blk-pci"):
     """A virtio disk."""
 
     drive: Id  # its drive
+    num_queues: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(default=1, name="num-queues")  # request queues
+    serial: Serial | None = None  # what the guest reads as the disk's serial number; default: the drive's id
 
 
 class VirtioRngPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-rng-pci"):
@@ -162,7 +168,9 @@ class VirtioRngPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-rng-pci"):
 
 
 class VirtioSerialPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-serial-pci"):
-    """A virtio console."""
+    """A virtio console: hvc0, hvc1 ... in the guest."""
+
+    chardev: Backend = Backend("null")  # where it ends
 
 
 Netdev = Tap
@@ -222,6 +230,7 @@ def validate(config: Config) -> Iterator[tuple[Path, Message]]:
     yield from _references(config)
     yield from _failover(config)
     yield from _repeated(config)
+    yield from _standard_input(config)
 
 
 def _memory(machine: Machine) -> Iterator[tuple[Path, Message]]:
@@ -277,16 +286,26 @@ def _repeated(config: Config) -> Iterator[tuple[Path, Message]]:
                 yield path, f"{shown(getattr(entry, key))} is taken by '{owner.id}', '{entry.id}' needs another"
 
 
+def _standard_input(config: Config) -> Iterator[tuple[Path, Message]]:
+    """One line at most can be typed into from the terminal."""
+    taken = "console.serial" if config.console.serial.kind == "stdio" else ""
+    for index, device in enumerate(config.device):
+        if isinstance(device, VirtioSerialPci) and device.chardev.kind == "stdio":
+            if taken:
+                yield ("device", index, "chardev"), f'"stdio" is taken by {taken}'
+            taken = taken or f"'{device.id}'"
+
+
 def _again(config: Config, tables: Sequence[str], key: str) -> Iterator[tuple[Path, Any, Path, Any]]:
     """Each entry of the tables whose ``key`` has the value of an earlier one's, and that one, with their paths."""
-    seen: dict[object, tuple[Path, Any]] = {}
+    seen: dict[object, tuple[Path, Any]] = {}  # two namespaces may have a name each
     for table in tables:
         for index, entry in enumerate(getattr(config, table)):
             value = getattr(entry, key, None)
             if value is None:
                 continue
             path = (table, index, key)
-            earlier = seen.setdefault(value, (path, entry))
+            earlier = seen.setdefault((value, getattr(entry, "netns", None)), (path, entry))
             if earlier[1] is not entry:
                 yield path, entry, *earlier
 

@@ -86,6 +86,18 @@ class Interface(Text):
     FORM = "an interface name (up to 15 bytes; no '/', ':', '%' or white space)"
 
 
+class NetworkNamespace(Text):
+    """A network namespace: a name that `ip netns` knows, or the absolute path of one such as /proc/1/ns/net."""
+
+    PATTERN = r"/[^\0\n]+|(?!\.\.?$)[A-Za-z0-9._-]{1,255}"
+    FORM = "a network namespace's name, or an absolute path"
+
+    @property
+    def path(self) -> str:
+        """The file that stands for it."""
+        return self if self.startswith("/") else f"/run/netns/{self}"
+
+
 class Mac(Text):
     """A MAC address of one station, in lower case."""
 
@@ -95,6 +107,13 @@ class Mac(Text):
     @classmethod
     def normal(cls, text: str) -> str:
         return text.lower()
+
+
+class Serial(Text):
+    """A disk's serial number: what fits into the 20 bytes of VIRTIO_BLK_T_GET_ID."""
+
+    PATTERN = r"[!-~]{1,20}"
+    FORM = "a serial number (up to 20 printing characters, no white space)"
 
 
 class PciAddress(Text):

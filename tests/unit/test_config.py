@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -514,6 +515,40 @@ def test_one_interface_cannot_serve_two_netdevs(problems: Problems) -> None:
     assert problems(f'{BOOT}{tap}"a"\n{tap}"b"') == (
         "config.toml:9: netdev[1].ifname: \"tap0\" is taken by 'a', 'b' needs another",
     )
+
+
+def test_interfaces_of_different_namespaces_may_have_the_same_name(read: Read) -> None:
+    tap = '[[netdev]]\ntype = "tap"\nifname = "tap0"\nid = '
+    config = read(f'{BOOT}{tap}"a"\n{tap}"b"\nnetns = "blue"\n{tap}"c"\nnetns = "/proc/1/ns/net"')
+    spaces = [netdev.netns and netdev.netns.path for netdev in config.netdev]
+    assert spaces == [None, "/run/netns/blue", "/proc/1/ns/net"]
+
+
+@pytest.mark.parametrize("netns", ["", "..", "a/b", "a b", "a\nb"])
+def test_a_namespace_is_a_name_or_an_absolute_path(problems: Problems, netns: str) -> None:
+    text = f'[[netdev]]\ntype = "tap"\nifname = "tap0"\nid = "a"\nnetns = {json.dumps(netns)}'
+    (problem,) = problems(BOOT + text)
+    assert "netdev[0].netns: expected a network namespace's name" in problem
+
+
+def test_one_console_at_most_is_the_terminal(problems: Problems) -> None:
+    port = '[[device]]\ndriver = "virtio-serial-pci"\nchardev = "stdio"\nid = '
+    assert problems(f'{BOOT}{port}"a"') == ('config.toml:5: device[0].chardev: "stdio" is taken by console.serial',)
+    assert problems(f'{BOOT}[console]\nserial = "null"\n{port}"a"\n{port}"b"') == (
+        "config.toml:11: device[1].chardev: \"stdio\" is taken by 'a'",
+    )
+
+
+def test_a_key_with_a_dash_is_read_and_located(read: Read, problems: Problems) -> None:
+    disk = '[[drive]]\nid = "d"\npath = "x"\n[[device]]\nid = "v"\ndriver = "virtio-blk-pci"\ndrive = "d"\n'
+    (device,) = read(f"{BOOT}{disk}num-queues = 4").device
+    assert isinstance(device, VirtioBlkPci)
+    assert device.num_queues == 4
+    assert problems(f"{BOOT}{disk}num-queues = 0") == (
+        "config.toml:10: device[0].num-queues: expected an integer >= 1, got 0",
+    )
+    (problem,) = problems(f"{BOOT}{disk}num_queues = 4")
+    assert problem == "config.toml:10: device[0].num_queues: unknown key 'num_queues' (did you mean 'num-queues'?)"
 
 
 def test_a_drive_serves_one_device(problems: Problems) -> None:
