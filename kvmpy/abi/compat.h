@@ -5,6 +5,8 @@
 
 #include <sys/socket.h>
 #include <linux/ethtool.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
 #include <linux/if.h>
 #include <linux/if_tun.h>
 #include <linux/kvm.h>

@@ -2,12 +2,15 @@
  * kvmpy_run. Every function returns a negative errno where it fails: errno itself would be lost on the way. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stddef.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #include "compat.h"
 
 static long kvmpy_ioctl(int fd, unsigned long request, void *argument)
@@ -63,4 +66,28 @@ static void kvmpy_fence(void)
 static int kvmpy_enter_netns(int fd)
 {
     return setns(fd, CLONE_NEWNET) < 0 ? -errno : 0;
+}
+
+static int kvmpy_fallocate(int fd, int mode, int64_t offset, int64_t size)
+{
+    int result;
+    do {
+        result = fallocate(fd, mode, offset, size);
+    } while (result < 0 && errno == EINTR);
+    return result < 0 ? -errno : 0;
+}
+
+/* statx(2), STATX_DIOALIGN: the alignment of memory, and that of offsets and lengths. By number and place, which are
+ * for ever: the headers of Linux 6.0 do not know them, the kernel that runs may. */
+static int kvmpy_direct_alignment(int fd, uint32_t *said)
+{
+    uint32_t answer[256 / sizeof(uint32_t)] = {0};
+    const uint32_t dioalign = 0x2000;
+    if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, dioalign, answer) < 0)
+        return -errno;
+    if (!(answer[0] & dioalign))
+        return -EOPNOTSUPP;
+    said[0] = answer[0x98 / sizeof(uint32_t)];
+    said[1] = answer[0x9c / sizeof(uint32_t)];
+    return 0;
 }

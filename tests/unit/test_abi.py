@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from kvmpy._native import ffi, lib
-from kvmpy.abi import ioctl, vhost
+from kvmpy.abi import block, ioctl, vhost
 from kvmpy.abi import kvm as abi
+from kvmpy.abi.block import Unsized
 from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request
 from kvmpy.errors import HostError, IoctlError
 from kvmpy.kvm.system import REQUIRED, WELCOME
@@ -23,8 +24,8 @@ from tests.fakes.kernel import Kernel
 
 ABI = Path(abi.__file__).parent
 LAYOUTS = sorted(Layout.__subclasses__(), key=lambda layout: layout.__name__)
-MODULES = (abi, vhost)
-CDEFS = ("kvm.cdef", "vhost.cdef")
+MODULES = (abi, vhost, block)
+CDEFS = ("kvm.cdef", "vhost.cdef", "block.cdef")
 REQUESTS = {name: each for module in MODULES for name, each in vars(module).items() if isinstance(each, Request)}
 CONSTANTS = [
     name for cdef in CDEFS for name in re.findall(r"^#define (\w+) \.\.\.", (ABI / cdef).read_text(), re.MULTILINE)
@@ -95,7 +96,9 @@ def test_request_is_named_as_it_is_called_and_has_the_kernels_number(name: str, 
     assert request.number == compiler_says[name]
 
 
-@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if not isinstance(request, Call | Number)])
+@pytest.mark.parametrize(
+    "name", [name for name, request in REQUESTS.items() if not isinstance(request, Call | Number | Unsized)]
+)
 def test_size_in_the_requests_number_is_that_of_its_layout(name: str) -> None:
     request = REQUESTS[name]
     assert isinstance(request, Get | Put)
@@ -115,7 +118,7 @@ def test_request_that_only_gets_is_one_that_the_kernel_writes(name: str) -> None
     assert REQUESTS[name].number >> 30 == 2
 
 
-@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Call)])
+@pytest.mark.parametrize("name", [name for name, request in REQUESTS.items() if isinstance(request, Call | Unsized)])
 def test_request_that_takes_a_number_has_no_struct(name: str) -> None:
     assert REQUESTS[name].number >> 16 == 0
 
