@@ -7,7 +7,7 @@ NATIVE := kvmpy/_native.abi3.so
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help packages setup images demo test test-unit test-kvm test-lab soak bench check lint types layers fmt docs clean
+.PHONY: help packages setup images demo test test-unit test-host test-kvm test-lab soak bench check lint types layers fmt docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,11 +17,14 @@ setup: packages $(NATIVE) images ## install everything: Debian packages, .venv, 
 demo: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
 	@$(BIN)/python -m scripts.demo
 
-test: setup ## all tests: unit, kvm, lab
-	$(PYTEST) tests/unit tests/kvm tests/lab
+test: setup ## all tests: unit, host, kvm, lab
+	$(PYTEST) tests/unit tests/host tests/kvm tests/lab
 
 test-unit: packages $(NATIVE) ## no root, no /dev/kvm; under 20 s
 	$(PYTEST) tests/unit
+
+test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their own; needs root
+	$(PYTEST) tests/host
 
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
 	$(PYTEST) tests/kvm
@@ -30,7 +33,7 @@ test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
 	$(PYTEST) tests/lab
 
 soak: setup ## the tests with their full counts
-	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/kvm tests/lab
+	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/host tests/kvm tests/lab
 
 bench: setup ## measure kvmpy beside QEMU and print the ratios
 	$(BIN)/python -m bench

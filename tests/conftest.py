@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import pytest
 
-TIERS = ("kvm", "lab")
+TIERS = ("host", "kvm", "lab")
 
 
 def required(resource: str) -> bool:

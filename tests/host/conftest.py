@@ -1,0 +1,76 @@
+"""What this tier stands on: root, /dev/net/tun, and network namespaces that the tests make and that vanish with them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import pytest
+
+from kvmpy.host.netns import inside
+from tests.conftest import skip_or_fail
+
+T = TypeVar("T")
+
+
+class Namespace:
+    """A private network namespace, empty but for a loopback interface that is down."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def run(self, call: Callable[[], T]) -> T:
+        """What ``call`` returns, called inside; a program that it starts is inside too."""
+        return inside(self.path, call)
+
+    def interfaces(self) -> list[str]:
+        """The names of what is there, but for the loopback."""
+        return sorted(name for _, name in self.run(socket.if_nameindex) if name != "lo")
+
+    def ip(self, *arguments: str) -> str:
+        """What `ip ...` prints, run inside."""
+        return self.run(lambda: subprocess.run(["ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+@contextmanager
+def private_namespace() -> Iterator[Namespace]:
+    """A namespace that lives while a process of ours sits in it, doing nothing."""
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "echo; exec cat"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as inhabitant:
+        assert inhabitant.stdin is not None and inhabitant.stdout is not None and inhabitant.stderr is not None
+        if not inhabitant.stdout.readline():
+            skip_or_fail("netns", f"no network namespace can be made here: {inhabitant.stderr.read().strip()}")
+        try:
+            yield Namespace(f"/proc/{inhabitant.pid}/ns/net")
+        finally:
+            inhabitant.stdin.close()  # its end
+
+
+@pytest.fixture
+def netns() -> Iterator[Namespace]:
+    """A network namespace of the test's own."""
+    with private_namespace() as namespace:
+        yield namespace
+
+
+@pytest.fixture
+def other_netns() -> Iterator[Namespace]:
+    """A second one."""
+    with private_namespace() as namespace:
+        yield namespace
+
+
+@pytest.fixture(autouse=True)
+def tun() -> None:
+    """The device that taps come from."""
+    if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+        skip_or_fail("netns", "needs /dev/net/tun: `modprobe tun`, and root")
