@@ -72,4 +72,5 @@ def _enter(netns: str) -> None:
 
 
 def _refusal(netns: str, number: int) -> HostError:
-    return HostError(f"network namespace {path_of(netns)}: {errno_name(number)}: {ADVICE.get(number, 'cannot enter it')}")
+    advice = ADVICE.get(number, "cannot enter it")
+    return HostError(f"network namespace {path_of(netns)}: {errno_name(number)}: {advice}")

@@ -1,4 +1,4 @@
-"""What this tier stands on: root, /dev/net/tun, and network namespaces that the tests make and that vanish with them."""
+"""What this tier stands on: root, /dev/net/tun, and network namespaces that tests make and that vanish with them."""
 
 from __future__ import annotations
 
@@ -33,22 +33,24 @@ class Namespace:
 
     def ip(self, *arguments: str) -> str:
         """What `ip ...` prints, run inside."""
-        return self.run(lambda: subprocess.run(["ip", *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout)
+        command = ["ip", *arguments]
+        return self.run(lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 @contextmanager
 def private_namespace() -> Iterator[Namespace]:
     """A namespace that lives while a process of ours sits in it, doing nothing."""
     with subprocess.Popen(
-        ["unshare", "--net", "sh", "-c", "echo; exec cat"],
+        ["unshare", "--net", "sh", "-c", "echo ready; exec cat"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     ) as inhabitant:
-        assert inhabitant.stdin is not None and inhabitant.stdout is not None and inhabitant.stderr is not None
-        if not inhabitant.stdout.readline():
-            skip_or_fail("netns", f"no network namespace can be made here: {inhabitant.stderr.read().strip()}")
+        assert inhabitant.stdin is not None
+        assert inhabitant.stdout is not None
+        if (said := inhabitant.stdout.readline().strip()) != "ready":
+            skip_or_fail("netns", f"no network namespace can be made here: {said}")
         try:
             yield Namespace(f"/proc/{inhabitant.pid}/ns/net")
         finally:
