@@ -59,6 +59,6 @@ def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
 
 
 def direct_alignment(fd: int) -> Alignment | None:
-    """What statx(2) says of direct I/O (STATX_DIOALIGN, Linux 6.1); None where this kernel or filesystem says nothing."""
+    """What statx(2) says of direct I/O (STATX_DIOALIGN, Linux 6.1); None where kernel or filesystem says nothing."""
     said = ffi.new("uint32_t[2]")
     return Alignment(said[0], said[1]) if lib.kvmpy_direct_alignment(fd, said) == 0 else None
