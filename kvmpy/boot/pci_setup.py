@@ -1,0 +1,136 @@
+"""Gives every BAR its place, as firmware does before the operating system starts, which then keeps what it finds.
+
+Bottom up, each bridge's windows are made as large as what is behind it, and those of a port with a hot-pluggable slot
+large enough for what may come. Top down, everything is placed, the most aligned first, which leaves no gaps between
+powers of two. Then the decoders are turned on. The system enables bus mastering of what it has a driver for; bridges
+forward it from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from kvmpy.boot.pci_scan import Bar, Command, ConfigAccess, Function, Reg, Space, scan, walk
+from kvmpy.errors import HostError
+
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+
+GRANULARITY: Final = {Space.IO: 4 * KIB, Space.MEM32: MIB, Space.MEM64: MIB}  # of a bridge's window
+FOR_HOT_PLUG: Final = {Space.IO: 0, Space.MEM32: 16 * MIB, Space.MEM64: GIB}
+CLOSED: Final = {Space.IO: (0xF000, 0xFFF), Space.MEM32: (0xFFF0_0000, 0xF_FFFF), Space.MEM64: (0xFFF0_0000, 0xF_FFFF)}
+
+
+class Windows(Protocol):
+    """What the host bridge forwards; the PCI bus's are of this form."""
+
+    @property
+    def io(self) -> range: ...
+    @property
+    def mem32(self) -> range: ...
+    @property
+    def mem64(self) -> range: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BridgeWindow:
+    """What a bridge forwards: ``contents`` are placed relative to its base."""
+
+    bridge: Function
+    space: Space
+    contents: Sequence[tuple[int, Bar | BridgeWindow]]
+    size: int
+    alignment: int
+
+    def __str__(self) -> str:
+        return f"PCI {self.bridge}: the window for what is behind it"
+
+    def place(self, address: int) -> None:
+        """Open the window there, and place what is in it."""
+        _forward(self.bridge, self.space, address, address + self.size - 1)
+        self.bridge.decoders |= self.space.decoder
+        for offset, item in self.contents:
+            item.place(address + offset)
+
+
+def set_up(config: ConfigAccess, windows: Windows, irqs: Sequence[int]) -> None:
+    """Number the buses and place every BAR in ``windows``; ``irqs`` are the GSIs of device 0's INTA to INTD.
+
+    Starts from any state of the bus, as long as nothing else uses it. Raises HostError naming the function that does
+    not fit.
+    """
+    functions = scan(config)
+    for function in walk(functions):
+        if function.is_bridge:
+            for space in Space:
+                _forward(function, space, *CLOSED[space])
+    for space, window in ((Space.IO, windows.io), (Space.MEM32, windows.mem32), (Space.MEM64, windows.mem64)):
+        for address, item in _packed(_contents(functions, space), window.start):
+            if address + item.size > window.stop:
+                raise HostError(
+                    f"{item}, {item.size:#x} bytes, does not fit the {space.value} window, "
+                    f"{window.start:#x} to {window.stop - 1:#x}; give the machine fewer devices or root ports"
+                )
+            item.place(address)
+    for function in walk(functions):
+        _enable(function, irqs)
+
+
+def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeWindow]:
+    """What ``functions`` need of ``space`` on the bus they are on."""
+    items: list[Bar | BridgeWindow] = [bar for function in functions for bar in function.bars if bar.space is space]
+    windows = (_window(function, space) for function in functions if function.is_bridge)
+    return items + [window for window in windows if window.size]
+
+
+def _window(bridge: Function, space: Space) -> BridgeWindow:
+    contents = _packed(_contents(bridge.below, space), 0)
+    at_least = FOR_HOT_PLUG[space] if bridge.hot_pluggable else 0
+    granularity = GRANULARITY[space]
+    end = max((offset + item.size for offset, item in contents), default=0)
+    return BridgeWindow(
+        bridge,
+        space,
+        contents,
+        size=_aligned(max(end, at_least), granularity),
+        alignment=max(granularity, at_least, *(item.alignment for _, item in contents)),
+    )
+
+
+def _packed(items: Sequence[Bar | BridgeWindow], start: int) -> Sequence[tuple[int, Bar | BridgeWindow]]:
+    """Each of ``items`` with its address, from ``start`` on."""
+    placed = []
+    for item in sorted(items, key=lambda item: (item.alignment, item.size), reverse=True):
+        address = _aligned(start, item.alignment)
+        placed.append((address, item))
+        start = address + item.size
+    return placed
+
+
+def _aligned(address: int, alignment: int) -> int:
+    return -(-address // alignment) * alignment
+
+
+def _forward(bridge: Function, space: Space, first: int, last: int) -> None:
+    """Program one of a bridge's windows: PCI Express Base 6.0, section 7.5.1.3."""
+    match space:
+        case Space.IO:
+            bridge.write(Reg.IO_BASE, 2, first >> 8 & 0xF0 | last & 0xF000)
+            bridge.write(Reg.IO_UPPER, 4, first >> 16 | last & 0xFFFF_0000)
+        case Space.MEM32:
+            bridge.write(Reg.MEMORY_BASE, 4, first >> 16 & 0xFFF0 | last & 0xFFF0_0000)
+        case Space.MEM64:
+            bridge.write(Reg.PREFETCHABLE_BASE, 4, first >> 16 & 0xFFF0 | last & 0xFFF0_0000)
+            bridge.write(Reg.PREFETCHABLE_BASE_UPPER, 4, first >> 32)
+            bridge.write(Reg.PREFETCHABLE_LIMIT_UPPER, 4, last >> 32)
+
+
+def _enable(function: Function, irqs: Sequence[int]) -> None:
+    """Say which interrupt it has, and let it answer."""
+    if pin := function.read(Reg.INTERRUPT_PIN, 1):
+        function.write(Reg.INTERRUPT_LINE, 1, irqs[(function.turn + pin - 1) % len(irqs)])
+    enabled = function.decoders | (Command.MASTER if function.is_bridge else 0)
+    function.write(Reg.COMMAND, 2, function.read(Reg.COMMAND, 2) | enabled)
