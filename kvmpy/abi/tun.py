@@ -25,6 +25,12 @@ class EthtoolValue(Layout, c="struct ethtool_value"):
     data: int
 
 
+class EthtoolDrvinfo(Layout, c="struct ethtool_drvinfo"):
+    cmd: int
+    driver: MutableSequence[bytes]
+    bus_info: MutableSequence[bytes]
+
+
 class TunFilter(Layout, c="struct tun_filter"):
     flags: int
     count: int
@@ -67,6 +73,7 @@ TUN_F_USO4: Final[int] = lib.TUN_F_USO4
 TUN_F_USO6: Final[int] = lib.TUN_F_USO6
 TUN_FLT_ALLMULTI: Final[int] = lib.TUN_FLT_ALLMULTI
 
+ETHTOOL_GDRVINFO: Final[int] = lib.ETHTOOL_GDRVINFO
 ETHTOOL_GTXCSUM: Final[int] = lib.ETHTOOL_GTXCSUM
 ETHTOOL_GTSO: Final[int] = lib.ETHTOOL_GTSO
 
@@ -101,8 +108,20 @@ def mtu_of(request: Ifreq) -> int:
 def ethtool_value(fd: int, name: str, command: int) -> int:
     """What ethtool's ``command``, one that gets a number, says of the interface ``name``."""
     answer = EthtoolValue.new(cmd=command)
+    _ethtool(fd, name, answer)
+    return answer.data
+
+
+def ethtool_driver(fd: int, name: str) -> tuple[str, str]:
+    """The driver of the interface ``name`` and what it says of the bus: ("tun", "tap") for a tap."""
+    answer = EthtoolDrvinfo.new(cmd=ETHTOOL_GDRVINFO)
+    _ethtool(fd, name, answer)
+    driver, bus = (ffi.string(text).decode(errors="replace") for text in (answer.driver, answer.bus_info))
+    return driver, bus
+
+
+def _ethtool(fd: int, name: str, answer: EthtoolValue | EthtoolDrvinfo) -> None:
     request = ifreq(name)
     union: Any = request.ifr_ifru
     union.ifru_data = answer
     SIOCETHTOOL(fd, request)
-    return answer.data
