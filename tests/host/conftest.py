@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import pytest
 
-from kvmpy.host.netns import inside
+from kvmpy.host.visit import inside
 from tests.conftest import skip_or_fail
 
 T = TypeVar("T")

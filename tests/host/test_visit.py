@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from kvmpy.errors import HostError
-from kvmpy.host.netns import inside
+from kvmpy.host.visit import inside
 from tests.host.conftest import Namespace
 
 
