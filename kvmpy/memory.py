@@ -116,6 +116,10 @@ class GuestMemory:
             raise
         self._listeners.append(listener)
 
+    def overlaps(self, gpa: int, size: int) -> bool:
+        """Whether any of [gpa, gpa+size) is RAM."""
+        return any(start < gpa + size and gpa < end for start, end, _ in self._views)
+
     def view(self, gpa: int, size: int) -> memoryview:
         """[gpa, gpa+size) as writable bytes of the guest itself. Raises GuestError unless one block holds it all.
 

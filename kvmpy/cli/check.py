@@ -6,7 +6,7 @@ import argparse
 
 from kvmpy.cli.main import printable, tell
 from kvmpy.config.schema import load, warnings
-from kvmpy.machine.build import check as check_config
+from kvmpy.machine.check import check as check_config
 
 
 def check(args: argparse.Namespace) -> int:

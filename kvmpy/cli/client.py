@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+from collections.abc import Iterator
 from typing import Any, Final, Self
 
 from kvmpy.config.values import Name
@@ -35,16 +36,15 @@ class HungUp(HostError):
 
 
 class Client:
-    """A session with ``machine``, which has ``patience`` seconds for each answer."""
+    """A session with ``machine``, which has ``patience`` seconds for each answer; with None for ever."""
 
-    def __init__(self, machine: rundir.Running, patience: float = PATIENCE) -> None:
+    def __init__(self, machine: rundir.Running, patience: float | None = PATIENCE) -> None:
         """Raises HostError where it does not answer."""
         self._machine = machine
-        self._patience = patience
         path = os.path.join(machine.directory, rundir.QMP_SOCKET)
         with contextlib.ExitStack() as resources:
             self._socket = resources.enter_context(socket.socket(socket.AF_UNIX))
-            self._socket.settimeout(patience)
+            self._socket.settimeout(PATIENCE if patience is None else patience)
             try:
                 self._socket.connect(path)
             except OSError as e:
@@ -55,6 +55,7 @@ class Client:
             self._lines = resources.enter_context(self._socket.makefile("rb"))
             self._receive("its greeting")
             self("qmp_capabilities")
+            self._socket.settimeout(patience)
             self._resources = resources.pop_all()
 
     def __call__(self, command: str, **arguments: Any) -> Any:
@@ -68,6 +69,11 @@ class Client:
                 return message["return"]
             if "error" in message:
                 raise HostError(f"{self._machine.name}: {command}: {message['error']['desc']}")
+
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Every event from now on. Raises HungUp when the machine ends."""
+        while True:
+            yield self._receive("events")
 
     def quit(self) -> None:
         """Pull the plug, and wait until the machine's process is gone."""
@@ -102,7 +108,8 @@ class Client:
             message: Any = json.loads(line) if line else None
         except TimeoutError as e:
             raise HostError(
-                f"{name}: {what}: no answer in {self._patience:g} s; see whether process {self._machine.pid} is stopped"
+                f"{name}: {what}: no answer in {self._socket.gettimeout():g} s; "
+                f"see whether process {self._machine.pid} is stopped"
             ) from e
         except OSError as e:
             raise HungUp(f"{name}: {what}: {errno_name(e.errno or 0)}: the machine hung up") from e

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
@@ -13,6 +14,8 @@ from kvmpy.host import rundir
 
 # ps is for when things are wrong: it does not wait long for a machine that hangs.
 PS_PATIENCE: Final = 2.0
+# How long `status` counts exits for
+RATE_SECONDS: Final = 0.5
 
 
 def ps(args: argparse.Namespace) -> int:
@@ -21,26 +24,34 @@ def ps(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(rows))
         return 0
-    print(f"{'NAME':<24} {'PID':>8}  {'STATUS':<16} {'CPUS':>4} {'MEMORY':>10}")
+    print(f"{'NAME':<24} {'PID':>8}  {'STATUS':<16} {'CPUS':>4} {'MEMORY':>10}  DEVICES")
     for row in rows:
+        devices = ", ".join(_brief(device) for device in row["devices"]) or "-"
         memory = f"{row['memory'] >> 20} MiB" if row["memory"] else "-"
-        print(f"{row['name']:<24} {row['pid']:>8}  {row['status']:<16} {row['cpus'] or '-':>4} {memory:>10}")
+        print(f"{row['name']:<24} {row['pid']:>8}  {row['status']:<16} {row['cpus'] or '-':>4} {memory:>10}  {devices}")
     return 0
 
 
 def status(args: argparse.Namespace) -> int:
     """Say what one machine is doing."""
     with Client(find(args.name)) as client:
-        info = client("query-machine")
+        earlier, begun = client("query-machine")["exits"], time.monotonic()
+        time.sleep(RATE_SECONDS)
+        info, seconds = client("query-machine"), time.monotonic() - begun
+    info["exits-per-second"] = {
+        kind: round((count - earlier[kind]) / seconds, 1) for kind, count in info["exits"].items()
+    }
     if args.json:
         print(json.dumps(info))
         return 0
-    exits = ", ".join(f"{count} {kind}" for kind, count in info["exits"].items())
+    exits = ", ".join(f"{count} {kind} ({info['exits-per-second'][kind]:g}/s)" for kind, count in info["exits"].items())
     print(f"{info['name']}: {info['status']}, process {info['pid']}")
     print(f"  {info['cpus']} vCPUs, {info['memory'] >> 20} MiB of memory")
     print(f"  kernel: {info['kernel']}")
     print(f"  serial line: {info['serial']}")
     print(f"  exits: {exits}")
+    for device in info["devices"]:
+        _show(device)
     if info["device-faults"]:
         print(f"  device faults: {info['device-faults']} (see the machine's standard error)")
     return 0
@@ -91,6 +102,21 @@ def qmp(args: argparse.Namespace) -> int:
     return 0
 
 
+def _brief(device: dict[str, Any]) -> str:
+    """A device in a word: its id, and of a network device its link and data path."""
+    facts = [str(device[key]) for key in ("link", "path", "state") if key in device]
+    return f"{device['id']} ({' '.join(facts)})" if facts else str(device["id"])
+
+
+def _show(device: dict[str, Any]) -> None:
+    """A device on one line, and each of its queues on one."""
+    queues = device.pop("queues", [])
+    facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("id", "driver"))
+    print(f"  {device['id']}: {device.get('driver', '')}{facts and ', '}{facts}")
+    for queue in queues:
+        print(f"    {queue.pop('name')}: " + ", ".join(f"{key} {value}" for key, value in queue.items()))
+
+
 def _ask(name: str, command: str, **arguments: Any) -> int:
     with Client(find(name)) as client:
         client(command, **arguments)
@@ -103,8 +129,8 @@ def _row(machine: rundir.Running) -> dict[str, Any]:
         with Client(machine, PS_PATIENCE) as client:
             info: dict[str, Any] = client("query-machine")
     except HostError:
-        return {"name": machine.name, "pid": machine.pid, "status": "no answer", "cpus": 0, "memory": 0}
-    return {key: info[key] for key in ("name", "pid", "status", "cpus", "memory")}
+        return {"name": machine.name, "pid": machine.pid, "status": "no answer", "cpus": 0, "memory": 0, "devices": []}
+    return {key: info[key] for key in ("name", "pid", "status", "cpus", "memory", "devices")}
 
 
 def _argument(text: str) -> tuple[str, Any]:

@@ -122,6 +122,10 @@ def make_parser() -> argparse.ArgumentParser:
     console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
     console.add_argument("name", help="the machine")
 
+    trace = _command(commands, "trace", "trace:trace", "print what a running machine does, until Ctrl-C")
+    trace.add_argument("name", help="the machine")
+    trace.add_argument("glob", help="which tracepoints, such as 'virtio.*' or 'bus.*'")
+
     qmp = _command(commands, "qmp", "control:qmp", "send a monitor command and print the reply")
     qmp.add_argument("name", help="the machine")
     qmp.add_argument("command", help="such as query-status")

@@ -22,7 +22,7 @@ from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
 from kvmpy.host.terminal import EscapeFilter, RawTerminal
-from kvmpy.machine.build import located
+from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
 from kvmpy.monitor.server import MonitorServer

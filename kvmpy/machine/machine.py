@@ -11,6 +11,7 @@ guest and its devices' registers. `io` moves the console's bytes and keeps the d
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -30,7 +31,8 @@ from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
 from kvmpy.kvm.vcpu import VcpuState, accept_kicks
 from kvmpy.kvm.vm import InterruptState
 from kvmpy.machine import registers
-from kvmpy.machine.build import Board, build, check, located
+from kvmpy.machine.build import Board, build
+from kvmpy.machine.check import check, located
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
@@ -157,6 +159,13 @@ class Machine:
         self._emit("POWERDOWN")
         return heard
 
+    def set_link(self, name: str, *, up: bool) -> None:
+        """Plug a network device's cable in, or pull it. ``name`` is the device's id or its netdev's.
+
+        Raises CommandError where no network device has that name.
+        """
+        self._in_control(lambda: self._set_link(name, up=up))
+
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
         self._in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
@@ -212,19 +221,24 @@ class Machine:
         """The guest's kernel has panicked."""
         self._ask(self._panicked)
 
+    def report(self, event: str, **data: Any) -> None:
+        """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
+        with contextlib.suppress(RuntimeError):  # the machine is being closed
+            self.control.post(lambda: self._emit(event, **data))
+
     # The control thread
 
     def _start(self) -> None:
         self._become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
-        self._gate.open()
+        self._run()
 
     # A change is complete before its event is sent: a listener may make the next one.
 
     def _pause(self) -> None:
         self._require_alive()
         if self.state is RunState.RUNNING:
-            self._park()
+            self._halt()
             for vcpu in self.board.vcpus:
                 vcpu.tell_paused()
             self._become(RunState.PAUSED)
@@ -234,14 +248,14 @@ class Machine:
         self._require_alive()
         if self.state is RunState.PAUSED:
             self._become(RunState.RUNNING)
-            self._gate.open()
+            self._run()
             self._emit("RESUME")
 
     def _reset(self, *, by_guest: bool) -> None:
         if by_guest and self.state is RunState.SHUTDOWN:
             return
         self._require_alive()
-        self._park()
+        self._halt()
         self._boots += 1
         board = self.board
         board.vm.set_interrupt_state(self._power_on.interrupts)
@@ -257,8 +271,14 @@ class Machine:
             return
         registers.enter(board.vcpus[0], entry)
         if self.state is RunState.RUNNING:
-            self._gate.open()
+            self._run()
         self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+
+    def _set_link(self, name: str, *, up: bool) -> None:
+        nic = self.board.nics.get(name)
+        if nic is None:
+            raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
+        nic.set_link(up=up)
 
     def _panicked(self) -> None:
         if self.state is RunState.SHUTDOWN:
@@ -297,12 +317,27 @@ class Machine:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
-        self._park()
+        self._halt()
         self._become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self.outcome, self.error = outcome, error
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
+
+    def _run(self) -> None:
+        """Let the devices go on, then the vCPUs."""
+        for device in self.board.devices:
+            device.resume()
+        self._gate.open()
+
+    def _halt(self) -> None:
+        """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""
+        self._park()
+        for device in self.board.devices:
+            try:
+                device.pause()
+            except HostError as e:  # the machine's change goes on: its devices are not what decides it
+                log.error("%s: %s", device.name, e)
 
     def _park(self) -> None:
         """Stop all vCPUs and wait until they have."""

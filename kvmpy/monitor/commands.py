@@ -36,12 +36,25 @@ class Powerdown(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     limit: Annotated[float, msgspec.Meta(ge=0)] | None = None
 
 
+class Trace(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """trace (ours): a glob over the names of tracepoints."""
+
+    name: Annotated[str, msgspec.Meta(max_length=200)]
+
+
+class SetLink(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """set_link: the id of a network device or of its netdev, and whether its cable is plugged in."""
+
+    name: str
+    up: bool
+
+
 def _version(machine: Machine, _: NoArguments) -> dict[str, Any]:
     return version()
 
 
 def _commands(machine: Machine, _: NoArguments) -> list[dict[str, str]]:
-    return [{"name": name} for name in sorted(COMMANDS)]
+    return [{"name": name} for name in sorted([*COMMANDS, *OF_A_SESSION])]
 
 
 def _name(machine: Machine, _: NoArguments) -> dict[str, str]:
@@ -76,8 +89,14 @@ def _machine(machine: Machine, _: NoArguments) -> dict[str, Any]:
             "mmio": sum(thread.mmio_exits for thread in threads),
             "other": sum(thread.other_exits for thread in threads),
         },
+        "devices": [{"id": device.name, **info} for device in machine.board.devices if (info := device.info())],
         "device-faults": sum(thread.faults for thread in threads),
     }
+
+
+def _set_link(machine: Machine, arguments: SetLink) -> dict[str, Any]:
+    machine.set_link(arguments.name, up=arguments.up)
+    return {}
 
 
 def _powerdown(machine: Machine, arguments: Powerdown) -> dict[str, Any]:
@@ -106,8 +125,13 @@ COMMANDS: Final[dict[str, tuple[type[msgspec.Struct], Handler]]] = {
     "cont": (NoArguments, _nothing(lambda machine: machine.resume())),
     "system_reset": (NoArguments, _nothing(lambda machine: machine.reset())),
     "system_powerdown": (Powerdown, _powerdown),
+    "set_link": (SetLink, _set_link),
     "quit": (NoArguments, _nothing(lambda machine: machine.stop())),
 }
+
+
+# What concerns the client's own session, which knows how: server.py
+OF_A_SESSION: Final = ("qmp_capabilities", "trace")
 
 
 def version() -> dict[str, Any]:

@@ -11,11 +11,13 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
+from kvmpy import trace
 from kvmpy.errors import CommandError, HostError, KvmpyError, errno_name
 from kvmpy.host.stream import Listener, Stream
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
-from kvmpy.monitor.commands import Negotiation, execute, parse_arguments, version
+from kvmpy.monitor.commands import Negotiation, Trace, execute, parse_arguments, version
+from kvmpy.monitor.trace_feed import TraceFeed
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class Session:
         self._parser = protocol.Parser()
         self._negotiated = False
         self._closed = False
+        self._feed: TraceFeed | None = None
         stream.on_input = self._on_input
         stream.on_end = lambda _: self.close()
         self._send({"QMP": {"version": version(), "capabilities": []}})
@@ -71,6 +74,8 @@ class Session:
         """Hang up; closing twice is allowed."""
         self._closed = True
         self._stream.close()
+        if self._feed is not None:
+            self._feed.close()
         with contextlib.suppress(ValueError):
             self._forget(self)
 
@@ -115,6 +120,8 @@ class Session:
             return self._negotiate(arguments)
         if not self._negotiated:
             raise CommandError("Expecting capabilities negotiation with 'qmp_capabilities'", "CommandNotFound")
+        if name == "trace":
+            return self._trace(parse_arguments(Trace, arguments))
         return execute(self._machine, name, arguments)
 
     def _negotiate(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -125,6 +132,21 @@ class Session:
             raise CommandError(f"Capability {wanted[0]} not available")
         self._negotiated = True
         return {}
+
+    def _trace(self, wanted: Trace) -> list[str]:
+        """Ours: every tracepoint that matches goes to this session from now on, as TRACE events."""
+        if self._feed is None:
+            self._feed = TraceFeed(self._machine.control, self._send_traced)
+        matched = self._feed.enable(wanted.name)
+        if not matched:
+            raise CommandError(f"{wanted.name}: matches no tracepoint of {', '.join(trace.names())}")
+        return matched
+
+    def _send_traced(self, data: dict[str, Any]) -> bool:
+        if self._stream.full:
+            return False
+        self._send(protocol.event("TRACE", data))
+        return True
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._stream.full:

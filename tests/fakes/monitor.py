@@ -33,6 +33,10 @@ class FakeMachine:
             vcpus=(0, 1),
             memory=SimpleNamespace(size=512 << 20),
             acpi_pm=SimpleNamespace(power_button_enabled=True),
+            devices=(
+                SimpleNamespace(name="com1", info=dict),
+                SimpleNamespace(name="net1", info=lambda: {"driver": "virtio-net-pci", "link": "up"}),
+            ),
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(console=SimpleNamespace(serial="stdio"))
@@ -53,6 +57,9 @@ class FakeMachine:
 
     def reset(self) -> None:
         self.asked.append("reset")
+
+    def set_link(self, name: str, *, up: bool) -> None:
+        self.asked.append(f"set_link {name} {up}")
 
     def powerdown(self, limit: float | None = None) -> bool:
         self.asked.append(f"powerdown {limit}")

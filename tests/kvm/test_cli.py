@@ -619,11 +619,28 @@ def test_status_in_json_is_what_the_monitor_says(kvmpy: Kvmpy, stopped: Process)
     assert (code, told["name"], told["pid"], told["status"]) == (0, "m", stopped.pid, "running")
 
 
+def test_status_says_how_often_the_guest_exits(kvmpy: Kvmpy, stopped: Process) -> None:
+    told = json.loads(kvmpy("status", "m", "--json")[1])
+    assert told["exits-per-second"].keys() == told["exits"].keys() == {"pio", "mmio", "other"}
+    assert told["exits"]["pio"] > 0
+
+
+def test_a_running_machine_can_be_traced_and_then_no_more(kvmpy: Kvmpy, start: Start, stopped: Process) -> None:
+    watching = start("trace", "m", "bus.*")
+    assert b"bus.read, bus.unclaimed, bus.write" in said(watching, b"tracing")
+    assert watching.stdout
+    assert b" bus.read bus=pio device=com1 " in watching.stdout.readline()  # the guest polls
+    watching.send_signal(signal.SIGINT)
+    assert watching.wait(PATIENCE) == 0
+
+
 def test_ps_lists_the_machine(kvmpy: Kvmpy, stopped: Process) -> None:
     _, out, _ = kvmpy("ps")
-    assert out.splitlines()[1].split() == ["m", str(stopped.pid), "running", "1", "16", "MiB"]
+    assert out.splitlines()[1].split() == ["m", str(stopped.pid), "running", "1", "16", "MiB", "-"]
     _, listed, _ = kvmpy("ps", "--json")
-    assert json.loads(listed) == [{"name": "m", "pid": stopped.pid, "status": "running", "cpus": 1, "memory": 16 << 20}]
+    assert json.loads(listed) == [
+        {"name": "m", "pid": stopped.pid, "status": "running", "cpus": 1, "memory": 16 << 20, "devices": []}
+    ]
 
 
 def test_pause_and_resume_are_seen_in_the_status(kvmpy: Kvmpy, stopped: Process) -> None:
@@ -742,7 +759,7 @@ def hanging(running: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proce
 
 def test_ps_does_not_wait_for_a_machine_that_hangs(kvmpy: Kvmpy, hanging: Process) -> None:
     _, out, err = kvmpy("ps")
-    assert out.splitlines()[1].split() == ["m", str(hanging.pid), "no", "answer", "-", "-"]
+    assert out.splitlines()[1].split() == ["m", str(hanging.pid), "no", "answer", "-", "-", "-"]
     assert err == ""
 
 

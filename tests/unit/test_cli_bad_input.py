@@ -152,10 +152,19 @@ CONFIG_MISTAKES: Final = (
         ("m.toml:5: machine.cpus: expected an integer <= 254, got 255"),
     ),
     refusals(
-        "tables of a later version",
-        GOOD + '[[root_port]]\nid = "r"\n[[device]]\ndriver = "virtio-rng-pci"\nid = "rng"\n',
-        "m.toml:5: root_port: this version of kvmpy has no PCI bus yet; leave it out",
-        "m.toml:7: device: this version of kvmpy has no PCI bus yet; leave it out",
+        "devices of a later version",
+        GOOD
+        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n'
+        + '[[netdev]]\ntype = "tap"\nid = "t"\nifname = "t"\n'
+        + '[[device]]\ndriver = "virtio-net-pci"\nid = "n"\nnetdev = "t"\nfailover = true\n',
+        "m.toml:6: device[0].driver: this version of kvmpy does not pass devices through yet",
+        "m.toml:17: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
+    ),
+    refusals(
+        "more devices than the root bus has places",
+        GOOD + "".join(f'[[root_port]]\nid = "r{n}"\n' for n in range(32)),
+        "m.toml:5: root_port: 32 root ports and devices without a bus, where the root bus has 31 places; "
+        "plug devices into root ports",
     ),
     refusals(
         "a setting of a later version",
@@ -169,10 +178,10 @@ CONFIG_MISTAKES: Final = (
     ),
     refusals(
         "boot and devices in one go",
-        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[[device]]\ndriver = "virtio-rng-pci"\nid = "rng"\n',
+        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n',
         "m.toml:2: boot.kernel: {here}/absent: cannot be opened: No such file or directory (ENOENT)",
         "m.toml:3: boot.initrd: {here}/gone: cannot be opened: No such file or directory (ENOENT)",
-        "m.toml:4: device: this version of kvmpy has no PCI bus yet; leave it out",
+        "m.toml:5: device[0].driver: this version of kvmpy does not pass devices through yet",
     ),
 )
 
@@ -432,7 +441,7 @@ def test_an_argument_of_a_monitor_command_that_is_none_is_refused(kvmpy: Kvmpy, 
 
 def test_ps_without_machines_is_a_heading_or_an_empty_list(kvmpy: Kvmpy) -> None:
     code, out, err = kvmpy("ps")
-    assert (code, out.split(), err) == (0, ["NAME", "PID", "STATUS", "CPUS", "MEMORY"], "")
+    assert (code, out.split(), err) == (0, ["NAME", "PID", "STATUS", "CPUS", "MEMORY", "DEVICES"], "")
     assert kvmpy("ps", "--json") == (0, "[]\n", "")
 
 

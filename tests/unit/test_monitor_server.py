@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from kvmpy import __version__
 from kvmpy.errors import HostError
 from kvmpy.machine.machine import Machine
-from kvmpy.monitor.commands import COMMANDS
+from kvmpy.monitor.commands import COMMANDS, OF_A_SESSION
 from kvmpy.monitor.server import MOST_SESSIONS, MonitorServer, Session
+from kvmpy.trace import Tracepoint
 from tests.fakes.loop import BOUND, open_descriptors, running, settle
 from tests.fakes.monitor import Client, FakeMachine
 
@@ -153,7 +154,8 @@ def test_queries_say_what_the_machine_is(connect: Connect, machine: FakeMachine)
     client = connect()
     assert client.ask({"execute": "query-status"}) == {"return": {"status": "running", "running": True}}
     assert client.ask({"execute": "query-version"})["return"] == client.greeting["QMP"]["version"]
-    assert client.ask({"execute": "query-commands"}) == {"return": [{"name": name} for name in sorted(COMMANDS)]}
+    names = sorted([*COMMANDS, *OF_A_SESSION])
+    assert client.ask({"execute": "query-commands"}) == {"return": [{"name": name} for name in names]}
     assert client.ask({"execute": "query-cpus-fast"})["return"][1] == {
         "cpu-index": 1,
         "thread-id": 101,
@@ -320,3 +322,24 @@ def test_a_session_that_is_over_is_gone_without_the_garbage_collector(connect: C
         assert sum(isinstance(thing, Session) for thing in gc.get_objects()) == before + 1
     finally:
         gc.enable()
+
+
+def test_a_session_hears_the_tracepoints_it_asked_for_and_no_other_does(connect: Connect, machine: FakeMachine) -> None:
+    point = Tracepoint("test.monitor", "device")
+    curious, other = connect(), connect()
+    assert curious.ask({"execute": "trace", "arguments": {"name": "test.mon*"}}) == {"return": ["test.monitor"]}
+    point("net1")
+    event = curious.receive()
+    assert event["event"] == "TRACE"
+    assert event["data"]["lines"][0].endswith("test.monitor device=net1")
+    assert other.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
+    refused = other.ask({"execute": "trace", "arguments": {"name": "nothing.*"}})
+    assert refused["error"]["desc"].startswith("nothing.*: matches no tracepoint of ")
+    curious.close()
+    settle(machine.control)
+    assert not point
+
+
+def test_a_cable_is_pulled_by_the_devices_name(connect: Connect, machine: FakeMachine) -> None:
+    assert connect().ask({"execute": "set_link", "arguments": {"name": "net1", "up": False}}) == {"return": {}}
+    assert machine.asked == ["set_link net1 False"]

@@ -1,0 +1,125 @@
+"""What can be found out about a machine before it is made: its boot files, its ACPI tables, what is not built yet."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from kvmpy.boot import acpi
+from kvmpy.boot.plan import BootPlan, plan
+from kvmpy.config.schema import Config, VfioPci, VirtioNetPci
+from kvmpy.devices.acpi_pm import Reg as PmReg
+from kvmpy.devices.reset_register import RESET_VALUE
+from kvmpy.errors import ConfigError, HostError
+from kvmpy.machine import layout
+
+ROOT_BUS_SLOTS: Final = 31  # and the host bridge
+# What to do where a file or socket that the configuration names cannot be made.
+ADVICE: Final = {
+    errno.EADDRINUSE: "remove it unless another process listens there",
+    errno.ENOENT: "make its directory first",
+    errno.EACCES: "run as a user who may write there, or choose another path",
+    errno.EROFS: "choose another path",
+}
+
+
+def check(config: Config) -> BootPlan:
+    """All that can be found out without KVM. Raises ConfigError with every problem there is."""
+    problems: list[str] = []
+    boot = None
+    try:
+        boot = plan_boot(config)
+    except ConfigError as e:
+        problems += e.problems
+    try:
+        check_devices(config)
+    except ConfigError as e:
+        problems += e.problems
+    if boot is None or problems:
+        raise ConfigError(*problems)
+    return boot
+
+
+def plan_boot(config: Config) -> BootPlan:
+    """Check what the guest starts with, without KVM and without its RAM.
+
+    Raises ConfigError, each problem with the place in the configuration it comes from.
+    """
+    try:
+        return plan(
+            Path(config.boot.kernel),
+            Path(config.boot.initrd) if config.boot.initrd else None,
+            config.boot.cmdline,
+            ram=layout.ram(config.machine.memory, huge_page=huge_page(config)),
+            reserved=layout.RESERVED,
+            low=layout.LOW_MEMORY,
+            acpi=acpi.build(_acpi_description(config), layout.LOW_MEMORY.acpi.start),
+        )
+    except ConfigError as e:
+        raise ConfigError(*(placed(config, problem) for problem in e.problems)) from e
+
+
+def check_devices(config: Config) -> None:
+    """Raises ConfigError for what is well formed and cannot be built: nothing is ignored."""
+    problems = [f"{config.locate(key)}: {problem}" for key, problem in _unbuildable(config)]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
+    """Key and problem."""
+    if config.machine.dirty_ring:
+        yield "machine.dirty_ring", "machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out"
+    for index, device in enumerate(config.device):
+        key = f"device[{index}]"
+        if isinstance(device, VfioPci):
+            yield f"{key}.driver", f"{key}.driver: this version of kvmpy does not pass devices through yet"
+        elif isinstance(device, VirtioNetPci) and device.failover:
+            yield f"{key}.failover", f"{key}.failover: this version of kvmpy has no failover pairs yet; leave it out"
+    on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)
+    if on_root_bus > ROOT_BUS_SLOTS:
+        yield (
+            "root_port[0]" if config.root_port else "device[0]",
+            f"root_port: {on_root_bus} root ports and devices without a bus, where the root bus has "
+            f"{ROOT_BUS_SLOTS} places; plug devices into root ports",
+        )
+
+
+def _acpi_description(config: Config) -> acpi.AcpiDescription:
+    return acpi.AcpiDescription(
+        cpus=tuple(range(config.machine.cpus)),
+        lapic=layout.LAPIC.base,
+        ioapic=layout.IOAPIC.base,
+        ioapic_id=0,
+        sci_irq=layout.SCI_IRQ,
+        pm1a_event=layout.ACPI_PM.base + PmReg.PM1_STATUS,
+        pm1a_control=layout.ACPI_PM.base + PmReg.PM1_CONTROL,
+        pm_timer=layout.ACPI_PM.base + PmReg.PM_TIMER,
+        reset_port=layout.RESET.base,
+        reset_value=RESET_VALUE,
+        serial=(layout.COM1.base, layout.COM1_IRQ),
+        rtc=(layout.CMOS.base, layout.RTC_IRQ),
+        pvpanic_port=layout.PVPANIC.base,
+    )
+
+
+def located(config: Config, e: HostError) -> HostError:
+    """A failure that starts with the key it comes from, with its place and what to do."""
+    number = e.__cause__.errno if isinstance(e.__cause__, OSError) else None
+    advice = f"; {ADVICE[number]}" if number in ADVICE else ""
+    return HostError(placed(config, str(e)) + advice)
+
+
+def huge_page(config: Config) -> int:
+    """Bytes of a huge page, 0 for none."""
+    pages = config.machine.hugepages
+    return 0 if pages is pages.OFF else pages.page_size
+
+
+def placed(config: Config, problem: str) -> str:
+    """``boot.kernel: ...`` with the file and line that set boot.kernel before it, or said in terms of its --set."""
+    key, _, text = problem.partition(":")
+    place = config.locate(key)
+    return f"{place}:{text}" if place in (f"--set {key}", f"--{key}") else f"{place}: {problem}"
