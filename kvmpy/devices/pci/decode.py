@@ -1,0 +1,93 @@
+"""Which BARs are mapped, and where: the guest's wishes, the windows of the bridges above, and what is there already.
+
+A BAR is mapped if its function decodes, all of it lies in a window of the host bridge and in one that the port above
+forwards, it covers no RAM and nothing else is there. Any other wish is no error, as on real hardware: the BAR answers
+nowhere (tracepoint ``pci.bar``), and is tried again whenever any decode changes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from kvmpy.bus import Bus
+from kvmpy.devices.base import Doorbells
+from kvmpy.devices.pci.bar import Bar, BarKind, trace_bar
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.pci.root_port import RootPort
+
+
+class PciWindows(NamedTuple):
+    """The addresses that belong to the PCI bus: ports, and memory below and above 4 GiB."""
+
+    io: range
+    mem32: range
+    mem64: range
+
+
+class Decoder:
+    """The one who maps BARs.
+
+    It reads what functions and ports publish, never their registers, so it needs no lock of theirs: any thread may
+    call, holding one or not.
+    """
+
+    def __init__(
+        self, mmio: Bus, pio: Bus, doorbells: Doorbells, windows: PciWindows, is_ram: Callable[[int, int], bool]
+    ) -> None:
+        self._mmio, self._pio, self._doorbells = mmio, pio, doorbells
+        self._windows, self._is_ram = windows, is_ram
+        self._functions: dict[PciFunction[Any], RootPort | None] = {}
+        self._lock = threading.Lock()
+
+    def add(self, function: PciFunction[Any], port: RootPort | None) -> None:
+        """``function`` sits behind ``port``, or on the root complex."""
+        with self._lock:
+            self._functions[function] = port
+        self.update()
+
+    def remove(self, function: PciFunction[Any]) -> None:
+        """``function`` leaves; nothing of it is mapped after this."""
+        with self._lock:
+            del self._functions[function]
+            for bar in function.bars.values():
+                bar.unmap()
+        self.update()
+
+    def update(self) -> None:
+        """Something that decides has changed: move what must move."""
+        with self._lock:
+            places = [
+                (bar, self._place(bar, port))
+                for function, port in self._functions.items()
+                for bar in function.bars.values()
+            ]
+            for bar, address in places:
+                if bar.address != address:
+                    bar.unmap()
+            for bar, address in places:
+                if address is not None and bar.address is None:
+                    bar.map(self._pio if bar.kind is BarKind.IO else self._mmio, self._doorbells, address)
+
+    def _place(self, bar: Bar, port: RootPort | None) -> int | None:
+        """Where ``bar`` is to be mapped, None for nowhere."""
+        base = bar.programmed
+        if base is None:
+            return None
+        here, above = self._windows, None if port is None else port.forwards
+        if bar.kind is BarKind.IO:
+            allowed = _holds(base, bar.size, here.io) and (above is None or _holds(base, bar.size, above.io))
+        else:
+            allowed = (
+                _holds(base, bar.size, here.mem32, here.mem64)
+                and (above is None or _holds(base, bar.size, above.memory, above.prefetchable))
+                and not self._is_ram(base, bar.size)
+            )
+        if not allowed and trace_bar:
+            trace_bar(bar.name, bar.index, "outside", base)
+        return base if allowed else None
+
+
+def _holds(base: int, size: int, *windows: range) -> bool:
+    return any(base in window and base + size - 1 in window for window in windows)

@@ -1,0 +1,70 @@
+"""The older way to configuration space: an address in port 0xCF8, its data in 0xCFC to 0xCFF.
+
+PCI Local Bus 3.0, section 3.2.2.3.2. Only an aligned dword at 0xCF8 is the address register. A byte at 0xCF9 belongs to
+the chipset's reset register, which lives in the middle of it; any other access there is nobody's.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Protocol
+
+from kvmpy.bus import Target
+from kvmpy.devices.base import Device
+from kvmpy.state import State, u32
+
+ADDRESS: Final = 0
+RESET: Final = 1
+DATA: Final = 4
+ENABLE: Final = 0x8000_0000
+ADDRESS_BITS: Final = 0x80FF_FFFC
+
+
+class ConfigAccess(Protocol):
+    """Configuration space by the numbers programmed now."""
+
+    def read(self, bus: int, devfn: int, offset: int, size: int) -> int:
+        """All ones where there is nothing."""
+
+    def write(self, bus: int, devfn: int, offset: int, size: int, value: int) -> None:
+        """Ignored where there is nothing."""
+
+
+class ConfigPortsState(State):
+    NAME = "pci-config-ports"
+    VERSION = 1
+    address: u32 = 0
+
+
+class ConfigPorts(Device[ConfigPortsState]):
+    """Eight ports, to be mapped with accesses of at most 4 bytes. ``reset_register`` gets the byte at offset 1."""
+
+    def __init__(self, name: str, config: ConfigAccess, reset_register: Target) -> None:
+        super().__init__(name, ConfigPortsState())
+        self._config, self._reset_register = config, reset_register
+
+    def read(self, offset: int, size: int) -> int:
+        if (offset, size) == (ADDRESS, 4):
+            return self.state.address
+        if (offset, size) == (RESET, 1):
+            with self._reset_register.lock:
+                return self._reset_register.read(0, 1)
+        if offset >= DATA and self.state.address & ENABLE:
+            return self._config.read(*self._selected(offset), size)
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if (offset, size) == (ADDRESS, 4):
+            self.state.address = value & ADDRESS_BITS
+        elif (offset, size) == (RESET, 1):
+            with self._reset_register.lock:
+                self._reset_register.write(0, 1, value)
+        elif offset >= DATA and self.state.address & ENABLE:
+            self._config.write(*self._selected(offset), size, value)
+
+    def post_load(self) -> None:
+        self.state.address &= ADDRESS_BITS
+
+    def _selected(self, offset: int) -> tuple[int, int, int]:
+        """Bus, device and function, register."""
+        address = self.state.address
+        return address >> 16 & 0xFF, address >> 8 & 0xFF, (address & 0xFC) + offset - DATA

@@ -1,0 +1,156 @@
+"""The root complex: who has which number, how configuration accesses find them, and whose interrupt wire is whose.
+
+Bus 0 is ours; buses behind root ports have the numbers the guest (or we as firmware) gave them. ECAM is one window of
+1 MiB for each bus, `ConfigPorts` the older pair of ports.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final
+
+from kvmpy.bus import Bus, Target
+from kvmpy.devices.base import Doorbells
+from kvmpy.devices.pci.config import MULTI_FUNCTION
+from kvmpy.devices.pci.decode import Decoder, PciWindows
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.pci.intx import PINS, SharedLine, Unconnected, swizzle
+from kvmpy.devices.pci.ports import ConfigPorts
+from kvmpy.devices.pci.root_port import RootPort
+from kvmpy.irq import IrqLine
+
+DEVICES: Final = range(32)
+FUNCTIONS: Final = range(8)
+
+Function = PciFunction[Any]
+
+
+class PciRoot:
+    """``lines`` are INTA to INTD of device 0 on bus 0; ``is_ram(gpa, size)`` whether any of that is RAM.
+
+    ``lock`` keeps the numbers still: a configuration access holds it. `add` before the machine runs.
+    """
+
+    def __init__(
+        self,
+        mmio: Bus,
+        pio: Bus,
+        doorbells: Doorbells,
+        lines: Sequence[IrqLine],
+        windows: PciWindows,
+        is_ram: Callable[[int, int], bool],
+        reset_register: Target,
+    ) -> None:
+        if len(lines) != PINS:
+            raise ValueError(f"PCI has {PINS} interrupt lines, not {len(lines)}")
+        self.lock = threading.RLock()
+        self.ecam = Ecam(self)
+        self.ports = ConfigPorts("pci-config-ports", self, reset_register)
+        self._lines = [SharedLine(line) for line in lines]
+        self._decoder = Decoder(mmio, pio, doorbells, windows, is_ram)
+        self._bus0: dict[int, Function] = {}
+
+    def add(self, function: Function, device: int, function_number: int = 0) -> None:
+        """Put ``function`` on bus 0. Raises ValueError where that place is taken or none."""
+        if device not in DEVICES or function_number not in FUNCTIONS:
+            raise ValueError(f"{function.name}: no place {device:02x}.{function_number:x} on a bus")
+        devfn = device << 3 | function_number
+        with self.lock:
+            if devfn in self._bus0:
+                raise ValueError(f"{function.name}: {self._bus0[devfn].name} is at {device:02x}.{function_number:x}")
+            self._bus0[devfn] = function
+            self._mark_multi_function(device)
+            if isinstance(function, RootPort):
+                function.seats = Seats(self, function, device)
+            elif function.express is not None:
+                function.express.integrate()
+            self.connect(function, device, None)
+
+    def connect(self, function: Function, device: int, port: RootPort | None) -> None:
+        """Give ``function`` its interrupt wire and its windows; ``device`` is the one on bus 0. Used by Seats too."""
+        if pin := function.header.interrupt_pin:
+            function.intx.wire = self._lines[swizzle(pin, device) - 1].source()
+        function.on_decode = self._decoder.update
+        self._decoder.add(function, port)
+
+    def disconnect(self, function: Function) -> None:
+        """Undo `connect`."""
+        self._decoder.remove(function)
+        function.on_decode = lambda: None
+        function.intx.wire.set(level=False)
+        function.intx.wire = Unconnected()
+
+    def find(self, bus: int, devfn: int) -> Function | None:
+        """The function with that number now, None where there is none. With the lock."""
+        if bus == 0:
+            return self._bus0.get(devfn)
+        for port in self._ports():
+            if port.header.secondary <= bus <= port.header.subordinate:
+                # Behind a port there is one device, with the number 0, and no bridge to pass the access on to.
+                here = bus == port.header.secondary and devfn == 0 and port.link_active
+                return port.behind if here else None
+        return None
+
+    def read(self, bus: int, devfn: int, offset: int, size: int) -> int:
+        """A configuration read of any width; all ones where there is nothing."""
+        with self.lock:
+            function = self.find(bus, devfn)
+            return (1 << 8 * size) - 1 if function is None else function.config_read(offset, size)
+
+    def write(self, bus: int, devfn: int, offset: int, size: int, value: int) -> None:
+        """A configuration write of any width; ignored where there is nothing."""
+        with self.lock:
+            function = self.find(bus, devfn)
+            if function is not None:
+                function.config_write(offset, size, value)
+
+    def functions(self) -> Iterator[tuple[int, int, int, Function]]:
+        """Bus, device, function number and function of all that can be reached by the numbers programmed now."""
+        with self.lock:
+            places = [(0, devfn) for devfn in sorted(self._bus0)]
+            places += sorted({(port.header.secondary, 0) for port in self._ports() if port.header.secondary})
+            found = [(bus, devfn, self.find(bus, devfn)) for bus, devfn in places]
+        return iter([(bus, devfn >> 3, devfn & 7, function) for bus, devfn, function in found if function is not None])
+
+    def _ports(self) -> Iterator[RootPort]:
+        """In the order in which they are asked, should the guest give two the same bus."""
+        return (f for _, f in sorted(self._bus0.items()) if isinstance(f, RootPort))
+
+    def _mark_multi_function(self, device: int) -> None:
+        here = [function for devfn, function in self._bus0.items() if devfn >> 3 == device]
+        if len(here) > 1:
+            for function in here:
+                function.header.preset(header_type=function.header.header_type | MULTI_FUNCTION)
+
+
+class Seats:
+    """The place behind ``port``, which is ``device`` on bus 0 (a `root_port.Seats`)."""
+
+    def __init__(self, root: PciRoot, port: RootPort, device: int) -> None:
+        self.lock = root.lock
+        self._root, self._port, self._device = root, port, device
+
+    def seat(self, function: Function) -> None:
+        """``function`` is behind the port from now on. It is device 0 there, so its pins are the port's own."""
+        self._root.connect(function, self._device, self._port)
+
+    def unseat(self, function: Function) -> None:
+        """It is not any more; none of its BARs is mapped and its interrupt is low."""
+        self._root.disconnect(function)
+
+
+class Ecam:
+    """Enhanced configuration access: the address is the number (a `kvmpy.bus.Target` with the root's lock)."""
+
+    def __init__(self, root: PciRoot) -> None:
+        self.name, self.lock = "pci-ecam", root.lock
+        self._root = root
+
+    def read(self, offset: int, size: int) -> int:
+        """A guest's read of any width; one that goes beyond a function's 4096 bytes gets all ones."""
+        return self._root.read(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A guest's write of any width."""
+        self._root.write(offset >> 20, offset >> 12 & 0xFF, offset & 0xFFF, size, value)
