@@ -73,6 +73,7 @@ class RingDriver:
         self._chains: dict[int, tuple[list[int], list[tuple[int, int]]]] = {}
         self._content: dict[int, list[bytes]] = {}
         self._avail = self._kicked = self._last_used = 0
+        self._wants_interrupts = True
 
     def configure(self, state: QueueState) -> None:
         """Tell the device where the rings are, as the transport's registers would."""
@@ -149,6 +150,8 @@ class RingDriver:
             self.free.extend(taken)
             self._last_used = (self._last_used + 1) % 65536
             found.append((head, written))
+        if self._wants_interrupts:
+            self.want_interrupts(wanted=True)
         return found
 
     def buffers(self, head: int) -> list[bytes]:
@@ -160,7 +163,11 @@ class RingDriver:
         return b"".join(self._content[head])
 
     def want_interrupts(self, *, wanted: bool) -> bool:
-        """Ask for an interrupt with the next used chain, or for none. True if there are some to take already."""
+        """Ask for an interrupt with each used chain that `used` has not seen, or for none.
+
+        True if there are some to take already. At first they are wanted.
+        """
+        self._wants_interrupts = wanted
         if self.event_idx:
             # "None" is an index that has just been passed: it comes up again after all others.
             self.store(self.driver + 4 + 2 * self.size, (self._last_used if wanted else self._last_used - 1) % 65536)

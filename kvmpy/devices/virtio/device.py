@@ -1,0 +1,403 @@
+"""What every virtio device shares: status, features, queues, and the life between them (Virtio 1.2, sections 2 and 3).
+
+    class Rng(VirtioDevice[RngState]):
+        DEVICE_ID = DeviceId.ENTROPY
+
+        def __init__(self, name: str, memory: GuestMemory, io: Loop) -> None:
+            super().__init__(name, RngState(), memory, io, [QueueSpec("requests", 64)])
+
+        def on_notify(self, index: int) -> None:
+            queue = self.queues[index]
+            for chain in queue.chains():
+                queue.push(chain, fill(chain.writable))
+            self.interrupt(index)
+
+A device runs from DRIVER_OK until reset, with pauses: `serve` begins that, `withdraw` ends it. Both are called with the
+lock held, as is every handler, and a handler runs only while the device does. So once `withdraw` has returned nothing
+of the device touches a ring, and nothing that an event loop dispatched before comes too late.
+
+What a driver may not do raises GuestError in a handler and breaks the device, as does a host that fails it: the status
+says DEVICE_NEEDS_RESET, `on_broken` is told, and a reset by the driver makes it work again. Nothing else stops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
+
+from msgspec import Meta
+
+from kvmpy.abi.virtio import DeviceId, Feature, Status, feature_mask
+from kvmpy.devices.base import Closable, Device
+from kvmpy.devices.virtio.queue import QueueState, Virtqueue
+from kvmpy.errors import GuestError, HostError
+from kvmpy.host.eventfd import EventFd
+from kvmpy.memory import GuestMemory
+from kvmpy.state import State, part, u8, u64
+from kvmpy.trace import Tracepoint
+
+trace_status = Tracepoint("virtio.status", "device written status")
+trace_notify = Tracepoint("virtio.notify", "device queue")
+trace_interrupt = Tracepoint("virtio.interrupt", "device queue")
+trace_broken = Tracepoint("virtio.broken", "device why")
+
+# What the queues can do, for every device.
+RING_FEATURES: Final = feature_mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Feature.EVENT_IDX)
+# The order in which a driver sets the bits (section 3.1.1).
+STEPS: Final = (Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK)
+MOST_QUEUES: Final = 1024
+
+
+class VirtioState(State):
+    """What the driver has set up, whatever the transport."""
+
+    NAME = "virtio"
+    VERSION = 1
+    status: u8 = 0
+    driver_features: u64 = 0
+    config_generation: u8 = 0
+    queues: Annotated[list[QueueState], Meta(max_length=MOST_QUEUES)] = []
+
+
+class VirtioDeviceState(State):
+    """Base of the state of a kind of device: ``class RngState(VirtioDeviceState): NAME = "virtio-rng"``."""
+
+    virtio: VirtioState = part(VirtioState)
+
+
+V = TypeVar("V", bound=VirtioDeviceState)
+
+
+class QueueSpec(NamedTuple):
+    """One queue of a kind of device; ``max_size`` is a power of two."""
+
+    name: str
+    max_size: int
+
+
+class Loop(Protocol):
+    """The event loop that serves a device, the `io` thread's: a `kvmpy.host.reactor.Reactor`."""
+
+    def watch(
+        self, fd: int, *, readable: Callable[[], object] | None = None, writable: Callable[[], object] | None = None
+    ) -> None:
+        """Call back while ``fd`` is ready; replaces what was watched for it."""
+
+    def unwatch(self, fd: int) -> None:
+        """Stop; a callback under way in another thread may still be finishing."""
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Run ``call`` in the loop's thread, soon."""
+
+
+class Transport(Protocol):
+    """How a device reaches its driver. All under the device's lock."""
+
+    def interrupt_queue(self, index: int) -> None:
+        """Tell the driver that queue ``index`` has used chains for it."""
+
+    def interrupt_config(self) -> None:
+        """Tell the driver that the configuration or the status has changed."""
+
+    def call_event(self, index: int) -> int:
+        """The eventfd (its descriptor) whose signal is `interrupt_queue`, for the kernel to use; -1 if it has none."""
+
+    def doorbell(self, index: int, kick: EventFd) -> Closable:
+        """Let the driver's notification of queue ``index`` signal ``kick`` without an exit. Raises HostError."""
+
+
+class Unplugged:
+    """The Transport of a device that is on no bus yet."""
+
+    def interrupt_queue(self, index: int) -> None:
+        """Nobody is there."""
+
+    def interrupt_config(self) -> None:
+        """Nobody is there."""
+
+    def call_event(self, index: int) -> int:
+        """None."""
+        return -1
+
+    def doorbell(self, index: int, kick: EventFd) -> Closable:
+        """Nobody rings."""
+        return ExitStack()
+
+
+class VirtioDevice(Device[V]):
+    """A virtio device of some kind; subclasses say which. Made paused, as every device.
+
+    ``features`` are the bits it offers, ``running`` says whether its queues may be touched, ``broken`` why they may not
+    be any more. ``on_broken`` is called with that reason, once, under the lock: it may only post.
+    """
+
+    DEVICE_ID: ClassVar[DeviceId]
+
+    def __init__(
+        self, name: str, state: V, memory: GuestMemory, io: Loop, queues: Sequence[QueueSpec], features: int = 0
+    ) -> None:
+        super().__init__(name, state)
+        self.memory, self.io = memory, io
+        self.features = features | RING_FEATURES
+        self.queues = [Virtqueue(f"{name} {spec.name}", memory, spec.max_size) for spec in queues]
+        self.transport: Transport = Unplugged()
+        self.on_broken: Callable[[str], object] = lambda why: None
+        self.running = False
+        self.broken: str | None = None
+        self._paused = True
+        self._moved = False
+        self._doorbells: list[Closable] = []
+        self._watched: set[int] = set()
+        self._adopt_queues()
+
+    # For subclasses to override
+
+    def config_read(self, offset: int, size: int) -> int:
+        """``size`` bytes at ``offset`` of the device's configuration; zeros behind its end."""
+        return int.from_bytes(self.config()[offset : offset + size], "little")
+
+    def config_write(self, offset: int, size: int, value: int) -> None:
+        """The driver writes to the device's configuration; ignored where nothing is writable."""
+
+    def config(self) -> bytes:
+        """The device's configuration as the driver reads it now."""
+        return b""
+
+    def accepts(self, features: int) -> bool:
+        """Whether the driver may have exactly these ``features``, all of them offered."""
+        return True
+
+    def serve(self) -> None:
+        """Use the queues from now on. By default: `on_notify` for each kick of a queue that is running, and once now.
+
+        Raises GuestError or HostError; what was begun is then withdrawn.
+        """
+        for index, queue in enumerate(self.queues):
+            if queue.running:
+                self.watch_queue(index)
+
+    def withdraw(self) -> None:
+        """Once this returns, the queues are not touched; each chain popped has been pushed or rewound."""
+        for index in tuple(self._watched):
+            self.unwatch_queue(index)
+
+    def on_notify(self, index: int) -> None:
+        """The driver kicked queue ``index``, which may have chains. May raise GuestError or HostError."""
+
+    def calls_changed(self) -> None:
+        """`Transport.call_event` would answer otherwise now."""
+
+    # For subclasses to use
+
+    @property
+    def virtio(self) -> VirtioState:
+        """The shared part of the state."""
+        return self.state.virtio
+
+    def acked(self, number: int) -> bool:
+        """Whether the driver has accepted feature ``number``."""
+        return bool(self.virtio.driver_features >> number & 1)
+
+    def watch_queue(self, index: int) -> None:
+        """Call `on_notify` for each kick of a queue from now on, and once now."""
+        self._watched.add(index)
+        kick = self.queues[index].kick
+        self.io.watch(kick.fd, readable=partial(self._kicked, index))
+        kick.signal()
+
+    def unwatch_queue(self, index: int) -> None:
+        """Stop that."""
+        self._watched.discard(index)
+        self.io.unwatch(self.queues[index].kick.fd)
+
+    def guarded(self, call: Callable[[], object]) -> None:
+        """``call``, with the lock held, if the device is running: for what an event loop calls back. Any thread.
+
+        A GuestError or HostError in it breaks the device.
+        """
+        with self.lock:
+            if self.running:
+                try:
+                    call()
+                except (GuestError, HostError) as e:
+                    self.break_(str(e))
+
+    def interrupt(self, index: int) -> None:
+        """Tell the driver of what has been pushed to a queue, if it wants to know."""
+        if self.queues[index].needs_interrupt():
+            if trace_interrupt:
+                trace_interrupt(self.name, index)
+            self.transport.interrupt_queue(index)
+
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration reads otherwise now. Any thread."""
+        with self.lock:
+            self.virtio.config_generation = self.virtio.config_generation + 1 & 0xFF
+            if self.virtio.status & Status.DRIVER_OK:
+                self.transport.interrupt_config()
+
+    def break_(self, why: str) -> None:
+        """The device cannot go on until the driver resets it. Any thread; nothing happens where it is not in use."""
+        with self.lock:
+            v = self.virtio
+            if v.status & (Status.DRIVER_OK | Status.NEEDS_RESET) != Status.DRIVER_OK:
+                return
+            v.status |= Status.NEEDS_RESET
+            self.broken = why
+            if trace_broken:
+                trace_broken(self.name, why)
+            self._update()
+            self.transport.interrupt_config()
+            self.on_broken(why)
+
+    # For the transport, with the lock held
+
+    def write_features(self, word: int, value: int) -> None:
+        """The driver accepts 32 ``features`` bits; only until it has said that these are all, and of two words."""
+        v = self.virtio
+        if word in (0, 1) and not v.status & Status.FEATURES_OK:
+            v.driver_features = v.driver_features & ~(0xFFFF_FFFF << 32 * word) | value << 32 * word
+
+    def write_status(self, value: int) -> None:
+        """The driver sets status bits, or resets the device with none."""
+        v = self.virtio
+        if value:
+            for step in STEPS:
+                if not v.status & step:
+                    if not value & step or v.status & Status.FAILED or not self._allows(step):
+                        break
+                    v.status |= step
+            v.status |= value & Status.FAILED
+            self._update()
+        else:
+            self.reset()
+        if trace_status:
+            trace_status(self.name, value, self.virtio.status)
+
+    def notify(self, index: int) -> None:
+        """The driver's notification of queue ``index``, where it did not reach ``kick`` by itself."""
+        if 0 <= index < len(self.queues):
+            self.queues[index].kick.signal()
+
+    # The life cycle
+
+    def reset(self) -> None:
+        """Back to power-on, by the driver or with the machine."""
+        self._stop()
+        self._close_doorbells()
+        super().reset()
+        self._moved = False
+
+    def post_load(self) -> None:
+        self._stop()
+        self.broken = None
+        self._adopt_queues()
+        self._moved = True
+        self._update()
+
+    def pause(self) -> None:
+        with self.lock:
+            self._paused = True
+            self._update()
+
+    def resume(self) -> None:
+        with self.lock:
+            self._paused = False
+            self._update()
+
+    def close(self) -> None:
+        with self.lock:
+            self._paused = True
+            self._update()
+            self._close_doorbells()
+            for queue in self.queues:
+                queue.close()
+
+    def info(self) -> dict[str, Any]:
+        with self.lock:
+            v = self.virtio
+            return {
+                "kind": self.DEVICE_ID.name.lower(),
+                "status": [bit.name.lower() for bit in Status if v.status & bit],
+                "broken": self.broken,
+                "features": f"{v.driver_features:#x}",
+                "queues": [
+                    {"name": queue.name.removeprefix(f"{self.name} "), "size": queue.state.size}
+                    for queue in self.queues
+                    if queue.state.enabled
+                ],
+            }
+
+    def _allows(self, step: Status) -> bool:
+        features = self.virtio.driver_features
+        return step is not Status.FEATURES_OK or (
+            not features & ~self.features and self.acked(Feature.VERSION_1) and self.accepts(features)
+        )
+
+    def _adopt_queues(self) -> None:
+        """Take the queues' states from ours. They come from elsewhere: too few or too many break the device."""
+        v = self.virtio
+        if len(v.queues) != len(self.queues):
+            if v.queues:
+                v.status |= Status.NEEDS_RESET
+                self.broken = f"{self.name}: a state of {len(v.queues)} queues, and the device has {len(self.queues)}"
+            v.queues = [QueueState(size=queue.max_size) for queue in self.queues]
+        for queue, state in zip(self.queues, v.queues, strict=True):
+            queue.state = state
+
+    def _update(self) -> None:
+        """Run exactly while the driver is there, nobody paused us, and nothing is broken."""
+        in_use = self.virtio.status & (Status.DRIVER_OK | Status.NEEDS_RESET) == Status.DRIVER_OK
+        if self._paused or not in_use:
+            self._stop()
+        elif not self.running:
+            self._start()
+
+    def _start(self) -> None:
+        try:
+            if self.virtio.driver_features & ~self.features:
+                raise GuestError(f"{self.name}: features {self.virtio.driver_features:#x} of {self.features:#x}")
+            started = [(index, queue) for index, queue in enumerate(self.queues) if queue.state.enabled]
+            for _, queue in started:
+                queue.start(indirect=self.acked(Feature.INDIRECT_DESC), event_idx=self.acked(Feature.EVENT_IDX))
+            if not self._doorbells:
+                for index, queue in started:
+                    self._doorbells.append(self.transport.doorbell(index, queue.kick))
+            self.running = True
+            self.serve()
+        except (GuestError, HostError) as e:
+            self.break_(str(e))
+            return
+        if self._moved:
+            self._signal_all([index for index, _ in started])
+
+    def _signal_all(self, indices: Sequence[int]) -> None:
+        """After a move: what was signalled and not delivered did not come along."""
+        self._moved = False
+        for index in indices:
+            self.transport.interrupt_queue(index)
+        self.transport.interrupt_config()
+
+    def _stop(self) -> None:
+        if self.running:
+            self.running = False
+            try:
+                self.withdraw()
+            except (GuestError, HostError) as e:
+                self.break_(str(e))
+        for queue in self.queues:
+            queue.stop()
+
+    def _close_doorbells(self) -> None:
+        while self._doorbells:
+            self._doorbells.pop().close()
+
+    def _kicked(self, index: int) -> None:
+        with self.lock:
+            if index in self._watched:  # else somebody else's by now: the kick is his to take
+                self.queues[index].kick.take()
+                if trace_notify:
+                    trace_notify(self.name, index)
+                self.guarded(partial(self.on_notify, index))
