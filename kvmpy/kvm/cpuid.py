@@ -13,6 +13,7 @@ from typing import Final
 from kvmpy.abi import kvm as abi
 
 TOPOLOGY: Final = (0xB, 0x1F)
+ADDRESS_SIZES: Final = 0x8000_0008
 
 # Leaf 1
 EDX_HTT: Final = 1 << 28
@@ -51,6 +52,11 @@ def guest_cpuid(
         if function <= highest:
             table += _topology(function, apic_id, vcpus, bits)
     return table
+
+
+def address_bits(supported: Sequence[abi.CpuidEntry2]) -> int:
+    """How many bits a physical address has (MAXPHYADDR); 36 where the processor does not say."""
+    return next((entry.eax & 0xFF for entry in supported if entry.function == ADDRESS_SIZES), 36)
 
 
 def _topology(function: int, apic_id: int, vcpus: int, bits: int) -> list[dict[str, int]]:

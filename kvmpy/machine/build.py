@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
 from kvmpy.config.schema import Config
 from kvmpy.devices.acpi_pm import AcpiPm
@@ -14,6 +15,8 @@ from kvmpy.devices.base import Device, Power
 from kvmpy.devices.cmos import Cmos
 from kvmpy.devices.debug_port import DebugPort
 from kvmpy.devices.i8042 import I8042
+from kvmpy.devices.pci.decode import PciWindows
+from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
@@ -21,20 +24,14 @@ from kvmpy.errors import ConfigError, HostError
 from kvmpy.host.console import Console
 from kvmpy.host.memory import Mapping as HostMemory
 from kvmpy.host.reactor import Reactor
-from kvmpy.kvm.cpuid import guest_cpuid
+from kvmpy.kvm.cpuid import address_bits, guest_cpuid
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
-from kvmpy.machine.check import huge_page, located, placed
+from kvmpy.machine.check import huge_page, located, mmio64, placed
+from kvmpy.machine.plug import Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
-
-
-class Nic(Protocol):
-    """A network device, as an operator sees it."""
-
-    def set_link(self, *, up: bool) -> None:
-        """Plug the cable in, or pull it. Any thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +48,17 @@ class Board:
     serial: Serial16550
     acpi_pm: AcpiPm
     debug_port: DebugPort
-    nics: Mapping[str, Nic]
+    pci: PciRoot
+    pci_windows: PciWindows
+    nics: Mapping[str, Any]
     """Network devices by their id and by their netdev's."""
 
+    def set_up_pci(self) -> None:
+        """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
+        pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
 
-def build(config: Config, power: Power, console: Console, io: Reactor, resources: ExitStack) -> Board:
+
+def build(config: Config, power: Power, console: Console, io: Reactor, report: Report, resources: ExitStack) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
@@ -85,13 +88,19 @@ def build(config: Config, power: Power, console: Console, io: Reactor, resources
     pio.map(*layout.I8042_COMMAND, i8042.command_port, widest=1)
     pio.map(*layout.CMOS, cmos, widest=1)
     pio.map(*layout.ACPI_PM, acpi_pm, widest=4)
-    pio.map(*layout.RESET, reset, widest=1)
     pio.map(*layout.PVPANIC, pvpanic, widest=1)
     pio.map(*layout.DEBUG_PORT, debug_port, widest=1)
 
-    devices = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port)
-    for device in devices:
+    windows = pci_windows(config, system)
+    lines = [vm.line(gsi) for gsi in layout.PCI_IRQS]
+    pci = PciRoot(mmio, pio, vm, lines, windows, memory.overlaps, reset)
+    pio.map(*layout.PCI_CONFIG, pci.ports, widest=4)
+    mmio.map(*layout.ECAM, pci.ecam, widest=8)
+    platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
+    for device in platform:
         resources.callback(device.close)
+    plugger = Plugger(config, pci, memory, io, vm, report, resources)
+    plugger.plug_all()
     return Board(
         system=system,
         vm=vm,
@@ -99,12 +108,28 @@ def build(config: Config, power: Power, console: Console, io: Reactor, resources
         pio=pio,
         mmio=mmio,
         vcpus=_build_vcpus(config, vm, resources),
-        devices=devices,
+        devices=(*platform, *plugger.devices),
         serial=com1,
         acpi_pm=acpi_pm,
         debug_port=debug_port,
-        nics={},
+        pci=pci,
+        pci_windows=windows,
+        nics=plugger.nics,
     )
+
+
+def pci_windows(config: Config, system: System) -> PciWindows:
+    """The addresses for BARs. Raises HostError where the guest's processor cannot reach all of them."""
+    mem64, bits = mmio64(config), address_bits(system.supported_cpuid())
+    if not layout.is_addressable(mem64, bits):
+        raise HostError(
+            placed(
+                config,
+                f"machine.memory: with the PCI window above it the guest needs addresses up to {sum(mem64):#x}, "
+                f"and this processor has {bits} bits; give the guest less memory or fewer root ports",
+            )
+        )
+    return PciWindows(*(range(base, base + size) for base, size in (layout.PCI_IO, layout.MMIO32, mem64)))
 
 
 def check_vcpu_limit(config: Config, system: System) -> None:

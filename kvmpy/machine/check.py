@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from kvmpy.boot import acpi
+from kvmpy.boot import acpi, pci_tables
 from kvmpy.boot.plan import BootPlan, plan
 from kvmpy.config.schema import Config, VfioPci, VirtioNetPci
 from kvmpy.devices.acpi_pm import Reg as PmReg
@@ -102,7 +102,22 @@ def _acpi_description(config: Config) -> acpi.AcpiDescription:
         serial=(layout.COM1.base, layout.COM1_IRQ),
         rtc=(layout.CMOS.base, layout.RTC_IRQ),
         pvpanic_port=layout.PVPANIC.base,
+        extra_dsdt=[
+            pci_tables.dsdt(
+                io=layout.PCI_IO_RANGES,
+                mem32=layout.MMIO32,
+                mem64=mmio64(config),
+                irqs=layout.PCI_IRQS,
+                reserved=[layout.ECAM, layout.IDENTITY_MAP, layout.TSS],
+            )
+        ],
+        extra_tables=[(b"MCFG", pci_tables.mcfg(layout.ECAM))],
     )
+
+
+def mmio64(config: Config) -> layout.Extent:
+    """The window for 64-bit BARs."""
+    return layout.mmio64(config.machine.memory, len(config.root_port), huge_page=huge_page(config))
 
 
 def located(config: Config, e: HostError) -> HostError:

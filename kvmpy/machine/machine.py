@@ -87,7 +87,8 @@ class Machine:
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
-            self.board: Board = build(config, self, self.console, self._io, resources)
+            self.board: Board = build(config, self, self.console, self._io, self.report, resources)
+            self.board.set_up_pci()
             self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._resources = resources.pop_all()
@@ -265,6 +266,7 @@ class Machine:
             with device.lock:
                 device.reset()
         try:
+            board.set_up_pci()
             entry = self.boot.load(board.memory)
         except KvmpyError as e:
             self._end(Outcome.HOST_ERROR, error=e)
