@@ -29,7 +29,7 @@ from kvmpy.devices.pci.config import BAR0, CONFIG_SIZE, Command, ConfigSpace, En
 from kvmpy.devices.pci.express import ExpressCapability
 from kvmpy.devices.pci.intx import Unconnected
 from kvmpy.devices.pci.msi import Msi, MsiCapability
-from kvmpy.devices.pci.msix import VECTORS, Msix, MsixCapability, pba_size, table_size
+from kvmpy.devices.pci.msix import VECTORS, Msix, MsixCapability, pba_size, table_size, take
 from kvmpy.irq import IrqLine, MsiSink
 from kvmpy.state import State, StateError, part
 
@@ -135,7 +135,7 @@ class PciFunction(Device[F]):
         capability = self.config.add_capability(
             MsixCapability, control=vectors - 1, table=table_offset | bar.index, pba=pba_offset | bar.index
         )
-        self.msix = Msix(self.name, capability, [sink.vector() for _ in range(vectors)])
+        self.msix = Msix(self.name, capability, take(sink, vectors))
         bar.trap(table_offset, table_size(vectors), self.msix.table)
         bar.trap(pba_offset, pba_size(vectors), self.msix.pba)
         self._bind()
@@ -192,7 +192,7 @@ class PciFunction(Device[F]):
     def pause(self) -> None:
         with self.lock:
             if self.msix is not None:
-                self.state.pci.msix_pending = self.msix.pending().to_bytes(pba_size(self.msix.size), "little")
+                self.state.pci.msix_pending = self.msix.settle()
             if self.msi is not None:
                 self.msi.settle()
 

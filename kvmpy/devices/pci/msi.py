@@ -5,6 +5,7 @@ A message is a write to memory, so a function that is no bus master sends none: 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final
@@ -13,9 +14,35 @@ from kvmpy.devices.pci.config import Capability
 from kvmpy.devices.registers import Field, RegisterSpace
 from kvmpy.errors import HostError
 from kvmpy.irq import MsiMessage, MsiVector
-from kvmpy.trace import Tracepoint
 
-trace_refused = Tracepoint("pci.route", "function vector problem")
+log = logging.getLogger(__name__)
+
+
+class RoutedVector:
+    """A vector of ``name`` and where its messages go now: the host is asked only for changes. With the function's lock.
+
+    A host that refuses a route costs the guest that interrupt. That is logged once for each vector, since the guest can
+    ask again and again.
+    """
+
+    def __init__(self, name: str, index: int, vector: MsiVector) -> None:
+        self.vector = vector
+        self._name, self._index = name, index
+        self._message: MsiMessage | None = None
+        self._refused = False
+
+    def route(self, message: MsiMessage | None) -> None:
+        """Deliver as ``message``, or keep what is signalled."""
+        if message == self._message:
+            return
+        try:
+            self.vector.route(message)
+        except HostError as e:
+            if not self._refused:
+                self._refused = True
+                log.error("%s: interrupt %d does not reach the guest: %s", self._name, self._index, e)
+            return
+        self._message = message
 
 
 class MsiControl(IntEnum):
@@ -61,7 +88,7 @@ class Msi:
     """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call."""
 
     def __init__(self, name: str, capability: MsiCapability, vector: MsiVector) -> None:
-        self._name, self._capability, self._vector = name, capability, vector
+        self._capability, self._vector, self._routed = capability, vector, RoutedVector(name, 0, vector)
         self.bus_master = False
         capability.on_change = self.update
         capability.is_pending = lambda: vector.pending
@@ -81,7 +108,7 @@ class Msi:
         message = None
         if self.enabled and self.bus_master and not c.mask:
             message = MsiMessage(c.address_high << 32 | c.address, c.data)
-        route(self._name, 0, self._vector, message)
+        self._routed.route(message)
 
     def reset(self) -> None:
         """Forget what waits; the registers are reset already."""
@@ -101,14 +128,3 @@ class Msi:
     def close(self) -> None:
         """Give the vector back."""
         self._vector.close()
-
-
-def route(name: str, index: int, vector: MsiVector, message: MsiMessage | None) -> bool:
-    """Route ``vector``; False where the host refused, which leaves it as it was."""
-    try:
-        vector.route(message)
-    except HostError as e:
-        if trace_refused:
-            trace_refused(name, index, e)
-        return False
-    return True

@@ -10,13 +10,14 @@ The table takes aligned accesses of 4 and 8 bytes, as the specification has it; 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from enum import IntEnum
 from typing import Final
 
 from kvmpy.devices.pci.config import Capability
-from kvmpy.devices.pci.msi import ADDRESS_BITS, route
+from kvmpy.devices.pci.msi import ADDRESS_BITS, RoutedVector
 from kvmpy.devices.registers import Field, RegisterSpace
-from kvmpy.irq import MsiMessage, MsiVector
+from kvmpy.irq import MsiMessage, MsiSink, MsiVector
 from kvmpy.state import StateError
 
 ENTRY_SIZE: Final = 16  # address, data, vector control
@@ -58,6 +59,17 @@ def pba_size(vectors: int) -> int:
     return (vectors + 63) // 64 * 8
 
 
+def take(sink: MsiSink, count: int) -> list[MsiVector]:
+    """``count`` vectors of ``sink``. Raises HostError, having taken none, where it has no more."""
+    with ExitStack() as undo:
+        vectors = []
+        for _ in range(count):
+            vectors.append(sink.vector())
+            undo.callback(vectors[-1].close)
+        undo.pop_all()
+        return vectors
+
+
 class Msix:
     """A function's MSI-X. Its function's lock is held, but for `vector`, which any thread may call.
 
@@ -65,8 +77,8 @@ class Msix:
     """
 
     def __init__(self, name: str, capability: MsixCapability, vectors: Sequence[MsiVector]) -> None:
-        self._name, self._capability, self._vectors = name, capability, tuple(vectors)
-        self._routed: list[MsiMessage | None] = [None] * len(vectors)
+        self._name, self._capability = name, capability
+        self._routed = tuple(RoutedVector(name, index, vector) for index, vector in enumerate(vectors))
         self.bus_master = False
         self.on_change: Callable[[], object] = lambda: None
         self.table = Table(self, bytearray(RESET_ENTRY * len(vectors)))
@@ -76,7 +88,7 @@ class Msix:
     @property
     def size(self) -> int:
         """How many vectors there are."""
-        return len(self._vectors)
+        return len(self._routed)
 
     @property
     def enabled(self) -> bool:
@@ -90,15 +102,15 @@ class Msix:
 
     def vector(self, index: int) -> MsiVector | None:
         """Vector ``index``, None where there is no such one: any int may be asked for."""
-        return self._vectors[index] if 0 <= index < len(self._vectors) else None
+        return self._routed[index].vector if 0 <= index < len(self._routed) else None
 
     def is_masked(self, index: int) -> bool:
         """Whether messages of vector ``index``, one that there is, are kept."""
         return self.masked or bool(self.table.entry(index) >> 96 & ENTRY_MASKED)
 
-    def pending(self) -> int:
-        """A bit for each vector that has been signalled and not delivered."""
-        return sum(1 << index for index, vector in enumerate(self._vectors) if vector.pending)
+    def pending(self, first: int, count: int) -> int:
+        """A bit for each of ``count`` vectors from ``first`` on that has been signalled and not delivered."""
+        return sum(1 << n for n, routed in enumerate(self._routed[first : first + count]) if routed.vector.pending)
 
     def update(self) -> None:
         """Route every vector as the registers and the table now say."""
@@ -114,8 +126,8 @@ class Msix:
         """Power-on: all masked, nothing pending. The capability is reset already."""
         self.table.content = bytearray(RESET_ENTRY * self.size)
         self.update()
-        for vector in self._vectors:
-            vector.discard()
+        for routed in self._routed:
+            routed.vector.discard()
 
     def adopt(self, table: bytearray, pending: bytes) -> None:
         """Go on with what another machine saved, with its capability loaded. Raises StateError, nothing changed."""
@@ -124,15 +136,19 @@ class Msix:
         if len(pending) != pba_size(self.size) or bits >> self.size:
             raise StateError(f"{self._name}: pending bits of other than {self.size} MSI-X vectors")
         self.table.content = table
-        for index, vector in enumerate(self._vectors):
+        for index, routed in enumerate(self._routed):
             if bits >> index & 1:
-                vector.signal()
+                routed.vector.signal()
         self.update()
+
+    def settle(self) -> bytes:
+        """The pending bits now, as `adopt` takes them."""
+        return self.pending(0, self.size).to_bytes(pba_size(self.size), "little")
 
     def close(self) -> None:
         """Give every vector back."""
-        for vector in self._vectors:
-            vector.close()
+        for routed in self._routed:
+            routed.vector.close()
 
     def _changed(self) -> None:
         self.update()
@@ -143,8 +159,7 @@ class Msix:
         if self.enabled and self.bus_master and not self.is_masked(index):
             entry = self.table.entry(index)
             message = MsiMessage(entry & 0xFFFF_FFFF_FFFF_FFFF, entry >> 64 & 0xFFFF_FFFF)
-        if message != self._routed[index] and route(self._name, index, self._vectors[index], message):
-            self._routed[index] = message
+        self._routed[index].route(message)
 
 
 class Table:
@@ -191,7 +206,7 @@ class PendingBits:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read."""
-        return self._msix.pending() >> 8 * offset & (1 << 8 * size) - 1
+        return self._msix.pending(8 * offset, 8 * size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Ignored."""
