@@ -8,10 +8,13 @@ their bits are those of chapter 7.5 there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, IntEnum, IntFlag
-from typing import Final, Protocol
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Final
 
+from kvmpy.devices.pci.config import MULTI_FUNCTION, Command, Status
+from kvmpy.devices.pci.express import SLOT_IMPLEMENTED, TYPE_SHIFT, Slot
+from kvmpy.devices.pci.ports import ConfigAccess
 from kvmpy.errors import HostError
 
 ABSENT: Final = 0xFFFF
@@ -46,14 +49,6 @@ class Reg(IntEnum):
     BRIDGE_ROM = 0x38
 
 
-class Command(IntFlag):
-    IO = 1 << 0
-    MEMORY = 1 << 1
-    MASTER = 1 << 2
-
-
-HAS_CAPABILITIES: Final = 1 << 4  # of the status
-MULTI_FUNCTION: Final = 1 << 7  # of the header type
 BRIDGE: Final = 1
 BARS: Final = {0: 6, BRIDGE: 2}  # by header type
 ROMS: Final = {0: Reg.ROM, BRIDGE: Reg.BRIDGE_ROM}
@@ -69,21 +64,8 @@ ROM_FLAGS: Final = 0x7FF
 EXPRESS: Final = 0x10  # a capability's id; its flags and its slot's capabilities:
 EXPRESS_FLAGS: Final = 0x02
 EXPRESS_SLOT: Final = 0x14
-PORT_TYPE: Final = 0xF << 4
-ONE_DEVICE_BELOW: Final = (0x4 << 4, 0x6 << 4)  # root port, downstream port: a link leads to device 0 alone
-SLOT_IMPLEMENTED: Final = 1 << 8
-HOT_PLUG_CAPABLE: Final = 1 << 6
+ONE_DEVICE_BELOW: Final = (0x4, 0x6)  # types of port, root and downstream: a link leads to device 0 alone
 MOST_CAPABILITIES: Final = 48  # of 4 bytes, behind the header: no list is longer
-
-
-class ConfigAccess(Protocol):
-    """Configuration space. ``devfn`` is device << 3 | function; what is not there reads as all ones."""
-
-    def read(self, bus: int, devfn: int, offset: int, size: int) -> int:
-        """The ``size`` bytes at ``offset``, as an int."""
-
-    def write(self, bus: int, devfn: int, offset: int, size: int, value: int) -> None:
-        """Store ``value``, ``size`` bytes wide, at ``offset``."""
 
 
 class Space(Enum):
@@ -112,7 +94,7 @@ class Function:
     below: Sequence[Function] = ()
     one_device_below: bool = False
     hot_pluggable: bool = False
-    decoders: Command = field(default=Command(0))
+    decoders: int = 0
 
     def __str__(self) -> str:
         return f"{self.bus:02x}:{self.devfn >> 3:02x}.{self.devfn & 7}"
@@ -215,9 +197,9 @@ def _examine(function: Function) -> None:
     function.bars = tuple(_bars(function))
     if function.is_bridge and (express := _express(function)):
         flags = function.read(express + EXPRESS_FLAGS, 2)
-        function.one_device_below = flags & PORT_TYPE in ONE_DEVICE_BELOW
+        function.one_device_below = flags >> TYPE_SHIFT & 0xF in ONE_DEVICE_BELOW
         if flags & SLOT_IMPLEMENTED:
-            function.hot_pluggable = bool(function.read(express + EXPRESS_SLOT, 4) & HOT_PLUG_CAPABLE)
+            function.hot_pluggable = bool(function.read(express + EXPRESS_SLOT, 4) & Slot.HOT_PLUG)
 
 
 def _bars(function: Function) -> Iterator[Bar]:
@@ -247,7 +229,7 @@ def _probe(function: Function, register: int, ones: int = ONES) -> int:
 
 def _express(function: Function) -> int:
     """Where its PCI Express capability is; 0 if it has none."""
-    if not function.read(Reg.STATUS, 2) & HAS_CAPABILITIES:
+    if not function.read(Reg.STATUS, 2) & Status.CAPABILITIES:
         return 0
     offset = function.read(Reg.CAPABILITIES, 1)
     for _ in range(MOST_CAPABILITIES):

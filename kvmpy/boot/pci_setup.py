@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
-from kvmpy.boot.pci_scan import Bar, Command, ConfigAccess, Function, Reg, Space, scan, walk
+from kvmpy.boot.pci_scan import Bar, Function, Reg, Space, scan, walk
+from kvmpy.devices.pci.config import Command
+from kvmpy.devices.pci.decode import PciWindows
+from kvmpy.devices.pci.ports import ConfigAccess
 from kvmpy.errors import HostError
 
 KIB: Final = 1 << 10
@@ -22,17 +25,6 @@ GIB: Final = 1 << 30
 GRANULARITY: Final = {Space.IO: 4 * KIB, Space.MEM32: MIB, Space.MEM64: MIB}  # of a bridge's window
 FOR_HOT_PLUG: Final = {Space.IO: 0, Space.MEM32: 16 * MIB, Space.MEM64: GIB}
 CLOSED: Final = {Space.IO: (0xF000, 0xFFF), Space.MEM32: (0xFFF0_0000, 0xF_FFFF), Space.MEM64: (0xFFF0_0000, 0xF_FFFF)}
-
-
-class Windows(Protocol):
-    """What the host bridge forwards; the PCI bus's are of this form."""
-
-    @property
-    def io(self) -> range: ...
-    @property
-    def mem32(self) -> range: ...
-    @property
-    def mem64(self) -> range: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +48,7 @@ class BridgeWindow:
             item.place(address + offset)
 
 
-def set_up(config: ConfigAccess, windows: Windows, irqs: Sequence[int]) -> None:
+def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int]) -> None:
     """Number the buses and place every BAR in ``windows``; ``irqs`` are the GSIs of device 0's INTA to INTD.
 
     Starts from any state of the bus, as long as nothing else uses it. Raises HostError naming the function that does
@@ -132,5 +124,5 @@ def _enable(function: Function, irqs: Sequence[int]) -> None:
     """Say which interrupt it has, and let it answer."""
     if pin := function.read(Reg.INTERRUPT_PIN, 1):
         function.write(Reg.INTERRUPT_LINE, 1, irqs[(function.turn + pin - 1) % len(irqs)])
-    enabled = function.decoders | (Command.MASTER if function.is_bridge else 0)
+    enabled = function.decoders | (Command.BUS_MASTER if function.is_bridge else 0)
     function.write(Reg.COMMAND, 2, function.read(Reg.COMMAND, 2) | enabled)

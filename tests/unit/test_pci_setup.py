@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.boot.pci_setup import set_up
+from kvmpy.devices.pci.bar import BarKind
+from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.errors import HostError
 from tests.fakes.config_space import (
     DOWNSTREAM,
@@ -24,22 +25,21 @@ from tests.fakes.config_space import (
     FakeFunction,
     bridge,
 )
+from tests.fakes.pci import WINDOWS as WINDOWS_OF_BOARD
+from tests.fakes.pci import Board, Card
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 IRQS = (16, 17, 18, 19)
 DECODE_IO, DECODE_MEMORY, MASTER = 1, 2, 4
 
 
-class HostWindows(NamedTuple):
-    io: range = range(0x1000, 0x1_0000)
-    mem32: range = range(0xC000_0000, 0xFEC0_0000)
-    mem64: range = range(8 * GIB, 16 * GIB)
+WINDOWS = PciWindows(io=range(0x1000, 0x1_0000), mem32=range(0xC000_0000, 0xFEC0_0000), mem64=range(8 * GIB, 16 * GIB))
 
 
-def booted(*devices: FakeFunction, windows: HostWindows | None = None) -> FakeConfigSpace:
+def booted(*devices: FakeFunction, windows: PciWindows = WINDOWS) -> FakeConfigSpace:
     """``devices`` on bus 0, set up."""
     config = FakeConfigSpace({device << 3: function for device, function in enumerate(devices)})
-    set_up(config, windows or HostWindows(), IRQS)
+    set_up(config, windows, IRQS)
     return config
 
 
@@ -79,7 +79,7 @@ def test_the_other_functions_of_a_device_are_there_if_the_first_says_so() -> Non
     def at_functions(header_type: int) -> list[int]:
         first = FakeFunction({0: (MEM32, 16)}, header_type=header_type)
         functions = {0: first, 3: FakeFunction({0: (MEM32, 16)}), 7: FakeFunction({0: (MEM32, 16)})}
-        set_up(FakeConfigSpace(functions), HostWindows(), IRQS)
+        set_up(FakeConfigSpace(functions), WINDOWS, IRQS)
         return [devfn for devfn, function in functions.items() if function.bar(0)]
 
     assert at_functions(0x80) == [0, 3, 7]
@@ -97,14 +97,14 @@ def test_numbers_from_before_do_not_confuse_the_numbering() -> None:
 def test_a_second_run_changes_nothing() -> None:
     config = booted(bridge([FakeFunction({0: (MEM64_PREFETCHABLE, 32 * KIB)})], hot_plug=True), FakeFunction(pin=1))
     before = [bytes(function.data) for function in config.functions()]
-    set_up(config, HostWindows(), IRQS)
+    set_up(config, WINDOWS, IRQS)
     assert [bytes(function.data) for function in config.functions()] == before
 
 
 def test_more_bridges_than_buses_are_refused() -> None:
     ports = {devfn: bridge(multi_function=True) for devfn in range(256)}
     with pytest.raises(HostError, match=r"PCI 00:1f\.7: no bus number is left"):
-        set_up(FakeConfigSpace(ports), HostWindows(), IRQS)
+        set_up(FakeConfigSpace(ports), WINDOWS, IRQS)
 
 
 # BARs
@@ -210,7 +210,7 @@ def test_ports_are_forwarded_where_an_io_bar_is_below() -> None:
 
 def test_io_windows_above_64_kib_have_their_upper_halves() -> None:
     port = bridge([FakeFunction({0: (IO, 32)})])
-    booted(port, windows=HostWindows(io=range(0x12_3000, 0x13_0000)))
+    booted(port, windows=WINDOWS._replace(io=range(0x12_3000, 0x13_0000)))
     assert port.io == range(0x12_3000, 0x12_4000)
 
 
@@ -304,13 +304,48 @@ def check(functions: Sequence[FakeFunction], space: str, window: range) -> None:
 
 @given(trees)
 def test_everything_is_in_a_window_of_its_own_at_every_level(devices: list[FakeFunction]) -> None:
-    windows = HostWindows()
-    booted(*devices, windows=windows)
+    booted(*devices)
     for space in ("io", "mem32", "mem64"):
-        check(devices, space, getattr(windows, space))
+        check(devices, space, getattr(WINDOWS, space))
 
 
 def test_setting_up_a_large_machine_takes_few_accesses() -> None:
     ports = [bridge([FakeFunction({0: (MEM64_PREFETCHABLE, 32 * KIB)}, pin=1)], hot_plug=True) for _ in range(30)]
-    config = booted(*ports, windows=HostWindows(mem64=range(32 * GIB, 64 * GIB)))
+    config = booted(*ports, windows=WINDOWS._replace(mem64=range(32 * GIB, 64 * GIB)))
     assert config.accesses < 30 * 120
+
+
+# The devices' own PCI bus
+
+
+@pytest.fixture
+def board() -> Iterator[Board]:
+    board = Board()
+    yield board
+    board.close()
+
+
+def test_the_cards_of_a_machine_answer_where_they_were_placed(board: Board) -> None:
+    empty, _ = board.add_port(1, 1)
+    port, _ = board.add_port(2, 2)
+    behind = Card("behind", bars={0: (0x8000, BarKind.MEM64_PREFETCHABLE), 2: (0x1000, BarKind.MEM32)})
+    port.plug(behind)
+    on_root = Card("on-root", bars={0: (0x100, BarKind.IO), 1: (0x2000, BarKind.MEM32)}, pin=2)
+    config = board.add(on_root, 3)
+    for _ in range(2):  # at the start and at a reset
+        set_up(board.root, WINDOWS_OF_BOARD, IRQS)
+        assert [behind.bars[0].address, behind.bars[2].address] == [(1 << 36) + GIB, 0xC100_0000]
+        assert [on_root.bars[0].address, on_root.bars[1].address] == [0x1000, 0xC200_0000]
+        assert (len(empty.header.memory), len(empty.header.prefetchable)) == (16 * MIB, GIB)
+        assert config.read(0x3C, 1) == IRQS[0]
+        assert board.config(2, 0).read(0x00, 4) == 0x1041_1AF4
+        for function in (empty, port, behind, on_root):
+            function.reset()
+        assert behind.bars[0].address is None
+
+
+def test_a_machine_of_ports_alone_is_set_up(board: Board) -> None:
+    ports = [board.add_port(device, device)[0] for device in range(1, 31)]
+    set_up(board.root, WINDOWS_OF_BOARD, IRQS)
+    assert [port.header.secondary for port in ports] == list(range(1, 31))
+    assert len({port.header.memory for port in ports}) == 30
