@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from kvmpy.boot.placement import LowMemory
-from kvmpy.devices.pci.decode import PciWindows
 
 GIB: Final = 1 << 30
 
@@ -18,11 +17,6 @@ class Extent(NamedTuple):
 
     base: int
     size: int
-
-    @property
-    def addresses(self) -> range:
-        """All of them."""
-        return range(self.base, self.base + self.size)
 
 
 # Guest-physical memory
@@ -103,12 +97,6 @@ def mmio64(size: int, ports: int, *, huge_page: int = 0) -> Extent:
     needed = max(MMIO64_LEAST, (ports + 1) * MMIO64_PER_PORT)  # one more for the devices on the root bus
     window = 1 << (needed - 1).bit_length()
     return Extent(-(-free // window) * window, window)
-
-
-def pci_windows(size: int, ports: int, *, huge_page: int = 0) -> PciWindows:
-    """All three windows for BARs, of the machine that `mmio64` describes."""
-    high = mmio64(size, ports, huge_page=huge_page)
-    return PciWindows(io=PCI_IO.addresses, mem32=MMIO32.addresses, mem64=high.addresses)
 
 
 def is_addressable(extent: Extent, address_bits: int) -> bool:
