@@ -24,9 +24,9 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
 from kvmpy.abi.virtio import VIRTQ_DESC, VIRTQ_IDX, VIRTQ_RING, VIRTQ_USED_ELEM, Feature, feature_mask
+from kvmpy.devices.virtio.device import Loop
 from kvmpy.devices.virtio.queue import Virtqueue
 from kvmpy.errors import GuestError, IoctlError
-from kvmpy.host.reactor import Reactor
 from kvmpy.host.vhost import DEVICE, RINGS, Region, Ring, VhostWorker
 from kvmpy.memory import GuestMemory, Ram
 from kvmpy.trace import Tracepoint
@@ -72,7 +72,7 @@ class VhostNet:
     it.
     """
 
-    def __init__(self, memory: GuestMemory, io: Reactor, pairs: int, path: str = DEVICE) -> None:
+    def __init__(self, memory: GuestMemory, io: Loop, pairs: int, path: str = DEVICE) -> None:
         """Raises HostError where there is no vhost-net."""
         self._memory, self._io = memory, io
         self._lock = threading.Lock()
@@ -190,11 +190,14 @@ class VhostNet:
     def _ring_broken(self, pair: int, index: int) -> None:
         """The kernel says so, in the io thread."""
         if (loan := self._loans[pair]) is not None:
-            self._break(pair, loan, f"vhost: the {RINGS[index]} ring of queue pair {pair} is broken")
+            with loan.device.lock:
+                # What was reported of an earlier loan has been taken when that was given back.
+                if self._loans[pair] is loan and self._workers[pair].errors[index].take():
+                    self._break(pair, loan, f"vhost: the {RINGS[index]} ring of queue pair {pair} is broken")
 
     def _break(self, pair: int, loan: Loan, why: str) -> None:
         with loan.device.lock:
-            if self._loans[pair] is loan:  # not given back, perhaps lent anew, while we waited
+            if self._loans[pair] is loan:  # not given back while we waited
                 self.give_back(pair)
                 loan.device.break_(why)
 
