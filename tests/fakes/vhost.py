@@ -1,17 +1,33 @@
-"""A kernel that has /dev/vhost-net: it keeps what each descriptor is told, insists on its rules, moves no frames."""
+"""An owner of rings, and a kernel that has /dev/vhost-net: it keeps what each descriptor is told, insists on its rules,
+and moves no frames.
+"""
 
 from __future__ import annotations
 
 import errno
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 from kvmpy.errors import IoctlError
 from tests.fakes.kernel import Kernel
+from tests.fakes.loop import Inbox
 
 # What Linux 6.1 answers: VHOST_F_LOG_ALL, VHOST_NET_F_VIRTIO_NET_HDR and VIRTIO_F_ACCESS_PLATFORM among them.
 FEATURES = sum(1 << number for number in (15, 24, 26, 27, 28, 29, 32, 33))
 FILES = {"KICK": "kick", "CALL": "call", "ERR": "error"}
+
+
+class FakeOwner:
+    """A device as `kvmpy.devices.vhost` sees it; ``broken`` has the reasons."""
+
+    def __init__(self, name: str = "net1") -> None:
+        self.name = name
+        self.lock = threading.RLock()
+        self.broken: Inbox[str] = Inbox()
+
+    def break_(self, why: str) -> None:
+        self.broken.put(why)
 
 
 @dataclass

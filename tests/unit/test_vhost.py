@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,8 +16,8 @@ from kvmpy.errors import GuestError, HostError, IoctlError
 from kvmpy.host.eventfd import EventFd
 from kvmpy.host.reactor import Reactor
 from kvmpy.memory import GuestMemory, Ram
-from tests.fakes.loop import Inbox, open_descriptors, running, settle
-from tests.fakes.vhost import FakeRing, FakeVhost, VhostKernel
+from tests.fakes.loop import open_descriptors, running, settle
+from tests.fakes.vhost import FakeOwner, FakeRing, FakeVhost, VhostKernel
 from tests.fakes.virtio_driver import Bytes, RingDriver
 
 SIZE = 8
@@ -32,18 +31,6 @@ LET_GO = [*(f"VHOST_SET_VRING_{what}" for what in ("KICK", "CALL", "ERR")), "VHO
 GIVE_BACK = ["VHOST_NET_SET_BACKEND", "VHOST_NET_SET_BACKEND", *LET_GO, *LET_GO]
 
 
-class Device:
-    """The owner of rings; ``broken`` has the reasons."""
-
-    def __init__(self) -> None:
-        self.name = "net1"
-        self.lock = threading.RLock()
-        self.broken: Inbox[str] = Inbox()
-
-    def break_(self, why: str) -> None:
-        self.broken.put(why)
-
-
 class Rig:
     """A device with pairs of queues in guest memory, and a vhost for it on a fake kernel."""
 
@@ -52,7 +39,7 @@ class Rig:
         self.memory = GuestMemory()
         self.memory.add(LOW)
         self.memory.add(HIGH)
-        self.device = Device()
+        self.device = FakeOwner()
         self.drivers = [
             RingDriver(self.memory, 0x1000 + n * 0x1_0000 if n % 2 else HIGH.gpa + n * 0x1_0000, SIZE)
             for n in range(2 * pairs)
