@@ -1,76 +1,91 @@
-"""Work inside another network namespace, without a fork: by a thread that enters it and ends.
+"""A network namespace as the network helper uses it: sockets inside it, and a lock that all helpers in it share.
 
-A descriptor keeps the namespace in which it was opened, so opening is all that has to happen there. Forking a VMM would
-copy the page tables of the guest's RAM, and a thread never goes back: one that failed to would serve the wrong host.
+A socket belongs to the namespace it was made in, for ever, so one visit is enough: no process or thread stays inside.
+
+The lock is flock(2) on the namespace's own inode (nsfs). It is exactly as wide as what it protects, it needs no file
+anywhere, and it goes with its holder. Any process inside the namespace could hold it, so the wait has a limit, and
+whoever has it is named.
 """
 
 from __future__ import annotations
 
-import errno
+import fcntl
 import os
-import threading
-from collections.abc import Callable
-from pathlib import Path
-from typing import Final, TypeVar
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
 
-from kvmpy._native import lib
 from kvmpy.errors import HostError, errno_name
 
-T = TypeVar("T")
-
-NAMED: Final = Path("/run/netns")  # where `ip netns add` keeps them
-
-ADVICE: Final = {
-    errno.ENOENT: "there is no such namespace; `ip netns add` makes one",
-    errno.EACCES: "run as root",
-    errno.EPERM: "needs CAP_SYS_ADMIN: run as root",
-    errno.EINVAL: "is no network namespace",
-}
+OWN: Final = "/proc/self/ns/net"
+# Seconds. Another helper holds the lock for some ten requests to the kernel; on a busy emulated host, for seconds.
+LOCK_LIMIT: Final = 60.0
+LOCK_POLL: Final = 0.01
 
 
-def path_of(netns: str) -> Path:
-    """The file of a namespace: ``netns`` is its name, as `ip netns` has it, or a path."""
-    return Path(netns) if "/" in netns else NAMED / netns
+class NetworkNamespace:
+    """The network namespace at ``path``; None is the one we are in."""
 
-
-def inside(netns: str | None, call: Callable[[], T]) -> T:
-    """What ``call`` returns or raises, called inside ``netns`` (a name or a path; None is where we are).
-
-    Raises HostError where the namespace cannot be entered.
-    """
-    if netns is None:
-        return call()
-    returned: list[T] = []
-    raised: list[BaseException] = []
-
-    def visit() -> None:
+    def __init__(self, path: str | None, *, lock_limit: float = LOCK_LIMIT) -> None:
+        """Raises HostError where there is none."""
+        self.path = path
+        self._lock_limit = lock_limit
         try:
-            _enter(netns)
-            returned.append(call())
-        except BaseException as e:  # noqa: BLE001  it is raised by the one who waits
-            raised.append(e)
+            self._fd = os.open(path or OWN, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as e:
+            raise HostError(
+                f"{path}: {errno_name(e.errno or 0)}: no such network namespace can be opened; ip netns add makes one"
+            ) from e
 
-    thread = threading.Thread(target=visit, name="netns", daemon=True)
-    thread.start()
-    thread.join()
-    if raised:
-        raise raised.pop()
-    return returned[0]
+    @property
+    def inode(self) -> int:
+        """What tells it from every other namespace of this boot that exists now."""
+        return os.fstat(self._fd).st_ino
 
+    def socket(self, family: int, protocol: int) -> socket.socket:
+        """A raw socket inside. Raises HostError."""
+        if self.path is None:
+            return socket.socket(family, socket.SOCK_RAW, protocol)
+        from kvmpy.host.visit import inside  # most helpers stay at home, and what it imports takes a while
 
-def _enter(netns: str) -> None:
-    """Put the calling thread into ``netns``."""
-    try:
-        fd = os.open(path_of(netns), os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as e:
-        raise _refusal(netns, e.errno or 0) from e
-    try:
-        if (result := lib.kvmpy_enter_netns(fd)) < 0:
-            raise _refusal(netns, -result)
-    finally:
-        os.close(fd)
+        return inside(self.path, lambda: socket.socket(family, socket.SOCK_RAW, protocol))
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Within, no other helper changes links here. Raises HostError where that is not to be had in time."""
+        deadline = time.monotonic() + self._lock_limit
+        while not self._try_lock():
+            if time.monotonic() > deadline:
+                raise HostError(
+                    f"{self.path or OWN}: locked for {self._lock_limit:g} s by {self._holder()}; "
+                    "see what holds it (/proc/locks), and end that"
+                )
+            time.sleep(LOCK_POLL)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
 
-def _refusal(netns: str, number: int) -> HostError:
-    advice = ADVICE.get(number, "cannot enter it")
-    return HostError(f"network namespace {path_of(netns)}: {errno_name(number)}: {advice}")
+    def _try_lock(self) -> bool:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _holder(self) -> str:
+        """Who has the lock, for a message. A line of /proc/locks is `1: FLOCK ADVISORY WRITE PID 00:04:INODE 0 EOF`."""
+        inode = f":{self.inode}"
+        with open("/proc/locks") as file:
+            holders = [
+                fields[4] for line in file if (fields := line.split())[5].endswith(inode) and fields[1] == "FLOCK"
+            ]
+        return f"process {holders[0]}" if holders else "a process out of sight"
+
+    def close(self) -> None:
+        """Let the namespace go; closing twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

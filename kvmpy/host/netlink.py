@@ -1,0 +1,378 @@
+"""The network helper: a small process beside the VMM that has CAP_NET_ADMIN and pyroute2, and changes links for it.
+
+    python -m kvmpy.host.netlink MACHINE PID STARTED        descriptor 3 is a socket to that process, the VMM
+
+The VMM imports nothing while vCPUs run, and can do without what pyroute2 takes. A line of JSON comes in, one goes back:
+{"do": "attach", ...} gives {"ok": {...}}, or {"error": "why not", "key": "bridge"}. When the socket closes, also
+because the VMM was killed, the helper takes back what it has changed, says in a last line {"left": [...]} what it could
+not, and ends. Where it is killed too, the marks of `kvmpy.host.ownership` tell the machine's next start what it left.
+
+Every change is made under the namespace's lock: a machine that joins a bridge makes it and puts its port in at once,
+and one that leaves removes it if it is kvmpy's and no port is left. So a bridge of kvmpy's without a port is in
+nobody's hands, and whoever made it can leave before the others.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final
+
+from kvmpy.errors import HostError
+from kvmpy.host.links import BRIDGE_SETTINGS, HALF_MADE, Link, LinkError, Links
+from kvmpy.host.netns import NetworkNamespace
+from kvmpy.host.ownership import LONGEST, PREFIX, Before, Mark
+
+CONTROL: Final = 3
+# Bytes of a request: it holds names and a path.
+LONGEST_LINE: Final = 1 << 16
+LONGEST_NAME: Final = 15
+LONGEST_PATH: Final = 4096
+LARGEST_MTU: Final = 65535
+MOST_DESCRIPTORS: Final = 1 << 20
+# Seconds that the kernel may take to let a new port of a bridge of ours forward; it learns of the carrier a bit later.
+FORWARDING_LIMIT: Final = 5.0
+FORWARDING_POLL: Final = 0.005
+MACHINE_ID, BOOT_ID = "/etc/machine-id", "/proc/sys/kernel/random/boot_id"
+
+ADVICE: Final = {
+    errno.EPERM: "changing it needs CAP_NET_ADMIN; run as root",
+    errno.EOPNOTSUPP: "this kernel has no bridges; modprobe bridge",
+    errno.ENODEV: "it has been removed meanwhile",
+}
+
+
+class Refused(HostError):
+    """A request that cannot be granted; ``key`` is the configuration's for what is in the way."""
+
+    def __init__(self, key: str, why: object) -> None:
+        super().__init__(str(why))
+        self.key = key
+
+    @classmethod
+    def by_kernel(cls, key: str, what: str, e: LinkError) -> Refused:
+        """The kernel's refusal, with advice."""
+        advice = ADVICE.get(e.errno)
+        return cls(key, f"{what}: {e}" + (f": {advice}" if advice else ""))
+
+
+class Namespace:
+    """What the machine ``owner`` has changed in one network namespace."""
+
+    def __init__(self, namespace: NetworkNamespace, links: Links, owner: Mark) -> None:
+        self._namespace, self._links, self._owner = namespace, links, owner
+        # Interfaces as they were and as we wanted them, and the bridges they joined, by index: a name may change hands.
+        self._ports: list[tuple[Link, Link]] = []
+        self._bridges: set[int] = set()
+        self._leftovers_cleared = False
+
+    def attach(self, ifname: str, bridge: str | None, mtu: int | None) -> dict[str, Any]:
+        """Take the interface up, with ``mtu`` bytes or its bridge's, as a port of ``bridge``; returns what came of it.
+
+        Raises Refused, with everything as it was.
+        """
+        with self._namespace.locked():
+            self._clear_leftovers()
+            interface = self._links.find(ifname)
+            if interface is None:
+                raise Refused("ifname", f"{ifname}: there is no such interface in its network namespace")
+            ports, bridges = len(self._ports), set(self._bridges)
+            try:
+                joined = self._join_bridge(bridge) if bridge is not None else None
+                port = self._change(interface, joined, mtu)
+            except HostError:
+                self._take_back(self._ports[ports:], self._bridges - bridges)
+                del self._ports[ports:]
+                self._bridges = bridges
+                raise
+        return self._facts(port, joined)
+
+    def close(self) -> list[str]:
+        """Take everything back; returns what could not be."""
+        try:
+            with self._namespace.locked():
+                return self._take_back(self._ports, self._bridges)
+        except HostError as e:
+            return [str(e)]
+        finally:
+            self._links.close()
+            self._namespace.close()
+
+    def _take_back(self, ports: list[tuple[Link, Link]], bridges: set[int]) -> list[str]:
+        steps = [partial(self._restore, before, wanted) for before, wanted in reversed(ports)]
+        steps += [partial(self._leave_bridge, index) for index in bridges]
+        return [str(problem) for step in steps if (problem := _attempt(step))]
+
+    # The interface
+
+    def _change(self, before: Link, bridge: Link | None, mtu: int | None) -> Link:
+        """Make it a port, from what it was; its mark says what that is before the first change."""
+        wanted = before._replace(up=True, mtu=mtu or (bridge.mtu if bridge else before.mtu))
+        if bridge:
+            wanted = wanted._replace(master=bridge.ifindex)
+        if wanted == before:
+            return before
+        mark = self._owner._replace(before=Before(before.master, before.mtu, before.up, before.alias))
+        if len(mark.text.encode()) <= LONGEST:
+            wanted = wanted._replace(alias=mark.text)
+        self._ports.append((before, wanted))
+        self._set("ifname", before, alias=wanted.alias)
+        if wanted.mtu != before.mtu:
+            self._set("ifname", before, mtu=wanted.mtu)
+        if wanted.master != before.master:
+            self._set("bridge", before, master=wanted.master)
+        self._set("ifname", before, up=True)
+        now = self._links.get(before.ifindex)
+        if now is None or (now.mtu, now.up, now.master) != (wanted.mtu, wanted.up, wanted.master):
+            raise Refused("ifname", f"{before.name}: is {now} after it was made {wanted}: who else configures it?")
+        return now
+
+    def _set(self, key: str, link: Link, **change: Any) -> None:
+        try:
+            self._links.change(link.ifindex, **change)
+        except LinkError as e:
+            raise Refused.by_kernel(key, f"{link.name}: {_said(change)}", e) from e
+
+    def _restore(self, before: Link, wanted: Link) -> None:
+        """Put back what is still as we made it. One that has another mark by now is no longer ours."""
+        now = self._links.get(before.ifindex)
+        if now is None or now.alias != wanted.alias:
+            return
+        for field in ("master", "up", "mtu", "alias"):  # the mark last: until then a next start could do it
+            old = getattr(before, field)
+            if getattr(now, field) == getattr(wanted, field) != old:
+                if field == "master" and old and self._links.get(old) is None:
+                    old = 0
+                self._links.change(before.ifindex, **{field: old})
+
+    # The bridge
+
+    def _join_bridge(self, name: str) -> Link:
+        """The bridge of that name, made where there is none. One that is nobody's any more becomes ours."""
+        try:
+            bridge = self._links.find(name) or self._make_bridge(name)
+            if bridge.kind != "bridge":
+                kind = f"a {bridge.kind}" if bridge.kind else "a network interface of another kind"
+                raise Refused("bridge", f"{name}: is {kind}, not a bridge; choose another name, or leave bridge out")
+            mark = Mark.parse(bridge.alias)
+            if bridge.group == HALF_MADE or (mark and not mark.alive()):
+                self._links.change(bridge.ifindex, alias=self._owner.text, group=0, up=True)
+        except LinkError as e:
+            raise Refused.by_kernel("bridge", name, e) from e
+        self._bridges.add(bridge.ifindex)
+        return bridge
+
+    def _make_bridge(self, name: str) -> Link:
+        mac = bridge_mac(name, self._namespace.inode)
+        made = self._links.create_bridge(name, mac, self._owner.text)
+        self._bridges.add(made.ifindex)
+        wrong = [pair for pair in made.settings if BRIDGE_SETTINGS[pair[0]] != pair[1]]
+        if wrong or not made.up or made.mac != mac or made.alias != self._owner.text:
+            raise Refused("bridge", f"{name}: is {made} after it was made: who else configures it?")
+        return made
+
+    def _leave_bridge(self, index: int) -> None:
+        """Remove it if it is kvmpy's, not another living machine's, and has no port; else hand it to a port's owner."""
+        bridge = self._links.get(index)
+        mark = Mark.parse(bridge.alias) if bridge else None
+        if bridge is None or bridge.kind != "bridge" or mark is None or (mark != self._owner and mark.alive()):
+            return
+        ports = self._links.ports(index)
+        if not ports:
+            self._links.delete(index)
+            return
+        owners = (found.owner for port in ports if (found := Mark.parse(port.alias)))
+        heir = next((owner for owner in owners if owner != self._owner and owner.alive()), None)
+        if heir:
+            self._links.change(index, alias=heir.text)
+
+    # What is left over
+
+    def _clear_leftovers(self) -> None:
+        """Once: what an earlier process of this machine left here, and bridges that never got anybody's mark."""
+        if self._leftovers_cleared:
+            return
+        self._leftovers_cleared = True
+        for link in self._links.marked(PREFIX):
+            mark = Mark.parse(link.alias)
+            if mark is None:
+                # Nobody is just making it: we have the lock.
+                if link.group == HALF_MADE:
+                    _attempt(partial(self._links.delete, link.ifindex))
+            elif mark.machine == self._owner.machine and not mark.alive():
+                _attempt(partial(self._clear, link, mark.before))
+
+    def _clear(self, link: Link, before: Before | None) -> None:
+        if before is None:
+            self._leave_bridge(link.ifindex)
+            return
+        self._restore(link._replace(**before._asdict()), link)
+        if link.master not in (0, before.master):
+            self._leave_bridge(link.master)
+
+    # What came of it
+
+    def _facts(self, port: Link, bridge: Link | None) -> dict[str, Any]:
+        port, bridge = self._forwarding(port, bridge)
+        return {
+            "mtu": port.mtu,
+            "mac": port.mac,
+            "state": port.port_state,
+            "bridge_mac": bridge.mac if bridge else "",
+            "bridge_up": bridge.up if bridge else False,
+            "bridge_owned": bool(bridge and Mark.parse(bridge.alias)),
+        }
+
+    def _forwarding(self, port: Link, bridge: Link | None) -> tuple[Link, Link | None]:
+        """Both as they are once frames pass, or are known not to pass yet: a bridge with STP takes its time."""
+        deadline = time.monotonic() + FORWARDING_LIMIT
+        while bridge is not None:
+            port = self._links.get(port.ifindex) or port
+            bridge = self._links.get(bridge.ifindex) or bridge
+            slow = not bridge.up or dict(bridge.settings).get("IFLA_BR_STP_STATE")
+            if port.port_state == "forwarding" or slow or time.monotonic() > deadline:
+                break
+            time.sleep(FORWARDING_POLL)
+        return port, bridge
+
+
+class Helper:
+    """The requests of one VMM, and what has to be taken back when it goes."""
+
+    def __init__(self, owner: Mark) -> None:
+        self._owner = owner
+        self._namespaces: dict[str | None, Namespace] = {}
+
+    def attach(self, *, ifname: str, bridge: str | None, mtu: int | None, netns: str | None) -> dict[str, Any]:
+        """See Namespace.attach; ``netns`` is the path of the namespace, None for our own. Raises HostError."""
+        return self._namespace(netns).attach(ifname, bridge, mtu)
+
+    def close(self) -> list[str]:
+        """Take everything back; returns what could not be."""
+        return [problem for namespace in self._namespaces.values() for problem in namespace.close()]
+
+    def _namespace(self, path: str | None) -> Namespace:
+        if path not in self._namespaces:
+            try:
+                namespace = NetworkNamespace(path)
+                self._namespaces[path] = Namespace(namespace, Links(namespace), self._owner)
+            except HostError as e:
+                raise Refused("netns", e) from e
+        return self._namespaces[path]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and 0 < len(value.encode()) <= LONGEST_NAME
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value.isprintable() and value.startswith("/") and len(value) <= LONGEST_PATH
+
+
+def _is_mtu(value: object) -> bool:
+    return type(value) is int and 0 < value <= LARGEST_MTU
+
+
+# The VMM is trusted no more than it has to be: a guest may have taken it over.
+REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Callable[[object], bool]]]]] = {
+    "attach": (Helper.attach, {"ifname": _is_name, "bridge": _is_name, "mtu": _is_mtu, "netns": _is_path}),
+}
+OPTIONAL: Final = frozenset({"bridge", "mtu", "netns"})  # may be null
+
+
+def serve(control: socket.socket, helper: Helper) -> None:
+    """Answer each line until the socket closes, or a line is cut off or too long."""
+    with control.makefile("rb") as lines:
+        try:
+            while (line := lines.readline(LONGEST_LINE)).endswith(b"\n"):
+                control.sendall(_line(answer(helper, line)))
+        except OSError:  # the VMM has gone, with an answer of ours unread or a question half asked
+            return
+
+
+def answer(helper: Helper, line: bytes) -> dict[str, Any]:
+    """The reply to one line."""
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError):
+        return {"error": "expected a line of JSON", "key": ""}
+    name = request.pop("do", None) if isinstance(request, dict) else None
+    if not isinstance(name, str) or name not in REQUESTS:
+        return {"error": "expected one of the requests " + ", ".join(REQUESTS), "key": ""}
+    function, fields = REQUESTS[name]
+    if request.keys() != fields.keys():
+        return {"error": f"{name}: expected {', '.join(fields)}", "key": ""}
+    for field, is_good in fields.items():
+        if not is_good(request[field]) and not (request[field] is None and field in OPTIONAL):
+            return {"error": f"{name}: cannot be the {field}: {str(request[field])[:100]!a}", "key": field}
+    try:
+        return {"ok": function(helper, **request)}
+    except HostError as e:
+        return {"error": str(e), "key": e.key if isinstance(e, Refused) else ""}
+
+
+def bridge_mac(name: str, inode: int) -> str:
+    """A locally administered address for a bridge of ours in namespace ``inode``: the same while host and that last.
+
+    Left to itself a bridge takes the lowest of its ports' addresses, and changes it as they come and go.
+    """
+    host = _read(MACHINE_ID) or _read(BOOT_ID)
+    first, *others = hashlib.blake2b(f"{host} {inode} {name}".encode(), digest_size=6).digest()
+    return ":".join(f"{byte:02x}" for byte in (first & 0xFC | 0x02, *others))
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _said(change: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in change.items())
+
+
+def _attempt(step: Callable[[], object]) -> HostError | None:
+    try:
+        step()
+    except HostError as e:
+        return e
+    return None
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def main(arguments: list[str]) -> int:
+    """Serve the VMM named by ``arguments`` until it closes the socket."""
+    os.closerange(CONTROL + 1, MOST_DESCRIPTORS)
+    machine, pid, started = arguments
+    helper = Helper(Mark(machine, int(pid), int(started)))
+    with socket.socket(fileno=CONTROL) as control:
+        try:
+            serve(control, helper)
+        finally:
+            if left := helper.close():
+                _say_left(control, left)
+    return 0
+
+
+def _say_left(control: socket.socket, left: list[str]) -> None:
+    """To the VMM; where that has been killed, to whoever reads its standard error."""
+    try:
+        control.sendall(_line({"left": left}))
+    except OSError:
+        sys.stderr.writelines(f"kvmpy: network: {problem}\n" for problem in left)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,193 @@
+"""The VMM's side of its network: the helper process that makes bridges, and puts taps into them, for it.
+
+    network = Network("web1")
+    network.start()                                 # the helper starts while we do something else
+    port = network.attach("hostnet1", "tap-web1", bridge="br0")
+    network.close()                                 # bridges and interfaces as they were
+
+The work is netlink's, by pyroute2, and that is not for a process with vCPUs (`kvmpy.host.netlink` says why). The helper
+is no child of the terminal: Ctrl-C and a signal to our group pass it by. It lives as long as our end of its socket, so
+however we end, it takes back what it did.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, Final
+
+import msgspec
+
+from kvmpy.errors import HostError, errno_name
+from kvmpy.host.ownership import process_start
+
+log = logging.getLogger(__name__)
+
+# The helper's end of the socket, by number: `kvmpy.host.netlink` has the same.
+CONTROL: Final = 3
+LONGEST_LINE: Final = 1 << 16
+# Seconds: importing takes some on an emulated host, and other helpers may be before ours.
+ANSWER_LIMIT: Final = 120.0
+CLOSE_LIMIT: Final = 30.0
+REAP_LIMIT: Final = 5.0
+REAP_POLL: Final = 0.002
+# Nobody but us ends the helper, lest it leave something half done; systemd, say, signals a service's every process.
+BLOCKED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Port(msgspec.Struct, frozen=True, kw_only=True):
+    """What the kernel says of an interface that was attached. All of it was read back.
+
+    ``state`` is what its bridge does with it, such as "forwarding", or "learning" for the first half minute in a bridge
+    that runs STP; empty without a bridge. ``bridge_owned``: it is kvmpy's, and goes with the last of its machines.
+    """
+
+    mtu: int
+    mac: str
+    state: str
+    bridge_mac: str
+    bridge_up: bool
+    bridge_owned: bool
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """A line from the helper."""
+
+    ok: Port | None = None
+    error: str = ""
+    key: str = ""
+    left: list[str] = []
+
+
+class Network:
+    """The helper of the machine ``name``, started when it is needed. Any thread; a call waits for the one before."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._pid = 0
+        self._unread = b""
+        # Made now: nothing is built, and nothing imported, beside running vCPUs.
+        self._decode = msgspec.json.Decoder(Answer).decode
+        self._encode = msgspec.json.Encoder().encode
+
+    def start(self) -> None:
+        """Start the helper and do not wait for it; where it has been started, nothing happens. Raises HostError."""
+        with self._lock:
+            self._start()
+
+    def attach(
+        self, netdev: str, ifname: str, *, bridge: str | None = None, mtu: int | None = None, netns: str | None = None
+    ) -> Port:
+        """Take ``ifname``, in the namespace at the path ``netns``, up as a port of ``bridge``, which is made if absent.
+
+        It gets an MTU of ``mtu`` bytes, else its bridge's. Raises HostError that begins with the configuration's key,
+        such as netdev.hostnet1.bridge, with everything as it was.
+        """
+        with self._lock:
+            try:
+                self._start()
+                answer = self._ask({"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns})
+            except HostError as e:
+                raise HostError(f"netdev.{netdev}.bridge: {e}") from e
+        if answer.ok is None:
+            raise HostError(f"netdev.{netdev}.{answer.key or 'bridge'}: {answer.error}")
+        return answer.ok
+
+    def close(self) -> None:
+        """Have everything taken back, and wait for that; what cannot be is logged. Closing twice is allowed."""
+        with self._lock:
+            if self._socket is None:
+                return
+            try:
+                self._socket.shutdown(socket.SHUT_WR)
+                self._socket.settimeout(CLOSE_LIMIT)
+                while line := self._line():
+                    for problem in self._decode(line).left:
+                        log.warning("network: %s", problem)
+            except (OSError, HostError, msgspec.DecodeError) as e:
+                log.warning("network: bridges and taps may still be there: process %d: %s", self._pid, e)
+            self._abandon()
+
+    def _start(self) -> None:
+        if self._socket is not None:
+            return
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                pid = os.getpid()
+                self._pid = _spawn(theirs.fileno(), self._name, str(pid), str(process_start(pid)))
+            except OSError as e:
+                ours.close()
+                raise HostError(f"{sys.executable}: {errno_name(e.errno or 0)}: the network helper cannot start") from e
+        ours.settimeout(ANSWER_LIMIT)
+        self._socket, self._unread = ours, b""
+
+    def _ask(self, request: dict[str, Any]) -> Answer:
+        """The helper's answer. Raises HostError where there is none; then it takes everything back, and is done."""
+        assert self._socket is not None
+        try:
+            self._socket.sendall(self._encode(request) + b"\n")
+            if line := self._line():
+                return self._decode(line)
+            why = "it has ended"
+        except TimeoutError:
+            why = f"it has not answered in {ANSWER_LIMIT:g} s"
+        except (OSError, HostError, msgspec.DecodeError) as e:
+            why = str(e)
+        pid = self._pid
+        raise HostError(f"the network helper, process {pid}, failed: {why}{self._abandon()}")
+
+    def _line(self) -> bytes:
+        """The next line, without its end; empty where the helper has closed the socket."""
+        assert self._socket is not None
+        while b"\n" not in self._unread:
+            if len(self._unread) > LONGEST_LINE:
+                raise HostError(f"a line of more than {LONGEST_LINE} bytes")
+            if not (data := self._socket.recv(LONGEST_LINE)):
+                return b""
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _abandon(self) -> str:
+        """Close our end, which ends the helper if it has not, and reap it; returns how it ended, for a message."""
+        assert self._socket is not None
+        self._socket.close()
+        self._socket = None
+        deadline = time.monotonic() + REAP_LIMIT
+        while time.monotonic() < deadline:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                code = os.waitstatus_to_exitcode(status)
+                return f", exit code {code}: standard error says why" if code else ""
+            time.sleep(REAP_POLL)
+        return ""
+
+
+def _spawn(control: int, *arguments: str) -> int:
+    """Start the helper with ``control`` as its socket, in a session of its own; returns its process id. Raises OSError.
+
+    posix_spawn has nothing to import, and nothing to copy of a guest's RAM.
+    """
+    # Whichever way kvmpy was found here, by a path, an editable install or the working directory, it is found there.
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    return os.posix_spawn(
+        sys.executable,
+        (sys.executable, "-P", "-m", "kvmpy.host.netlink", *arguments),
+        {**os.environ, "PYTHONPATH": path},
+        file_actions=(
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+            (os.POSIX_SPAWN_DUP2, control, CONTROL),
+        ),
+        setsid=True,
+        setsigmask=BLOCKED,
+    )
