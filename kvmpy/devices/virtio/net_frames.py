@@ -1,0 +1,309 @@
+"""Frames between a tap and the guest's memory, where the kernel does not move them itself (vhost).
+
+One system call a frame, straight from or into the guest's buffers: the virtio-net header that the driver sees is the
+tap's own. No byte is copied here, but for a frame that turns out larger than what the driver has offered.
+
+Both directions can be stopped from either end, and each must be started again by that end: a queue without chains by
+the driver's kick, a tap that is empty or full by the event loop. The loop is level-triggered, so a tap is not watched
+while there is nothing to do about it; a driver kicks only when asked, so after asking we look once more.
+
+Receiving has two questions of its own:
+
+- How large is the next frame? A tap does not say, and cuts off what does not fit. So chains are collected for the
+  largest frame that may come, and stay collected for the next one; behind them lies a scratch buffer, so whatever comes
+  is read whole. What does not fit is kept until the driver has offered enough, or dropped when its whole ring is.
+- Nobody waits for the device for long: after a time slice it has itself called again (its kick), and the others first.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from kvmpy.devices.virtio.device import Loop
+from kvmpy.devices.virtio.queue import Chain, Virtqueue
+from kvmpy.errors import GuestError, errno_name
+from kvmpy.trace import Tracepoint
+
+trace_receive = Tracepoint("net.receive", "queue bytes chains")
+trace_send = Tracepoint("net.send", "queue bytes")
+trace_drop = Tracepoint("net.drop", "queue bytes why")
+
+HEADER_SIZE: Final = 12  # struct virtio_net_hdr_v1 (section 5.1.6)
+NUM_BUFFERS: Final = 10  # where in it the number of chains is that a frame takes
+FRAMING: Final = 18  # Ethernet's header, and a VLAN tag
+LARGEST: Final = HEADER_SIZE + FRAMING + 65535  # with segmentation left to the receiver
+SLICE: Final = 0.0002  # seconds of work before the other callbacks of the io thread get a turn
+MOST_BUFFERS: Final = 512  # collected; with one more chain, of a queue's length, still less than readv's limit of 1024
+
+
+@dataclass(slots=True)
+class Counters:
+    """Frames that went this way, and those that did not."""
+
+    rx_frames: int = 0
+    rx_dropped: int = 0
+    tx_frames: int = 0
+    tx_dropped: int = 0
+
+
+class Wire:
+    """A queue of a tap, its descriptor ``fd``, in the event loop: who waits for it. Under the device's lock."""
+
+    def __init__(self, fd: int, loop: Loop) -> None:
+        self.fd, self._loop = fd, loop
+        self._waiting: tuple[Callable[[], object] | None, Callable[[], object] | None] = (None, None)
+
+    def on_readable(self, callback: Callable[[], object] | None) -> None:
+        """Call back while there is a frame to read; None is not any more."""
+        self._wait(callback, self._waiting[1])
+
+    def on_writable(self, callback: Callable[[], object] | None) -> None:
+        """Call back while a frame would be taken; None is not any more."""
+        self._wait(self._waiting[0], callback)
+
+    def _wait(self, readable: Callable[[], object] | None, writable: Callable[[], object] | None) -> None:
+        if self._waiting == (readable, writable):
+            return
+        self._waiting = (readable, writable)
+        if readable or writable:
+            self._loop.watch(self.fd, readable=readable, writable=writable)
+        else:
+            self._loop.unwatch(self.fd)
+
+
+class Sender:
+    """From a transmit queue to the tap. ``wake`` calls `run`, under the lock and only while it may."""
+
+    def __init__(self, queue: Virtqueue, wire: Wire, counters: Counters, wake: Callable[[], object]) -> None:
+        self._queue, self._wire, self._counters, self._wake = queue, wire, counters, wake
+        self._link_up = True
+
+    def start(self, *, link_up: bool) -> None:
+        """Send from now on what `run` finds, or with the link down, swallow it."""
+        self._link_up = link_up
+
+    def stop(self) -> None:
+        """Wait for nothing any more."""
+        self._wire.on_writable(None)
+
+    def run(self) -> None:
+        """Send until the queue is empty, the tap full, or the time slice over."""
+        queue, deadline = self._queue, time.monotonic() + SLICE
+        self._wire.on_writable(None)
+        queue.set_notification(enabled=False)
+        while True:
+            chain = queue.pop()
+            if chain is None:
+                if not queue.set_notification(enabled=True):
+                    return
+                queue.set_notification(enabled=False)
+            elif self._send(chain):
+                queue.push(chain, 0)
+            else:
+                queue.rewind(1)
+                self._wire.on_writable(self._wake)
+                return
+            if time.monotonic() > deadline:
+                queue.kick.signal()
+                return
+
+    def _send(self, chain: Chain) -> bool:
+        """Write the frame in ``chain``, or drop it; False if the tap is full."""
+        size = chain.readable_size
+        if not self._link_up:
+            self._drop(size, "link down")
+        elif not HEADER_SIZE < size <= LARGEST:
+            self._drop(size, "no frame")
+        else:
+            try:
+                os.writev(self._wire.fd, chain.readable)
+            except BlockingIOError:
+                return False
+            except OSError as e:  # the kernel refuses the header, or the interface is down
+                self._drop(size, errno_name(e.errno or 0))
+            else:
+                self._counters.tx_frames += 1
+                if trace_send:
+                    trace_send(self._queue.name, size)
+        return True
+
+    def _drop(self, size: int, why: str) -> None:
+        self._counters.tx_dropped += 1
+        if trace_drop:
+            trace_drop(self._queue.name, size, why)
+
+
+class Receiver:
+    """From the tap to a receive queue. ``wake`` calls `run`, under the lock and only while it may.
+
+    ``_chains`` have been popped, have ``_room`` bytes in ``_buffers``, and wait for a frame; `stop` gives them back.
+    ``_held`` is a frame that did not fit in; it is as if it were still in the tap, so it outlives `stop`.
+    """
+
+    def __init__(self, queue: Virtqueue, wire: Wire, counters: Counters, wake: Callable[[], object]) -> None:
+        self._queue, self._wire, self._counters, self._wake = queue, wire, counters, wake
+        self._scratch = memoryview(bytearray(LARGEST))
+        self._chains: deque[Chain] = deque()
+        self._buffers: list[memoryview] = []
+        self._room = 0
+        self._held: bytes | None = None
+        self._link_up = self._mergeable = False
+        self._largest = LARGEST
+
+    def start(self, *, link_up: bool, mergeable: bool, largest: int) -> None:
+        """Receive from now on, frames of up to ``largest`` bytes as a rule; with the link down, swallow them."""
+        self._link_up, self._mergeable, self._largest = link_up, mergeable, largest
+        if not link_up:
+            self.forget()
+
+    def stop(self) -> None:
+        """Give back what was collected, and wait for nothing any more."""
+        self._wire.on_readable(None)
+        self._queue.rewind(len(self._chains))
+        self._chains.clear()
+        self._collected()
+
+    def forget(self) -> None:
+        """Drop the frame that is held."""
+        if self._held is not None:
+            self._drop(len(self._held), "reset, or link down")
+            self._held = None
+
+    def run(self) -> None:
+        """Receive until the tap is empty, the driver's chains are used up, or the time slice is over."""
+        deadline = time.monotonic() + SLICE
+        if self._link_up:
+            self._queue.set_notification(enabled=False)
+        step = self._receive if self._link_up else self._discard
+        while step(deadline):
+            if time.monotonic() > deadline:
+                self._queue.kick.signal()
+                return
+
+    def _receive(self, deadline: float) -> bool:
+        """Move one frame, or take a step towards it; False if that has to wait for the tap or the driver."""
+        if self._collect(deadline):
+            return True
+        if not self._chains:
+            return self._wait_for_driver()
+        if self._held is not None:
+            return self._deliver_held(self._held)
+        if (size := self._read([*self._buffers, self._scratch])) is None:
+            return False
+        if size <= self._room:
+            self._deliver(size)
+        elif self._mergeable:
+            self._held = b"".join([*self._buffers, self._scratch[: size - self._room]])
+        else:
+            self._drop(size, "larger than the chain")
+        return True
+
+    def _discard(self, deadline: float) -> bool:
+        if (size := self._read([self._scratch])) is None:
+            return False
+        self._drop(size, "link down")
+        return True
+
+    def _read(self, buffers: Sequence[memoryview]) -> int | None:
+        """Read a frame; None if there is none: then the tap is watched, unless it is gone."""
+        try:
+            size = os.readv(self._wire.fd, buffers)
+        except BlockingIOError:
+            self._wire.on_readable(self._wake)
+            return None
+        except OSError:
+            size = 0
+        if size <= HEADER_SIZE:  # somebody has removed the interface
+            self._wire.on_readable(None)
+            return None
+        return size
+
+    def _collect(self, deadline: float) -> bool:
+        """Pop chains for the next frame, as far as there are any; True if time was up before.
+
+        Without mergeable buffers a frame goes into one chain, whatever its size.
+        """
+        wanted = 1 if not self._mergeable else self._largest if self._held is None else len(self._held)
+        while self._room < wanted and len(self._buffers) < MOST_BUFFERS:
+            chain = self._queue.pop()
+            if chain is None:
+                break
+            self._chains.append(chain)
+            if not chain.writable_size:
+                raise GuestError(f"{self._queue.name}: a chain with nothing to write")
+            self._buffers += chain.writable
+            self._room += chain.writable_size
+            if time.monotonic() > deadline:
+                return self._room < wanted
+        return False
+
+    def _wait_for_driver(self) -> bool:
+        """Have the driver kick; True if it has offered more meanwhile."""
+        self._wire.on_readable(None)
+        if not self._queue.set_notification(enabled=True):
+            return False
+        self._queue.set_notification(enabled=False)
+        return True
+
+    def _deliver_held(self, frame: bytes) -> bool:
+        if len(frame) > self._room:
+            # Each descriptor carries a buffer: with as many as it has, the driver cannot offer more.
+            buffers = sum(len(chain.readable) + len(chain.writable) for chain in self._chains)
+            if buffers < min(self._queue.state.size, MOST_BUFFERS):
+                return self._wait_for_driver()
+            self._drop(len(frame), "larger than the ring")
+        else:
+            _scatter(frame, self._buffers)
+            self._deliver(len(frame))
+        self._held = None
+        return True
+
+    def _deliver(self, size: int) -> None:
+        """Give the driver the chains in which a frame of ``size`` bytes lies, all at once."""
+        done: list[tuple[Chain, int]] = []
+        header, left = self._buffers, size
+        while left:
+            chain = self._chains.popleft()
+            done.append((chain, min(left, chain.writable_size)))
+            left -= done[-1][1]
+        _store(header, NUM_BUFFERS, len(done).to_bytes(2, "little"))
+        self._queue.push_all(done)
+        self._collected()
+        self._counters.rx_frames += 1
+        if trace_receive:
+            trace_receive(self._queue.name, size, len(done))
+
+    def _collected(self) -> None:
+        self._buffers = [buffer for chain in self._chains for buffer in chain.writable]
+        self._room = sum(chain.writable_size for chain in self._chains)
+
+    def _drop(self, size: int, why: str) -> None:
+        self._counters.rx_dropped += 1
+        if trace_drop:
+            trace_drop(self._queue.name, size, why)
+
+
+def _store(buffers: Sequence[memoryview], offset: int, data: bytes) -> None:
+    """Write ``data`` at ``offset`` of the bytes that ``buffers`` are together."""
+    for buffer in buffers:
+        if offset < len(buffer):
+            piece = data[: len(buffer) - offset]
+            buffer[offset : offset + len(piece)] = piece
+            data = data[len(piece) :]
+            if not data:
+                return
+        offset = max(offset - len(buffer), 0)
+
+
+def _scatter(data: bytes, buffers: Sequence[memoryview]) -> None:
+    """Write ``data`` into ``buffers``, which are large enough."""
+    view = memoryview(data)
+    for buffer in buffers:
+        piece = view[: len(buffer)]
+        buffer[: len(piece)] = piece
+        view = view[len(piece) :]
