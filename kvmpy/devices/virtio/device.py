@@ -147,6 +147,8 @@ class VirtioDevice(Device[V]):
         self.running = False
         self.broken: str | None = None
         self._paused = True
+        self._bus_master = True
+        self._stopping = False
         self._moved = False
         self._doorbells: list[Closable] = []
         self._watched: set[int] = set()
@@ -199,6 +201,11 @@ class VirtioDevice(Device[V]):
     def acked(self, number: int) -> bool:
         """Whether the driver has accepted feature ``number``."""
         return bool(self.virtio.driver_features >> number & 1)
+
+    def start_queue(self, index: int) -> None:
+        """Begin with a queue where its state says, or again after somebody else (vhost) had it. Raises GuestError."""
+        indirect, event_idx = self.acked(Feature.INDIRECT_DESC), self.acked(Feature.EVENT_IDX)
+        self.queues[index].start(indirect=indirect, event_idx=event_idx)
 
     def watch_queue(self, index: int) -> None:
         """Call `on_notify` for each kick of a queue from now on, and once now."""
@@ -281,6 +288,11 @@ class VirtioDevice(Device[V]):
         if 0 <= index < len(self.queues):
             self.queues[index].kick.signal()
 
+    def set_bus_master(self, *, enabled: bool) -> None:
+        """Whether the bus lets the device reach memory; where there is no such bus, it does."""
+        self._bus_master = enabled
+        self._update()
+
     # The life cycle
 
     def reset(self) -> None:
@@ -348,30 +360,36 @@ class VirtioDevice(Device[V]):
             queue.state = state
 
     def _update(self) -> None:
-        """Run exactly while the driver is there, nobody paused us, and nothing is broken."""
-        in_use = self.virtio.status & (Status.DRIVER_OK | Status.NEEDS_RESET) == Status.DRIVER_OK
-        if self._paused or not in_use:
+        """Run exactly while the driver is there, memory can be reached, nobody paused us, and nothing is broken."""
+        if self._stopping:
+            return  # whoever stops it looks again afterwards
+        if self.running and not self._is_wanted():
             self._stop()
-        elif not self.running:
+        if not self.running and self._is_wanted():
             self._start()
+
+    def _is_wanted(self) -> bool:
+        in_use = self.virtio.status & (Status.DRIVER_OK | Status.NEEDS_RESET) == Status.DRIVER_OK
+        return in_use and self._bus_master and not self._paused
 
     def _start(self) -> None:
         try:
             if self.virtio.driver_features & ~self.features:
                 raise GuestError(f"{self.name}: features {self.virtio.driver_features:#x} of {self.features:#x}")
-            started = [(index, queue) for index, queue in enumerate(self.queues) if queue.state.enabled]
-            for _, queue in started:
-                queue.start(indirect=self.acked(Feature.INDIRECT_DESC), event_idx=self.acked(Feature.EVENT_IDX))
+            started = [index for index, queue in enumerate(self.queues) if queue.state.enabled]
+            for index in started:
+                self.start_queue(index)
             if not self._doorbells:
-                for index, queue in started:
-                    self._doorbells.append(self.transport.doorbell(index, queue.kick))
+                for index in started:
+                    self._doorbells.append(self.transport.doorbell(index, self.queues[index].kick))
             self.running = True
             self.serve()
         except (GuestError, HostError) as e:
             self.break_(str(e))
+            self._stop()  # queues that had begun, where it was not running yet
             return
         if self._moved:
-            self._signal_all([index for index, _ in started])
+            self._signal_all(started)
 
     def _signal_all(self, indices: Sequence[int]) -> None:
         """After a move: what was signalled and not delivered did not come along."""
@@ -382,11 +400,14 @@ class VirtioDevice(Device[V]):
 
     def _stop(self) -> None:
         if self.running:
-            self.running = False
+            # A withdraw that has to wait may let go of the lock meanwhile: nothing begins until it is done.
+            self.running, self._stopping = False, True
             try:
                 self.withdraw()
             except (GuestError, HostError) as e:
                 self.break_(str(e))
+            finally:
+                self._stopping = False
         for queue in self.queues:
             queue.stop()
 
