@@ -329,16 +329,58 @@ def test_long_transfer_bounces_in_pieces(tmp_path: Path, big_blocks: list[tuple[
     assert max(size for _, size in big_blocks) <= PIECE + 2 * 4096
 
 
+def test_part_of_a_block_waits_for_the_part_beside_it(
+    image: Path, big_blocks: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned_read = os.preadv
+
+    def read_then_let_the_other_try(fd: int, buffers: list[memoryview], offset: int) -> int:
+        done = aligned_read(fd, buffers, offset)
+        if other.ident is None:
+            other.start()
+            other.join(0.2)  # it must not get on: nothing can be waited for but time
+        return done
+
+    monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
+    with opened(image, direct=True) as disk:
+        other = threading.Thread(target=lambda: disk.write(512, [memoryview(b"b" * 512)]))
+        disk.write(0, [memoryview(b"a" * 512)])
+        other.join(BOUND)
+    assert image.read_bytes()[:1536] == b"a" * 512 + b"b" * 512 + PATTERN[1024:1536]
+
+
+@pytest.mark.parametrize("call", ["write", "zero"])
+def test_part_of_a_block_waits_for_the_whole(
+    call: str, image: Path, big_blocks: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aligned_read = os.preadv
+
+    def whole() -> None:
+        if call == "write":
+            disk.write(0, [aligned(4096)])
+        else:
+            disk.write_zeroes(0, 4096, unmap=False)
+
+    def read_then_let_the_other_try(fd: int, buffers: list[memoryview], offset: int) -> int:
+        done = aligned_read(fd, buffers, offset)
+        other.start()
+        other.join(0.2)
+        return done
+
+    monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
+    with opened(image, direct=True) as disk:
+        other = threading.Thread(target=whole)
+        disk.write(512, [memoryview(b"a" * 512)])
+        other.join(BOUND)
+    assert image.read_bytes()[:4096] == bytes(4096)
+
+
 def test_sectors_of_one_block_written_at_once_all_survive(image: Path, big_blocks: object) -> None:
     with opened(image, direct=True) as disk:
-        start = threading.Barrier(8)
-
-        def write(sector: int) -> None:
-            start.wait(BOUND)
-            for _ in range(50):
-                disk.write(sector * 512, [memoryview(bytes([65 + sector]) * 512)])
-
-        threads = [threading.Thread(target=write, args=(sector,)) for sector in range(8)]
+        threads = [
+            threading.Thread(target=lambda n=n: disk.write(n * 512, [memoryview(bytes([65 + n]) * 512)]))
+            for n in range(8)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -1,0 +1,270 @@
+"""A virtio disk is paused, reset, broken and closed with requests under way: none is lost, none is done twice."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from kvmpy.abi.virtio import Status
+from kvmpy.devices.virtio import blk
+from kvmpy.devices.virtio.blk import BlkState
+from kvmpy.devices.virtio.blk_request import Answer, Kind
+from kvmpy.errors import HostError
+from kvmpy.host.disk import Disk as HostDisk
+from kvmpy.state import load, save
+from tests.fakes.blk_rig import BlkRig, header
+from tests.fakes.disk import FakeDisk
+from tests.fakes.loop import BOUND, Inbox, running
+
+WORKERS = 4
+
+
+@pytest.fixture
+def disk() -> FakeDisk:
+    return FakeDisk()
+
+
+@pytest.fixture
+def rig(disk: FakeDisk) -> Iterator[BlkRig]:
+    rig = BlkRig(disk, workers=WORKERS)
+    yield rig
+    disk.go.set()
+    rig.close()
+
+
+def aside(call: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    return thread
+
+
+def ended(thread: threading.Thread, within: float = BOUND) -> bool:
+    thread.join(within)
+    return not thread.is_alive()
+
+
+def hang(rig: BlkRig, disk: FakeDisk, count: int) -> list[int]:
+    """``count`` reads, of which as many as there are workers are with a disk that does not answer."""
+    disk.go.clear()
+    heads = [rig.offer([header(Kind.IN, n)], [512, 1]) for n in range(count)]
+    disk.log.wait(min(count, WORKERS))
+    return heads
+
+
+def waits(rig: BlkRig) -> None:
+    """Until somebody waits for the disk to come to rest; nobody is told that a wait begins."""
+    until = time.monotonic() + BOUND
+    with rig.device.lock:
+        while not rig.device._idle.wait_for(lambda: rig.device._waiting, 0.001):
+            assert time.monotonic() < until, "nobody waits"
+
+
+def reset(rig: BlkRig) -> None:
+    with rig.device.lock:
+        rig.device.write_status(0)
+
+
+def test_pause_returns_when_all_that_was_taken_is_done(rig: BlkRig, disk: FakeDisk) -> None:
+    heads = hang(rig, disk, 10)
+    pausing = aside(rig.device.pause)
+    waits(rig)
+    assert rig.ring.used() == []
+    disk.go.set()
+    assert ended(pausing)
+    assert {head for head, _ in rig.ring.used()} == set(heads)
+    assert rig.device.queues[0].in_flight == 0
+    assert rig.device.info()["under_way"] == 0
+
+
+def test_paused_disk_takes_nothing_and_goes_on_where_it_was(rig: BlkRig, disk: FakeDisk) -> None:
+    rig.device.pause()
+    heads = [rig.offer([header(Kind.IN, n)], [512, 1]) for n in range(5)]
+    assert disk.calls == []
+    rig.device.resume()
+    rig.kick()
+    assert set(rig.wait(5)) == set(heads)
+    assert len(disk.calls) == 5
+
+
+def test_disk_that_was_saved_paused_goes_on_elsewhere(rig: BlkRig, disk: FakeDisk) -> None:
+    rig.device.config_write(32, 1, 0)
+    hang(rig, disk, 6)
+    pausing = aside(rig.device.pause)
+    waits(rig)
+    disk.go.set()
+    assert ended(pausing)
+    rig.wait(6)
+    late = rig.offer([header(Kind.OUT, 7), b"l" * 512], [1], kick=False)
+    section = save(rig.device.state)
+    assert load(BlkState, section) == rig.device.state
+
+    with rig.device.lock:
+        rig.device.state = load(BlkState, section)
+        rig.device.post_load()
+    rig.device.resume()
+    rig.kick()
+    assert set(rig.wait()) == {late}
+    assert disk.calls[-2:] == ["write 7+1", "flush"]  # the driver's choice of the cache came along
+
+
+def test_nobody_else_waits_for_the_lock_while_a_pause_waits_for_the_disk(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 1)
+    pausing = aside(rig.device.pause)
+    waits(rig)
+    assert rig.device.lock.acquire(timeout=BOUND)
+    rig.device.lock.release()
+    rig.kick()  # the io thread's callback returns
+    assert rig.device.info()["under_way"] == 1
+    disk.go.set()
+    assert ended(pausing)
+
+
+def test_reset_waits_for_what_may_still_write_to_guest_memory(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 3)
+    resetting = aside(lambda: reset(rig))
+    waits(rig)
+    assert rig.guest.status() != 0
+    disk.go.set()
+    assert ended(resetting)
+    assert rig.guest.status() == 0
+    rig.guest.start()
+    assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
+
+
+def test_status_written_by_another_vcpu_comes_after_the_reset(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 1)
+
+    def write_status() -> None:
+        with rig.device.lock:
+            rig.device.write_status(Status.ACKNOWLEDGE)
+
+    resetting = aside(lambda: reset(rig))
+    waits(rig)
+    writing = aside(write_status)
+    assert not ended(writing, 0.1)
+    disk.go.set()
+    assert ended(resetting)
+    assert ended(writing)
+    assert rig.guest.status() == Status.ACKNOWLEDGE
+    assert not rig.device.running
+
+
+def test_two_resets_at_once_are_one(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 2)
+    resetting = [aside(lambda: reset(rig)) for _ in range(2)]
+    waits(rig)
+    disk.go.set()
+    assert all(ended(thread) for thread in resetting)
+    rig.guest.start()
+    assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
+
+
+def test_break_does_not_wait_for_the_disk_but_the_reset_after_it_does(rig: BlkRig, disk: FakeDisk) -> None:
+    heads = hang(rig, disk, 2)
+    rig.ring.put(9999)  # no such descriptor
+    rig.ring.publish()
+    rig.kick()  # returns, though the disk does not answer
+    rig.wait_until_broken()
+    resetting = aside(lambda: reset(rig))
+    waits(rig)
+    assert rig.guest.status() & Status.NEEDS_RESET
+    disk.go.set()
+    assert ended(resetting)
+    assert rig.guest.status() == 0
+    assert rig.ring.used() == []  # a device that needs a reset gives nothing back
+    assert heads
+    rig.guest.start()
+    assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
+
+
+def test_pause_waits_for_what_a_broken_disk_left(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 2)
+    rig.device.break_("a test")
+    pausing = aside(rig.device.pause)
+    waits(rig)
+    disk.go.set()
+    assert ended(pausing)
+
+
+def test_request_that_breaks_the_device_leaves_the_others_to_end(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 2)
+    rig.offer([b"short"], [1])
+    rig.wait_until_broken()
+    disk.go.set()
+    rig.device.pause()
+    assert rig.device.info()["under_way"] == 0
+
+
+def test_operator_hears_of_a_disk_that_hangs_a_pause(
+    rig: BlkRig, disk: FakeDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blk, "PATIENCE", 0.01)
+    said: Inbox[str] = Inbox()
+    monkeypatch.setattr(blk.log, "warning", lambda words, *values: said.put(words % values))
+    hang(rig, disk, 3)
+    pausing = aside(rig.device.pause)
+    assert said.wait(2)[:2] == ["vd0/virtio-blk: disk.raw does not answer: 3 requests are not done"] * 2
+    disk.go.set()
+    assert ended(pausing)
+
+
+def test_close_ends_the_workers_and_waits_for_the_disk(rig: BlkRig, disk: FakeDisk) -> None:
+    names = {thread.name for thread in threading.enumerate()}
+    assert {f"blk-vd0-{n}" for n in range(WORKERS)} <= names
+    hang(rig, disk, 2)
+    closing = aside(rig.close)
+    waits(rig)
+    disk.go.set()
+    assert ended(closing)
+    assert not {thread.name for thread in threading.enumerate()} & {f"blk-vd0-{n}" for n in range(WORKERS)}
+
+
+def test_disk_for_which_there_are_no_threads_is_refused(disk: FakeDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_threads(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_threads)
+    with pytest.raises(HostError, match="EAGAIN: no thread for the disk; raise the limit of processes"):
+        BlkRig(disk)
+
+
+def test_under_random_pauses_and_resets_every_write_is_done_once(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(bytes(1 << 20))
+    disk = HostDisk.open(str(path), readonly=False, direct=False)
+    chance = random.Random(7)
+    with running("io") as io:
+        rig = BlkRig(disk, queues=2, loop=io)
+        written: dict[int, bytes] = {}
+        for turn in range(60):
+            waiting: list[set[int]] = [set(), set()]
+            for _ in range(chance.randrange(1, 20)):
+                queue, sector = chance.randrange(2), chance.randrange(2048)
+                if sector not in written or written[sector][0] != turn:
+                    written[sector] = bytes([turn]) + chance.randbytes(511)
+                    request = [header(Kind.OUT, sector), written[sector]]
+                    waiting[queue].add(rig.offer(request, [1], queue=queue, kick=bool(chance.randrange(2))))
+            match chance.randrange(3):
+                case 0:
+                    rig.device.pause()
+                    with rig.device.lock:
+                        rig.device.state = load(BlkState, save(rig.device.state))
+                        rig.device.post_load()
+                    rig.device.resume()
+                case 1:
+                    rig.device.pause()
+                    rig.device.resume()
+            for queue, heads in enumerate(waiting):
+                rig.kick(queue)
+                assert set(rig.wait(len(heads), queue=queue)) == heads if heads else True
+            if not chance.randrange(8):
+                rig.guest.start(rig.device.features & ~(1 << 29))
+        rig.close()
+    disk.close()
+    content = path.read_bytes()
+    assert all(content[sector * 512 : sector * 512 + 512] == data for sector, data in written.items())
