@@ -4,6 +4,9 @@ PCI Firmware Specification 3.3, chapter 4, and ACPI 6.5, sections 6.2.11 and 6.2
 good, without link devices, so _PRT is a constant. It lists the root bus only: below a bridge the operating system
 swizzles the pins, as the bridges do. A PCI interrupt is level-triggered and active low by definition, and no entry of
 the MADT could say otherwise; KVM's IOAPIC looks at the trigger mode alone.
+
+Only the buses that the machine has are described: Linux looks for host bridges on each that the MCFG lists and that it
+has not met, which are 64 exits for a bus.
 """
 
 from __future__ import annotations
@@ -15,8 +18,6 @@ from typing import Final
 
 from kvmpy.boot import aml, resources
 
-BUSES: Final = 256
-BUS_SIZE: Final = 1 << 20  # of ECAM
 DEVICES: Final = 32
 PINS: Final = 4
 ANY_FUNCTION: Final = 0xFFFF
@@ -50,14 +51,14 @@ GRANTED: Final = (
 """All that this firmware, gone once the guest runs, would do itself; there is no SHPC."""
 
 
-def mcfg(ecam: tuple[int, int]) -> bytes:
-    """The MCFG behind its header: ``ecam``, (gpa, size), is that of segment 0 from bus 0 on."""
-    gpa, size = ecam
-    return struct.pack("<8xQHBB4x", gpa, 0, 0, size // BUS_SIZE - 1)
+def mcfg(ecam: int, *, buses: int) -> bytes:
+    """The MCFG behind its header: ``ecam`` is the gpa of that of segment 0, from bus 0 on."""
+    return struct.pack("<8xQHBB4x", ecam, 0, 0, buses - 1)
 
 
 def dsdt(
     *,
+    buses: int,
     io: Sequence[tuple[int, int]],
     mem32: tuple[int, int],
     mem64: tuple[int, int],
@@ -68,12 +69,17 @@ def dsdt(
 
     Windows are (base, size); ``irqs`` are the GSIs of device 0's INTA to INTD.
     """
-    return aml.scope("\\_SB", _host_bridge(io, mem32, mem64, irqs), _reserved(reserved))
+    windows = resources.template(
+        resources.word_bus_number(0, buses),
+        *(resources.word_io(*ports) for ports in io),
+        resources.dword_memory(*mem32),
+        # Not said to be prefetchable, as a window that is takes no BAR that is not.
+        resources.qword_memory(*mem64),
+    )
+    return aml.scope("\\_SB", _host_bridge(windows, irqs), _reserved(reserved))
 
 
-def _host_bridge(
-    io: Sequence[tuple[int, int]], mem32: tuple[int, int], mem64: tuple[int, int], irqs: Sequence[int]
-) -> bytes:
+def _host_bridge(windows: bytes, irqs: Sequence[int]) -> bytes:
     return aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A08")),
@@ -81,16 +87,7 @@ def _host_bridge(
         aml.name("_UID", 0),
         aml.name("_SEG", 0),
         aml.name("_BBN", 0),
-        aml.name(
-            "_CRS",
-            resources.template(
-                resources.word_bus_number(0, BUSES),
-                *(resources.word_io(*ports) for ports in io),
-                resources.dword_memory(*mem32),
-                # Not said to be prefetchable, as a window that is takes no BAR that is not.
-                resources.qword_memory(*mem64),
-            ),
-        ),
+        aml.name("_CRS", windows),
         aml.name("_PRT", _interrupt_routing(irqs)),
         _osc(),
     )

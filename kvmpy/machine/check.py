@@ -104,6 +104,7 @@ def _acpi_description(config: Config) -> acpi.AcpiDescription:
         pvpanic_port=layout.PVPANIC.base,
         extra_dsdt=[
             pci_tables.dsdt(
+                buses=pci_buses(config),
                 io=layout.PCI_IO_RANGES,
                 mem32=layout.MMIO32,
                 mem64=mmio64(config),
@@ -111,8 +112,13 @@ def _acpi_description(config: Config) -> acpi.AcpiDescription:
                 reserved=[layout.ECAM, layout.IDENTITY_MAP, layout.TSS],
             )
         ],
-        extra_tables=[(b"MCFG", pci_tables.mcfg(layout.ECAM))],
+        extra_tables=[(b"MCFG", pci_tables.mcfg(layout.ECAM.base, buses=pci_buses(config)))],
     )
+
+
+def pci_buses(config: Config) -> int:
+    """How many buses there can be: the root bus, and one behind each root port."""
+    return 1 + len(config.root_port)
 
 
 def mmio64(config: Config) -> layout.Extent:

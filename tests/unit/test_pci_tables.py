@@ -18,6 +18,7 @@ __all__ = ["acpica"]
 
 MEM64 = layout.mmio64(8 * layout.GIB, 2)
 TERMS = pci_tables.dsdt(
+    buses=3,
     io=layout.PCI_IO_RANGES,
     mem32=layout.MMIO32,
     mem64=MEM64,
@@ -49,11 +50,11 @@ def osc(acpica: Acpica, *asked: int, uuid: str = UUID, revision: int = 1) -> tup
 
 
 def test_the_mcfg_says_where_ecam_is(acpica: Acpica) -> None:
-    found = tables(replace(DESCRIPTION, extra_tables=[(b"MCFG", pci_tables.mcfg(layout.ECAM))]))
+    found = tables(replace(DESCRIPTION, extra_tables=[(b"MCFG", pci_tables.mcfg(layout.ECAM.base, buses=3))]))
     shown = acpica.disassembled(found["MCFG"])
     for expected in ("Base Address : 00000000B0000000", "Segment Group Number : 0000", "Start Bus Number : 00"):
         assert expected in shown
-    assert "End Bus Number : FF" in shown
+    assert "End Bus Number : 02" in shown
 
 
 def test_the_host_bridge_is_pci_express_on_bus_0(acpica: Acpica) -> None:
@@ -79,7 +80,7 @@ def test_the_host_bridges_windows_leave_out_what_configures_the_bus(acpica: Acpi
         for first, last in re.findall(r"0x[0-9A-F]+, 0x([0-9A-F]+), 0x([0-9A-F]+), 0x0+, 0x[0-9A-F]+", body)
     ]
     assert ranges == [
-        ("WordBusNumber", 0, 255),
+        ("WordBusNumber", 0, 2),
         ("WordIO", 0, 0xCF7),
         ("WordIO", 0xD00, 0xFFFF),
         ("DWordMemory", 0xC000_0000, 0xFEBF_FFFF),
