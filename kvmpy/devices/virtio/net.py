@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, Final, Protocol
 
 from kvmpy.abi import tun
-from kvmpy.abi.virtio import DeviceId, Feature, feature_mask
+from kvmpy.abi.virtio import DeviceId, feature_mask
 from kvmpy.devices.vhost import HANDLED
 from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice
 from kvmpy.devices.virtio.net_control import Control
@@ -335,7 +335,8 @@ class VirtioNet(VirtioDevice[NetState]):
         pair.sender.start(link_up=self.state.link_up)
         for side, queue in enumerate(pair.queues):
             if queue.state.enabled:
-                self._start_queue(queue)
+                if not queue.running:  # it has been with vhost
+                    self.start_queue(2 * index + side)
                 self.watch_queue(2 * index + side)
 
     def _lend(self, index: int) -> bool:
@@ -377,11 +378,6 @@ class VirtioNet(VirtioDevice[NetState]):
             self.serve()
         except (GuestError, HostError) as e:
             self.break_(str(e))
-
-    def _start_queue(self, queue: Virtqueue) -> None:
-        """Make a queue usable here that has been with vhost."""
-        if not queue.running:
-            queue.start(indirect=self.acked(Feature.INDIRECT_DESC), event_idx=self.acked(Feature.EVENT_IDX))
 
     def _calls(self, pair: int) -> list[int]:
         return [self.transport.call_event(2 * pair + side) for side in range(2)]

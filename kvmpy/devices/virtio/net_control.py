@@ -119,23 +119,30 @@ class Control:
         return ack
 
     def _set_mode(self, mode: RxMode, data: bytes) -> None:
-        s = self._net.state
-        s.rx_mode = s.rx_mode & ~mode | (mode if _number(FLAG, data) else 0)
-        self._net.filter_changed()
+        self._refilter(rx_mode=self._net.state.rx_mode & ~mode | (mode if _number(FLAG, data) else 0))
 
     def _set_tables(self, data: bytes) -> None:
         unicast, rest = _table(data)
         multicast, rest = _table(rest)
         if rest:
             raise GuestError(f"{len(rest)} bytes behind the address tables")
-        self._net.state.unicast, self._net.state.multicast = unicast, multicast
-        self._net.filter_changed()
+        self._refilter(unicast=unicast, multicast=multicast)
 
     def _set_mac(self, data: bytes) -> None:
         if len(data) != MAC_SIZE or data[0] & 1 or not any(data):
             raise GuestError(f"{data[:16].hex(':')} is no address of an interface")
-        self._net.state.mac = data
-        self._net.filter_changed()
+        self._refilter(mac=data)
+
+    def _refilter(self, **fields: object) -> None:
+        """Change these fields of the state, and the filter with them; neither, where the host cannot."""
+        s = self._net.state
+        before = {name: getattr(s, name) for name in fields}
+        _assign(s, fields)
+        try:
+            self._net.filter_changed()
+        except HostError:
+            _assign(s, before)
+            raise
 
     def _set_vlan(self, data: bytes, *, wanted: bool) -> None:
         if (vlan := _number(WORD, data)) >= VLANS:
@@ -148,6 +155,11 @@ class Control:
         if data:
             raise GuestError("an acknowledgement with data")
         self._net.state.announce = False
+
+
+def _assign(state: NetState, fields: dict[str, object]) -> None:
+    for name, value in fields.items():
+        setattr(state, name, value)
 
 
 def _number(layout: struct.Struct, data: bytes) -> int:

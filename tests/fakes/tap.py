@@ -1,0 +1,88 @@
+"""A tap without a kernel: each queue is a socket pair that keeps frames apart, and what is set is noted."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+
+from kvmpy.errors import HostError
+from kvmpy.host.tap import OFFLOADS
+
+HEADER = bytes(12)
+
+
+class FakeTap:
+    """A `kvmpy.devices.virtio.net.NetBackend`. ``wires`` are the far ends: what the network sends and gets."""
+
+    name = "tap-fake"
+
+    def __init__(self, queues: int = 1, offloads: int = OFFLOADS[0]) -> None:
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(queues)]
+        self.near = [pair[0] for pair in pairs]
+        self.wires = [pair[1] for pair in pairs]
+        for end in self.near + self.wires:
+            end.setblocking(False)
+        self.fds = [end.fileno() for end in self.near]
+        self.offloads = offloads
+        self.offload, self.queues = 0, queues
+        self._filter: tuple[list[bytes] | None, bool] = (None, False)
+        self.refuses: HostError | None = None
+
+    def set_offload(self, offloads: int) -> int:
+        self._refuse()
+        self.offload = offloads
+        return offloads
+
+    def set_queues(self, count: int) -> None:
+        self._refuse()
+        self.queues = count
+
+    def set_filter(self, addresses: Sequence[bytes] | None, *, all_multicast: bool = False) -> None:
+        self._refuse()
+        self._filter = (None if addresses is None else list(addresses), all_multicast)
+
+    def passes(self) -> tuple[list[bytes] | None, bool]:
+        """The filter, as a call: mypy believes that an attribute stays what an assert said."""
+        return self._filter
+
+    def send(self, frame: bytes, queue: int = 0) -> None:
+        """The network sends ``frame``, behind a header of zeros."""
+        self.wires[queue].send(HEADER + frame)
+
+    def sent(self, queue: int = 0) -> list[bytes]:
+        """What the guest has sent since the last call, headers and all."""
+        frames = []
+        while True:
+            try:
+                frames.append(self.wires[queue].recv(1 << 17))
+            except BlockingIOError:
+                return frames
+
+    def flood(self, size: int = 1000, queue: int = 0) -> list[bytes]:
+        """Send numbered frames until no more fit; returns them."""
+        frames: list[bytes] = []
+        while True:
+            frame = len(frames).to_bytes(4, "little").ljust(size, b"\xa5")
+            try:
+                self.send(frame, queue)
+            except BlockingIOError:
+                return frames
+            frames.append(frame)
+
+    def stuff(self, queue: int = 0) -> int:
+        """Fill the guest's way out; returns how many frames that took."""
+        count = 0
+        while True:
+            try:
+                self.near[queue].send(bytes(2000))
+            except BlockingIOError:
+                return count
+            count += 1
+
+    def close(self) -> None:
+        for end in self.near + self.wires:
+            end.close()
+
+    def _refuse(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
