@@ -66,6 +66,7 @@ def _make_images() -> int:
     made = images.make()
     for name, boot in {"host": made.host, **made.guests}.items():
         print(f"{name:8} {boot.vmlinuz} {boot.vmlinux} {boot.initrd}")
+    print(f"{'disk':8} {made.guest_root}")
     print(f"images ready in {time.monotonic() - begin:.1f} s", file=sys.stderr)
     return 0
 

@@ -1,8 +1,8 @@
 #!/bin/busybox sh
-# Pid 1 of a lab guest: says that it is up, then does what the kernel command line asks for.
-#   mode=shell (default) | poweroff | reboot | panic      what to do once up
-#   modules=NAME,NAME...                                  what to insert, dependencies included
-# The kernel hands words it does not know to init as environment variables: $mode and $modules come from there.
+# Pid 1 of a lab guest's initramfs: inserts modules, then goes on with guest_main.sh, here or on a disk.
+#   modules=NAME,NAME...     what to insert, dependencies included
+#   root=/dev/NAME           the disk to go on from, writable unless there is the word "ro"; its driver is inserted too
+# The kernel hands words it does not know to init as environment variables: $modules comes from there, root= does not.
 # In a guest of an emulated host a new process costs tens of milliseconds: prefer the shell's own commands.
 
 /bin/stamp A
@@ -11,8 +11,17 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 
+access=rw
+read -r words </proc/cmdline
+for word in $words; do
+    case $word in
+        root=*) export root=${word#root=} ;;
+        ro) access=ro ;;
+    esac
+done
+
 # /lib/modules/load has a line for each module: its name, then the files to insert in order.
-wanted=",${modules:=button,evdev,pvpanic-mmio},"
+wanted=",${modules:=button,evdev,pvpanic-mmio},${root:+virtio_pci,virtio_blk,crc32c_generic,ext4,}"
 while read -r name files; do
     case $wanted in *",$name,"*) ;; *) continue ;; esac
     for file in $files; do
@@ -20,26 +29,12 @@ while read -r name files; do
     done
 done </lib/modules/load
 
-# The power button's input device reports nothing but presses: the first record is one. It is opened here and not in
-# the child, so that a press after the line below is never lost.
-for input in /sys/class/input/event*; do
-    [ -e "$input" ] && read -r name <"$input/device/name" && [ "$name" = "Power Button" ] || continue
-    exec 3<"/dev/input/${input##*/}"
-    { dd bs=24 count=1 <&3 >/dev/null 2>&1 && poweroff -f; } &
-    exec 3<&-
-    break
-done
-
-read -r kernel </proc/sys/kernel/osrelease
-read -r online </sys/devices/system/cpu/online # "0-3": none is unplugged yet
-read -r clocksource </sys/devices/system/clocksource/clocksource0/current_clocksource
-read -r uptime idle </proc/uptime
-echo "KVMPY-GUEST UP kernel=$kernel cpus=$((${online##*-} + 1)) uptime=$uptime clocksource=$clocksource"
-/bin/stamp B
-
-case ${mode:=shell} in
-    poweroff) poweroff -f ;;
-    reboot) reboot -f ;;
-    panic) echo c >/proc/sysrq-trigger ;;
-esac
-while :; do setsid cttyhack sh -l || sleep 1; done
+if [ -n "$root" ]; then
+    if ! mount -t ext4 -o "$access" "$root" /newroot; then
+        echo "guest: $root cannot be mounted; this is the initramfs"
+        exec sh
+    fi
+    for directory in dev proc sys; do mount --move /$directory /newroot/$directory; done
+    exec switch_root /newroot /sbin/init
+fi
+. /sbin/init

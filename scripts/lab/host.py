@@ -217,6 +217,8 @@ class EmulatedHost:
             *("-device", "virtio-9p-pci,fsdev=outside,mount_tag=outside"),
             *("-chardev", f"socket,id=agent,fd={connection}", "-device", "virtio-serial-pci"),
             *("-device", f"virtserialport,chardev=agent,name={agent.PORT_NAME}"),
+            *("-drive", f"if=none,id=scratch,file={images.host_scratch},format=raw,snapshot=on,cache=unsafe"),
+            *("-device", "virtio-blk-pci,drive=scratch"),  # before all others, so it is /dev/vda
             *self.extra,
         ]
 

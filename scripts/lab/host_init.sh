@@ -20,7 +20,8 @@ mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t tmpfs -o mode=755 tmpfs /root/run
 # A checkout below /tmp must stay visible; writes there go to the overlay like all others.
 case $lab_checkout in /tmp/*) ;; *) mount -t tmpfs -o mode=1777 tmpfs /root/tmp ;; esac
-mkdir -p /root/lib/modules
+mkdir -p /root/lib/modules /root/scratch
+mount -t ext4 -o noatime /dev/vda /root/scratch
 for directory in "/root$lab_modules"/*; do ln -s "${directory#/root}" /root/lib/modules/; done # for modprobe
 
 hostname kvmpy-lab

@@ -1,4 +1,4 @@
-"""What the lab boots: for emulated hosts and for guests, a kernel and an initramfs made of busybox and modules.
+"""What the lab boots: for emulated hosts and for guests, a kernel, an initramfs of busybox and modules, and disks.
 
 Archives are put together anew each time, which takes a fraction of a second, and written only when they changed.
 Both are uncompressed: software emulation would spend more time on unpacking than a page copy costs.
@@ -15,23 +15,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from scripts.lab import cpio
+from scripts.lab import cpio, disk
 from scripts.lab.errors import LabError
 from scripts.lab.kernels import LAB, PACKAGES, Kernel, fetch, module_content, module_name, program, run
 
 SOURCES: Final = Path(__file__).parent
 
-NEEDS: Final = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static", "depmod": "kmod", "dpkg": "dpkg"}
+NEEDS: Final = {
+    "qemu-system-x86_64": "qemu-system-x86",
+    "busybox": "busybox-static",
+    "depmod": "kmod",
+    "dpkg": "dpkg",
+    "mke2fs": "e2fsprogs",
+    **disk.PROGRAMS,
+}
 """Programs the lab runs, and the Debian packages that have them."""
 
 HOST_MODULES: Final = (
     *("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay"),  # the agent's port and the root
+    *("virtio_blk", "crc32c_generic", "ext4"),  # the scratch space
     *("kvm_amd", "vhost_net", "tun", "bridge", "vfio_pci", "vfio_iommu_type1"),  # what kvmpy works with
 )
 GUEST_MODULES: Final = (
     *("button", "evdev", "pvpanic", "pvpanic-mmio", "pvpanic-pci"),
     *("virtio_pci", "virtio_net", "virtio_blk", "virtio_console", "virtio-rng"),
     *("net_failover", "e1000e", "igbvf"),
+    *("crc32c_generic", "ext4"),  # what ext4 asks the crypto layer for is not among its dependencies
 )
 
 # x86-64 Linux. Writes to a port without /dev/port, which Debian's cloud kernel lacks.
@@ -62,12 +71,14 @@ class Boot:
 class Images:
     host: Boot
     host_modules: Path  # a lib/modules, for modprobe in an emulated host
+    host_scratch: Path  # an empty file system
     guests: dict[str, Boot]  # "generic" and "cloud"
+    guest_root: Path  # a root disk for either, to be copied
 
 
 def missing_packages() -> list[str]:
     """The Debian packages whose programs the lab needs and does not find."""
-    return [package for name, package in NEEDS.items() if program(name) is None]
+    return sorted({package for name, package in NEEDS.items() if program(name) is None})
 
 
 def make() -> Images:
@@ -78,12 +89,17 @@ def make() -> Images:
     with _one_at_a_time():
         kernels = {flavour: fetch(flavour) for flavour in PACKAGES}
         generic = kernels["generic"]
+        scratch, guest_root = LAB / "host/scratch.img", LAB / "guest/root.img"
+        disk.make_scratch(scratch)
+        disk.make_root(guest_root, _guest_files())
         return Images(
             host=_boot(LAB / "host", generic, _host_archive(generic)),
             host_modules=generic.modules.parent,
+            host_scratch=scratch,
             guests={
                 name: _boot(LAB / "guest" / name, kernel, _guest_archive(kernel)) for name, kernel in kernels.items()
             },
+            guest_root=guest_root,
         )
 
 
@@ -146,14 +162,25 @@ def _host_archive(kernel: Kernel) -> bytes:
 def _guest_archive(kernel: Kernel) -> bytes:
     """The same guest for every kernel, with those of GUEST_MODULES that the kernel has."""
     archive = _skeleton("guest_init.sh")
-    archive.file("etc/profile", (SOURCES / "guest_profile.sh").read_bytes())
-    archive.file("bin/stamp", _elf(STAMP_CODE), executable=True)
+    archive.directory("newroot", "sbin")
+    for name, content in _guest_files().items():
+        archive.file(name, content, executable=True)
     order = kernel.load_order()
     wanted = {name: order[key] for name in GUEST_MODULES if (key := name.replace("-", "_")) in order}
     _add_modules(archive, [file for files in wanted.values() for file in files])
     lines = (f"{name} {' '.join(f'{module_name(file)}.ko' for file in files)}\n" for name, files in wanted.items())
     archive.file("lib/modules/load", "".join(lines).encode())
     return archive.finish()
+
+
+def _guest_files() -> dict[str, bytes]:
+    """What a guest has beside programs, in its initramfs and on its root disk."""
+    return {
+        "sbin/init": (SOURCES / "guest_main.sh").read_bytes(),
+        "etc/profile": (SOURCES / "guest_profile.sh").read_bytes(),
+        "bin/garble": (SOURCES / "guest_garble.sh").read_bytes(),
+        "bin/stamp": _elf(STAMP_CODE),
+    }
 
 
 def _elf(code: bytes) -> bytes:
