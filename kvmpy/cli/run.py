@@ -162,7 +162,7 @@ def _runtime_directory(config: Config) -> RuntimeDirectory:
     try:
         return RuntimeDirectory(config.name)
     except HostError as e:
-        raise (located(config, e) if str(e).startswith("name:") else e) from e
+        raise (located(config, "", e) if str(e).startswith("name:") else e) from e
 
 
 def _serve_monitor(machine: Machine, directory: RuntimeDirectory) -> MonitorServer:
@@ -172,7 +172,7 @@ def _serve_monitor(machine: Machine, directory: RuntimeDirectory) -> MonitorServ
     try:
         server = MonitorServer(machine, qmp.path if qmp else standard)
     except HostError as e:
-        raise located(machine.config, e) from e
+        raise located(machine.config, "", e) from e
     if qmp:
         with contextlib.suppress(FileExistsError):  # it is the same place
             os.symlink(qmp.path, standard)

@@ -22,6 +22,7 @@ from kvmpy.config.reader import Reader, Table
 from kvmpy.config.toml_lines import Document, Message, Path, did_you_mean, key_text, parse_value, plain
 from kvmpy.config.values import (
     Backend,
+    CharacterDevice,
     HostPath,
     Id,
     Interface,
@@ -170,7 +171,7 @@ class VirtioRngPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-rng-pci"):
 class VirtioSerialPci(DeviceBase, frozen=True, kw_only=True, tag="virtio-serial-pci"):
     """A virtio console: hvc0, hvc1 ... in the guest."""
 
-    chardev: Backend = Backend("null")  # where it ends
+    chardev: CharacterDevice = CharacterDevice("null")  # where it ends
 
 
 Netdev = Tap
@@ -230,7 +231,6 @@ def validate(config: Config) -> Iterator[tuple[Path, Message]]:
     yield from _references(config)
     yield from _failover(config)
     yield from _repeated(config)
-    yield from _standard_input(config)
 
 
 def _memory(machine: Machine) -> Iterator[tuple[Path, Message]]:
@@ -284,16 +284,6 @@ def _repeated(config: Config) -> Iterator[tuple[Path, Message]]:
         for key in keys:
             for path, entry, _, owner in _again(config, (table,), key):
                 yield path, f"{shown(getattr(entry, key))} is taken by '{owner.id}', '{entry.id}' needs another"
-
-
-def _standard_input(config: Config) -> Iterator[tuple[Path, Message]]:
-    """One line at most can be typed into from the terminal."""
-    taken = "console.serial" if config.console.serial.kind == "stdio" else ""
-    for index, device in enumerate(config.device):
-        if isinstance(device, VirtioSerialPci) and device.chardev.kind == "stdio":
-            if taken:
-                yield ("device", index, "chardev"), f'"stdio" is taken by {taken}'
-            taken = taken or f"'{device.id}'"
 
 
 def _again(config: Config, tables: Sequence[str], key: str) -> Iterator[tuple[Path, Any, Path, Any]]:

@@ -162,6 +162,13 @@ class Backend(Text):
         return type(self)(f"{self.kind}:{path}")
 
 
+class CharacterDevice(Backend):
+    """A Backend that is not the terminal: that one is the serial line's."""
+
+    PATTERN = r"(?s)pty|null|(file|unix):[^\0]+"
+    FORM = "pty, null, file:PATH or unix:PATH"
+
+
 class UnixSocket(Backend):
     """A Backend that is a unix socket."""
 

@@ -89,6 +89,20 @@ class Console:
         if self._pacing:
             self._pacing.write(text)
 
+    def open(self, kind: str, path: str) -> str | None:
+        """Open a backend of a ``kind`` that the configuration has, but for stdio. Returns the path of a pty.
+
+        Raises HostError.
+        """
+        match kind:
+            case "pty":
+                return self.open_pty()
+            case "file":
+                self.open_file(path)
+            case "unix":
+                self.listen(path)
+        return None
+
     def open_pty(self) -> str:
         """Make a new pty a backend; returns the path of its terminal side."""
         ours, theirs = os.openpty()
@@ -104,7 +118,7 @@ class Console:
         try:
             fd = os.open(path, FILE_FLAGS, 0o600)
         except OSError as e:
-            raise HostError(f"console.serial: {path}: {errno_name(e.errno or 0)}: cannot be written") from e
+            raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written") from e
         self.attach(-1, fd)
 
     def listen(self, path: str) -> None:
@@ -112,7 +126,7 @@ class Console:
         try:
             self._listeners.append(Listener(self._reactor, path, self._admit))
         except OSError as e:
-            raise HostError(f"console: {path}: {errno_name(e.errno or 0)}: cannot listen there") from e
+            raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot listen there") from e
 
     def close(self) -> None:
         """Close every stream and socket."""

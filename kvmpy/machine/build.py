@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
@@ -30,8 +30,13 @@ from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, located, mmio64, placed
-from kvmpy.machine.plug import Plugger, Report
+from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
+
+if TYPE_CHECKING:
+    from kvmpy.devices.virtio.device import VirtioDevice
+    from kvmpy.devices.virtio.net import VirtioNet
+    from kvmpy.host.network import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +55,9 @@ class Board:
     debug_port: DebugPort
     pci: PciRoot
     pci_windows: PciWindows
-    nics: Mapping[str, Any]
-    """Network devices by their id and by their netdev's."""
+    by_id: Mapping[str, VirtioDevice[Any]]
+    nics: Mapping[str, VirtioNet]
+    """Network devices by their id and by their netdev's. ``by_id`` has all devices of the configuration."""
 
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
@@ -66,6 +72,7 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
     system = resources.enter_context(System())
     system.require()
     check_vcpu_limit(config, system)
+    network = _start_network(config, resources)
     vm = Vm(system)
     resources.callback(vm.close)
     memory = _build_memory(config, vm, resources)
@@ -99,7 +106,7 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
     platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
     for device in platform:
         resources.callback(device.close)
-    plugger = Plugger(config, pci, memory, io, vm, report, resources)
+    plugger = Plugger(config, pci, Host(memory, io, vm, network, report), resources)
     plugger.plug_all()
     return Board(
         system=system,
@@ -114,6 +121,7 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
         debug_port=debug_port,
         pci=pci,
         pci_windows=windows,
+        by_id=plugger.by_id,
         nics=plugger.nics,
     )
 
@@ -146,7 +154,7 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
     try:
         mapping = HostMemory(machine.memory, huge_page=page, shared=machine.shared, reserve=machine.reserve)
     except HostError as e:
-        raise located(config, e) from e
+        raise located(config, "", e) from e
     resources.callback(mapping.close)
     memory = GuestMemory()
     resources.callback(memory.close)
@@ -156,6 +164,17 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
         memory.add(Ram(extent.base, extent.size, mapping, offset))
         offset += extent.size
     return memory
+
+
+def _start_network(config: Config, resources: ExitStack) -> Network | None:
+    """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile."""
+    if not any(netdev.bridge for netdev in config.netdev):
+        return None
+
+    network = Network(config.name)
+    resources.callback(network.close)
+    network.start()
+    return network
 
 
 def _build_vcpus(config: Config, vm: Vm, resources: ExitStack) -> tuple[Vcpu, ...]:

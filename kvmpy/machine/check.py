@@ -126,11 +126,11 @@ def mmio64(config: Config) -> layout.Extent:
     return layout.mmio64(config.machine.memory, len(config.root_port), huge_page=huge_page(config))
 
 
-def located(config: Config, e: HostError) -> HostError:
-    """A failure that starts with the key it comes from, with its place and what to do."""
+def located(config: Config, key: str, e: HostError) -> HostError:
+    """A failure that comes from ``key``, with its place and what to do. Empty, the message begins with the key."""
     number = e.__cause__.errno if isinstance(e.__cause__, OSError) else None
     advice = f"; {ADVICE[number]}" if number in ADVICE else ""
-    return HostError(placed(config, str(e)) + advice)
+    return HostError(placed(config, f"{key}: {e}" if key else str(e)) + advice)
 
 
 def huge_page(config: Config) -> int:

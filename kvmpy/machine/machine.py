@@ -389,19 +389,13 @@ class Machine:
     def _open_console(self) -> str | None:
         """Open the configured backend; returns the path of a pty."""
         serial = self.config.console.serial
+        if serial.kind == "stdio":
+            self.console.attach(reopen(*STDIN), reopen(*STDOUT))
+            return None
         try:
-            match serial.kind:
-                case "stdio":
-                    self.console.attach(reopen(*STDIN), reopen(*STDOUT))
-                case "pty":
-                    return self.console.open_pty()
-                case "file":
-                    self.console.open_file(serial.path)
-                case "unix":
-                    self.console.listen(serial.path)
+            return self.console.open(serial.kind, serial.path)
         except HostError as e:
-            raise located(self.config, e) from e
-        return None
+            raise located(self.config, "console.serial", e) from e
 
 
 class _Call(Generic[T]):

@@ -89,7 +89,7 @@ def _machine(machine: Machine, _: NoArguments) -> dict[str, Any]:
             "mmio": sum(thread.mmio_exits for thread in threads),
             "other": sum(thread.other_exits for thread in threads),
         },
-        "devices": [{"id": device.name, **info} for device in machine.board.devices if (info := device.info())],
+        "devices": [{"id": name, **device.info()} for name, device in machine.board.by_id.items()],
         "device-faults": sum(thread.faults for thread in threads),
     }
 

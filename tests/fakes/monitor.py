@@ -33,10 +33,7 @@ class FakeMachine:
             vcpus=(0, 1),
             memory=SimpleNamespace(size=512 << 20),
             acpi_pm=SimpleNamespace(power_button_enabled=True),
-            devices=(
-                SimpleNamespace(name="com1", info=dict),
-                SimpleNamespace(name="net1", info=lambda: {"driver": "virtio-net-pci", "link": "up"}),
-            ),
+            by_id={"net1": SimpleNamespace(info=lambda: {"driver": "virtio-net-pci", "link": "up"})},
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(console=SimpleNamespace(serial="stdio"))

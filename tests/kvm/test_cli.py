@@ -247,7 +247,10 @@ def test_a_trace_goes_to_standard_error(run: Start) -> None:
             ["console.serial=file:absent/x"],
             "--set console.serial: {here}/absent/x: ENOENT: cannot be written; make its",
         ),
-        (["console.serial=unix:absent/x"], "m.toml: console: {here}/absent/x: ENOENT: cannot listen there; make its"),
+        (
+            ["console.serial=unix:absent/x"],
+            "--set console.serial: {here}/absent/x: ENOENT: cannot listen there; make its",
+        ),
         (["monitor.qmp=unix:absent/x"], "--set monitor.qmp: {here}/absent/x: ENOENT: cannot listen there; make its"),
         (["monitor.qmp=unix:m.toml"], "--set monitor.qmp: {here}/m.toml: EADDRINUSE: cannot listen there; remove it"),
     ],
