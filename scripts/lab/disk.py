@@ -10,7 +10,7 @@ import hashlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +41,7 @@ def make_scratch(image: Path) -> None:
         _write(image, {}, SCRATCH_SIZE, ("-O", "^has_journal"))
 
 
-def make_root(image: Path, files: Tree) -> None:
+def make_root(image: Path, files: Mapping[str, bytes]) -> None:
     """A guest's root disk with ``files`` and PROGRAMS, made again when any of them changed."""
     busybox = program("busybox") or "busybox"
     commands = (name for name in run(busybox, "--list").split() if name not in PROGRAMS)
