@@ -53,6 +53,19 @@ class Card(PciFunction[CardState]):
         self.bus_master.append(enabled)
 
 
+class ConfigWindow:
+    """A function's configuration space as a `kvmpy.bus.Target`, for tests that want all of a device on a bus."""
+
+    def __init__(self, function: PciFunction[Any]) -> None:
+        self.name, self.lock, self._function = function.name, function.lock, function
+
+    def read(self, offset: int, size: int) -> int:
+        return self._function.config_read(offset, size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        self._function.config_write(offset, size, value)
+
+
 class Accesses:
     """Configuration space of one function through ECAM."""
 

@@ -168,8 +168,13 @@ def test_bar_follows_its_register_while_decoding(board: Board) -> None:
     "place", [0, 0x1000, 0x7FFF_F000, ECAM, 0xBFFF_F000, 0xFEC0_0000, 0xFEE0_0000, 0xFFFF_F000], ids=hex
 )
 def test_bar_over_ram_ecam_or_the_interrupt_controllers_is_not_mapped(board: Board, place: int) -> None:
+    lines: list[str] = []
+    sink = lines.append
+    trace.enable("pci.bar", sink)
     card, config = card_at(board, 1, place)
+    trace.disable(sink)
     assert address(card) is None
+    assert any(f"function=card bar=0x0 what=outside address={place:#x}" in line for line in lines)
     assert config.read(0, 4) == 0x1041_1AF4  # configuration space is where it was
     config.place(0, LOW)
     assert address(card) == LOW
@@ -304,6 +309,9 @@ def test_where_the_host_has_no_more_doorbells_the_write_reaches_the_target(board
     def refuse(gpa: int, event: EventFd) -> FakeDoorbell:
         raise HostError("no more")
 
+    lines: list[str] = []
+    sink = lines.append
+    trace.enable("pci.doorbell", sink)
     card, config = card_at(board, 1, LOW)
     board.doorbells.doorbell = refuse  # type: ignore[method-assign]
     with EventFd() as event:
@@ -311,7 +319,9 @@ def test_where_the_host_has_no_more_doorbells_the_write_reaches_the_target(board
         config.place(0, OTHER)
         board.mmio.write(OTHER + 0x10, 2, 7)
         bell.close()
+    trace.disable(sink)
     assert card.written == [(0x10, 2, 7)]
+    assert [line.split("offset=")[1] for line in lines] == ["0x10 problem=no more"] * 2
 
 
 @pytest.mark.parametrize("offset", [-1, 0x1000, 1 << 40])

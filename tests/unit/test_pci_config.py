@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.config import Capability, Command, ConfigSpace, EndpointHeader, VendorCapability
 from kvmpy.devices.pci.express import ExpressCapability
+from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.registers import Field
 from kvmpy.state import StateError, load, save
 from tests.counts import count
@@ -210,3 +212,14 @@ def test_express_capability_is_version_2_of_full_length() -> None:
     card = Card()
     assert isinstance(card.express, ExpressCapability)
     assert (card.express.flags & 0xF, card.express.SIZE) == (2, 0x3C)
+
+
+def test_function_can_have_the_lock_of_a_part_of_its_device() -> None:
+    lock = threading.RLock()
+
+    class Shared(PciFunction[CardState]):
+        def __init__(self) -> None:
+            super().__init__("shared", CardState(), IDS, lock=lock)
+
+    function = Shared()
+    assert function.lock is function.add_bar(0, 0x1000, BarKind.MEM32, function).lock is lock

@@ -322,6 +322,25 @@ def test_bus_below_is_seen_through_ecam_and_ports_alike(rig: Rig) -> None:
     assert rig.board.pio.read(0xCFC, 4) == CARD_ID
 
 
+def test_info_names_the_slot_its_bus_and_its_card(rig: Rig) -> None:
+    rig.above.write(rig.above.capability(0x05) + 2, 2, 1)
+    assert rig.port.info() == {
+        "id": "1b36:000c",
+        "bars": {},
+        "interrupts": "msi",
+        "slot": 7,
+        "bus": 5,
+        "behind": "card",
+    }
+    rig.port.unplug()
+    assert rig.port.info()["behind"] is None
+
+
+def test_close_gives_the_vector_back(rig: Rig) -> None:
+    rig.port.close()
+    assert [vector.closed for vector in rig.board.sink.vectors] == [True]
+
+
 def test_every_register_of_the_port_survives_any_write(rig: Rig) -> None:
     above: Accesses = rig.above
     for offset in range(0x100):

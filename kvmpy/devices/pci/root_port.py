@@ -191,6 +191,11 @@ class RootPort(PciFunction[RootPortState]):
         self.express.slot_status = self.express.slot_status & ~SlotStatus.PRESENT | present
         self._set_link(active=self._link_wanted())
 
+    def info(self) -> dict[str, Any]:
+        with self.lock:
+            behind = None if self.behind is None else self.behind.name
+            return super().info() | {"slot": self.slot, "bus": self.header.secondary, "behind": behind}
+
     def _seats(self) -> Seats:
         if self.seats is None:
             raise ValueError(f"{self.name} is in no machine yet")
