@@ -280,11 +280,16 @@ def _is_mtu(value: object) -> bool:
     return type(value) is int and 0 < value <= LARGEST_MTU
 
 
-# The VMM is trusted no more than it has to be: a guest may have taken it over.
-REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any]], dict[str, Callable[[object], bool]]]]] = {
-    "attach": (Helper.attach, {"ifname": _is_name, "bridge": _is_name, "mtu": _is_mtu, "netns": _is_path}),
+# What a request carries, each with its test: the VMM is trusted no more than it has to be. A guest may be in it.
+Fields = dict[str, tuple[Callable[[object], bool], str]]
+ATTACH: Final[Fields] = {
+    "ifname": (_is_name, "an interface's name"),
+    "bridge": (_is_name, "an interface's name"),
+    "mtu": (_is_mtu, "an MTU"),
+    "netns": (_is_path, "the path of a network namespace"),
 }
 OPTIONAL: Final = frozenset({"bridge", "mtu", "netns"})  # may be null
+REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any]], Fields]]] = {"attach": (Helper.attach, ATTACH)}
 
 
 def serve(control: socket.socket, helper: Helper) -> None:
@@ -309,9 +314,10 @@ def answer(helper: Helper, line: bytes) -> dict[str, Any]:
     function, fields = REQUESTS[name]
     if request.keys() != fields.keys():
         return {"error": f"{name}: expected {', '.join(fields)}", "key": ""}
-    for field, is_good in fields.items():
-        if not is_good(request[field]) and not (request[field] is None and field in OPTIONAL):
-            return {"error": f"{name}: cannot be the {field}: {str(request[field])[:100]!a}", "key": field}
+    for field, (is_good, what) in fields.items():
+        value = request[field]
+        if not is_good(value) and not (value is None and field in OPTIONAL):
+            return {"error": f"{str(value)[:100]!a}: cannot be {what}", "key": field}
     try:
         return {"ok": function(helper, **request)}
     except HostError as e:

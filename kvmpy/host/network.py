@@ -65,13 +65,16 @@ class Answer(msgspec.Struct, frozen=True):
 
 
 class Network:
-    """The helper of the machine ``name``, started when it is needed. Any thread; a call waits for the one before."""
+    """The helper of the machine ``name``, started when it is needed. Any thread; a call waits for the one before.
+
+    ``pid`` is the helper's process, 0 where it was never started.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
-        self._pid = 0
+        self.pid = 0
         self._unread = b""
         # Made now: nothing is built, and nothing imported, beside running vCPUs.
         self._decode = msgspec.json.Decoder(Answer).decode
@@ -112,7 +115,7 @@ class Network:
                     for problem in self._decode(line).left:
                         log.warning("network: %s", problem)
             except (OSError, HostError, msgspec.DecodeError) as e:
-                log.warning("network: bridges and taps may still be there: process %d: %s", self._pid, e)
+                log.warning("network: bridges and taps may still be there: process %d: %s", self.pid, e)
             self._abandon()
 
     def _start(self) -> None:
@@ -122,7 +125,7 @@ class Network:
         with theirs:
             try:
                 pid = os.getpid()
-                self._pid = _spawn(theirs.fileno(), self._name, str(pid), str(process_start(pid)))
+                self.pid = _spawn(theirs.fileno(), self._name, str(pid), str(process_start(pid)))
             except OSError as e:
                 ours.close()
                 raise HostError(f"{sys.executable}: {errno_name(e.errno or 0)}: the network helper cannot start") from e
@@ -141,7 +144,7 @@ class Network:
             why = f"it has not answered in {ANSWER_LIMIT:g} s"
         except (OSError, HostError, msgspec.DecodeError) as e:
             why = str(e)
-        pid = self._pid
+        pid = self.pid
         raise HostError(f"the network helper, process {pid}, failed: {why}{self._abandon()}")
 
     def _line(self) -> bytes:
@@ -163,7 +166,7 @@ class Network:
         self._socket = None
         deadline = time.monotonic() + REAP_LIMIT
         while time.monotonic() < deadline:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 return f", exit code {code}: standard error says why" if code else ""
