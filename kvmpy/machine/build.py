@@ -170,6 +170,7 @@ def _start_network(config: Config, resources: ExitStack) -> Network | None:
     """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile."""
     if not any(netdev.bridge for netdev in config.netdev):
         return None
+    from kvmpy.host.network import Network
 
     network = Network(config.name)
     resources.callback(network.close)

@@ -127,20 +127,21 @@ class Plugger:
         from kvmpy.host.tap import Tap
 
         netdev = next(netdev for netdev in self._config.netdev if netdev.id == table.netdev)
-        netns = netdev.netns and netdev.netns.path
+        # Plain strings: the types of the configuration go no deeper.
+        ifname, bridge, netns = (
+            value and str(value) for value in (netdev.ifname, netdev.bridge, netdev.netns and netdev.netns.path)
+        )
         with self._located(f"netdev.{netdev.id}.ifname"):
-            tap = Tap.open(netdev.ifname, netdev.queues, netns=netns)
+            tap = Tap.open(str(ifname), netdev.queues, netns=netns)
             self._resources.callback(tap.close)
-            if netdev.bridge is None:
+            if bridge is None:
                 if table.host_mtu is not None:
                     tap.set_mtu(table.host_mtu)
                 tap.set_up()
-        if netdev.bridge is not None:
+        if bridge is not None:
             assert self._host.network is not None
             with self._located():
-                self._host.network.attach(
-                    netdev.id, netdev.ifname, bridge=netdev.bridge, mtu=table.host_mtu, netns=netns
-                )
+                self._host.network.attach(netdev.id, str(ifname), bridge=bridge, mtu=table.host_mtu, netns=netns)
         with self._located(f"netdev.{netdev.id}.vhost"):
             vhost = self._vhost(netdev.id, netdev.vhost, netdev.queues)
         mac = bytes.fromhex(table.mac.replace(":", "")) if table.mac else self._chosen_mac(table.id)
