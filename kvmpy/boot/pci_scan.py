@@ -60,6 +60,7 @@ BAR_PREFETCHABLE: Final = 1 << 3
 BAR_IO_FLAGS: Final = 0x3
 BAR_MEMORY_FLAGS: Final = 0xF
 ROM_FLAGS: Final = 0x7FF
+IO_BASE_BITS: Final = 0xF0  # constant 0 in a bridge that forwards no ports
 
 EXPRESS: Final = 0x10  # a capability's id; its flags and its slot's capabilities:
 EXPRESS_FLAGS: Final = 0x02
@@ -92,6 +93,7 @@ class Function:
     header_type: int
     bars: Sequence[Bar] = ()
     below: Sequence[Function] = ()
+    forwards_io: bool = False
     one_device_below: bool = False
     hot_pluggable: bool = False
     decoders: int = 0
@@ -102,6 +104,10 @@ class Function:
     @property
     def is_bridge(self) -> bool:
         return self.header_type == BRIDGE
+
+    def forwards(self, space: Space) -> bool:
+        """Whether it can open a window there."""
+        return self.is_bridge and (self.forwards_io or space is not Space.IO)
 
     def read(self, offset: int, size: int) -> int:
         """The ``size`` bytes at ``offset`` of its configuration space."""
@@ -195,6 +201,9 @@ def _examine(function: Function) -> None:
     command = function.read(Reg.COMMAND, 2)
     function.write(Reg.COMMAND, 2, command & ~(Command.IO | Command.MEMORY))
     function.bars = tuple(_bars(function))
+    if function.is_bridge:
+        function.write(Reg.IO_BASE, 1, IO_BASE_BITS)
+        function.forwards_io = bool(function.read(Reg.IO_BASE, 1) & IO_BASE_BITS)
     if function.is_bridge and (express := _express(function)):
         flags = function.read(express + EXPRESS_FLAGS, 2)
         function.one_device_below = flags >> TYPE_SHIFT & 0xF in ONE_DEVICE_BELOW
@@ -222,9 +231,11 @@ def _bars(function: Function) -> Iterator[Bar]:
 
 
 def _probe(function: Function, register: int, ones: int = ONES) -> int:
-    """What a BAR says when ones are written to it; those stay, until it is placed."""
+    """What a BAR says when ones are written to it; then it is nowhere, until it is placed."""
     function.write(register, 4, ones)
-    return function.read(register, 4)
+    answer = function.read(register, 4)
+    function.write(register, 4, 0)
+    return answer
 
 
 def _express(function: Function) -> int:

@@ -2,8 +2,8 @@
 
 Bottom up, each bridge's windows are made as large as what is behind it, and those of a port with a hot-pluggable slot
 large enough for what may come. Top down, everything is placed, the most aligned first, which leaves no gaps between
-powers of two. Then the decoders are turned on. The system enables bus mastering of what it has a driver for; bridges
-forward it from the start.
+powers of two. An I/O BAR behind a bridge that forwards no ports stays off. Then the decoders are turned on. The system
+enables bus mastering of what it has a driver for; bridges forward it from the start.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int]) -> No
 def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeWindow]:
     """What ``functions`` need of ``space`` on the bus they are on."""
     items: list[Bar | BridgeWindow] = [bar for function in functions for bar in function.bars if bar.space is space]
-    windows = (_window(function, space) for function in functions if function.is_bridge)
+    windows = [_window(function, space) for function in functions if function.forwards(space)]
     return items + [window for window in windows if window.size]
 
 

@@ -102,14 +102,20 @@ def bridge(
     hot_plug: bool = False,
     multi_function: bool = False,
     pin: int = 0,
+    ports: bool = True,
 ) -> FakeFunction:
-    """A bridge with ``below`` as devices 0, 1, ... behind it; with port type None it is no PCI Express."""
+    """A bridge with ``below`` as devices 0, 1, ... behind it; with port type None it is no PCI Express.
+
+    Without ``ports`` it forwards memory alone.
+    """
     function = FakeFunction(header_type=1 | multi_function << 7, pin=pin)
     function.writable[0x18:0x1B] = b"\xff\xff\xff"
     function.data[0x1C:0x1E] = b"\x01\x01"
     function.data[0x24:0x28] = b"\x01\x00\x01\x00"
     for first, mask in ((0x1C, b"\xf0\xf0"), (0x20, b"\xf0\xff" * 4), (0x28, b"\xff" * 12)):
         function.writable[first : first + len(mask)] = mask
+    if not ports:
+        function.data[0x1C:0x1E] = function.writable[0x1C:0x1E] = bytes(2)
     function.below = {device << 3: child for device, child in enumerate(below)}
     if port_type is not None:
         function.express(port_type, HOT_PLUG_SLOT if hot_plug else None)

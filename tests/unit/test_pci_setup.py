@@ -208,6 +208,14 @@ def test_ports_are_forwarded_where_an_io_bar_is_below() -> None:
     assert above.command == below.command == DECODE_IO | MASTER
 
 
+def test_an_io_bar_behind_a_bridge_that_forwards_no_ports_stays_off() -> None:
+    endpoint = FakeFunction({0: (IO, 32), 1: (MEM32, 32)})
+    port = bridge([endpoint], ports=False)
+    booted(port)
+    assert (endpoint.bar(0), endpoint.command) == (0, DECODE_MEMORY)
+    assert (endpoint.bar(1), port.command) == (0xC000_0000, DECODE_MEMORY | MASTER)
+
+
 def test_io_windows_above_64_kib_have_their_upper_halves() -> None:
     port = bridge([FakeFunction({0: (IO, 32)})])
     booted(port, windows=WINDOWS._replace(io=range(0x12_3000, 0x13_0000)))
