@@ -13,7 +13,7 @@ from tests.fakes.virtio_driver import guest_memory
 from tests.fakes.virtio_rig import Guest, ManualLoop
 
 MAC = bytes.fromhex("525400123456")
-RAM = 8 << 20
+RAM = 2 << 20
 RX, TX = 0, 1
 OK, ERR = 0, 1
 
