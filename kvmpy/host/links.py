@@ -9,6 +9,7 @@ Specification: Documentation/userspace-api/netlink/intro.rst, rtnetlink(7).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import socket
@@ -130,15 +131,14 @@ class Links:
         info = [("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", {"attrs": list(BRIDGE_SETTINGS.items())})]
         request = _message(IFLA_IFNAME=name, IFLA_ADDRESS=mac, IFLA_GROUP=HALF_MADE, IFLA_LINKINFO={"attrs": info})
         self._talk(RTM_NEWLINK, request, NLM_F_CREATE_NEW)
-        made = self.find(name)
-        if made is None:
-            raise LinkError(errno.ENODEV, "it has been removed at once")
         try:
+            made = self._require(name)
             self.change(made.ifindex, alias=alias, group=0, up=True)
-        except LinkError:
-            self.delete(made.ifindex)
+            return self._require(name)
+        except HostError:
+            with contextlib.suppress(HostError):
+                self.delete(self._require(name).ifindex)
             raise
-        return self.get(made.ifindex) or made
 
     def change(
         self,
@@ -160,6 +160,11 @@ class Links:
     def delete(self, index: int) -> None:
         """Remove a link."""
         self._talk(RTM_DELLINK, _message(index))
+
+    def _require(self, name: str) -> Link:
+        if (link := self.find(name)) is None:
+            raise LinkError(errno.ENODEV, "")
+        return link
 
     def _get(self, index: int = 0, **attributes: Any) -> Link | None:
         try:

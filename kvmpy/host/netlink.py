@@ -22,6 +22,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
@@ -233,13 +234,14 @@ class Namespace:
     def _forwarding(self, port: Link, bridge: Link | None) -> tuple[Link, Link | None]:
         """Both as they are once frames pass, or are known not to pass yet: a bridge with STP takes its time."""
         deadline = time.monotonic() + FORWARDING_LIMIT
-        while bridge is not None:
-            port = self._links.get(port.ifindex) or port
-            bridge = self._links.get(bridge.ifindex) or bridge
-            slow = not bridge.up or dict(bridge.settings).get("IFLA_BR_STP_STATE")
-            if port.port_state == "forwarding" or slow or time.monotonic() > deadline:
-                break
-            time.sleep(FORWARDING_POLL)
+        with suppress(HostError):  # it is attached: what we know of it by now will do
+            while bridge is not None:
+                port = self._links.get(port.ifindex) or port
+                bridge = self._links.get(bridge.ifindex) or bridge
+                slow = not bridge.up or dict(bridge.settings).get("IFLA_BR_STP_STATE")
+                if port.port_state == "forwarding" or slow or time.monotonic() > deadline:
+                    break
+                time.sleep(FORWARDING_POLL)
         return port, bridge
 
 
@@ -347,6 +349,7 @@ def _said(change: dict[str, Any]) -> str:
 
 
 def _attempt(step: Callable[[], object]) -> HostError | None:
+    """What went wrong, None where nothing did."""
     try:
         step()
     except HostError as e:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import random
@@ -17,7 +19,8 @@ from typing import Any, Final
 import pytest
 
 from kvmpy.errors import HostError
-from kvmpy.host.links import HALF_MADE
+from kvmpy.host.links import HALF_MADE, LinkError, Links
+from kvmpy.host.netlink import Namespace as Changes
 from kvmpy.host.netns import NetworkNamespace
 from kvmpy.host.network import Network, Port
 from kvmpy.host.ownership import Mark, process_start
@@ -56,6 +59,19 @@ with closing(Network("web1")) as network:
         print(network.attach("n1", "tap0", bridge="br0", netns=sys.argv[1]).state)
     except HostError as e:
         print(e)
+"""
+
+# Says what was imported by it all, and whether pyroute2 ever was.
+IMPORTS: Final = """
+import sys
+from contextlib import closing
+from kvmpy.host.network import Network
+from kvmpy.host.tap import Tap
+with closing(Tap.open("tap0", netns=sys.argv[1])):
+    before = set(sys.modules)
+    with closing(Network("web1")) as network:
+        network.attach("n1", "tap0", bridge="br0", netns=sys.argv[1])
+    print(sorted(set(sys.modules) - before), "pyroute2" in sys.modules)
 """
 
 
@@ -398,6 +414,41 @@ def test_lock_that_somebody_keeps_is_waited_for_and_then_named(netns: Namespace)
         pytest.fail("both have the lock")
 
 
+class Failing(Links):
+    """Links of which one request to the kernel fails."""
+
+    def __init__(self, namespace: NetworkNamespace, fails: int) -> None:
+        super().__init__(namespace)
+        self.left = fails
+
+    def _talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
+        self.left -= 1
+        if self.left == 0:
+            raise LinkError(errno.EIO, "as the test wants it")
+        return super()._talk(kind, request, flags)
+
+
+def test_request_that_fails_at_any_step_leaves_everything_as_it_was(netns: Namespace) -> None:
+    netns.ip("link", "add", "br9", "type", "bridge")
+    persistent(netns, "tap0", "mtu", "1400", "alias", "kept", "master", "br9")
+    before = links(netns)
+    me = Mark("web1", os.getpid(), process_start(os.getpid()))
+    with closing(Tap.open("tap0", netns=netns.path)):
+        steps = 0
+        attached = False
+        while not attached:
+            steps += 1
+            namespace = NetworkNamespace(netns.path)
+            ours = Changes(namespace, Failing(namespace, steps), me)
+            with contextlib.suppress(HostError):
+                ours.attach("tap0", "br0", 1300)
+                attached = True
+            assert attached or links(netns) == before, steps
+            ours.close()
+            assert links(netns) == before, steps
+    assert steps > 10
+
+
 # Ends of all kinds
 
 
@@ -420,6 +471,23 @@ def test_vmm_killed_at_any_moment_leaves_nothing(netns: Namespace) -> None:
             process.kill()
         until(lambda helper=helper: not running(helper))  # type: ignore[misc]
         assert netns.interfaces() == []
+
+
+def test_vmm_and_helper_killed_at_any_moment_leave_what_the_next_start_clears(netns: Namespace) -> None:
+    persistent(netns, "tap0", "mtu", "1400", "alias", "kept")
+    before = links(netns)
+    chance = random.Random(7)
+    for _ in range(KILLS):
+        command = [sys.executable, "-c", VMM, "web1", "tap0", "br0", netns.path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            helper = int(process.stdout.readline().split()[1])
+            time.sleep(chance.uniform(0, 0.3))
+            os.kill(helper, signal.SIGKILL)
+            process.kill()
+        with Vm(netns, ifname="tap1") as vm:
+            vm.attach("br1")
+        assert links(netns) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -550,3 +618,10 @@ def test_many_cycles_leave_no_interface_descriptor_process_or_lock(netns: Namesp
     assert (os.listdir("/proc/self/fd"), threading.active_count()) == before
     with closing(NetworkNamespace(netns.path, lock_limit=0)) as namespace, namespace.locked():
         pass
+
+
+def test_nothing_is_imported_from_the_helpers_start_to_its_end(netns: Namespace) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, netns.path], capture_output=True, text=True, check=True, timeout=BOUND
+    )
+    assert done.stdout == "[] False\n"
