@@ -6,8 +6,8 @@ to give a request back. A queue bounds how many are under way: a driver that off
 
 `withdraw` has to leave nothing under way, and completions need the lock its caller holds. It waits on a condition of
 that very lock, which lets go of it meanwhile: the io thread and other vCPUs get on, and find a device that does not
-run. Only a status that another vCPU writes meanwhile has to wait its turn. A device that breaks does not wait, as it
-may be the io thread that finds it broken: what is under way then ends unheard, and `reset`, `pause` and `close` wait.
+run and cannot be made to. A device that breaks does not wait, as it may be the io thread that finds it broken: what is
+under way then ends unheard, and `reset`, `pause` and `close` wait for it.
 
 Writes are durable when the driver believes so (section 5.2.6.2): a flush is fdatasync, begun after it was asked for;
 and while the cache is "writethrough", each write is followed by one before the driver hears of it.
@@ -121,7 +121,6 @@ class VirtioBlk(VirtioDevice[BlkState]):
         self._workers: list[threading.Thread] = []
         self._idle = threading.Condition(self.lock)
         self._under_way = 0
-        self._waiting = 0
         self._counts: Counter[str] = Counter()
         self._reported: set[tuple[str, int]] = set()
 
@@ -174,10 +173,6 @@ class VirtioBlk(VirtioDevice[BlkState]):
         if self.broken is None:
             self._wait()
 
-    def write_status(self, value: int) -> None:
-        self._idle.wait_for(lambda: not self._waiting)
-        super().write_status(value)
-
     def reset(self) -> None:
         if not self.running:
             self._wait()
@@ -225,13 +220,10 @@ class VirtioBlk(VirtioDevice[BlkState]):
 
     def _wait(self) -> None:
         """Until nothing is under way. Lets go of the lock meanwhile."""
-        self._waiting += 1
         patience = PATIENCE
         while not self._idle.wait_for(lambda: not self._under_way, patience):
             log.warning("%s: %s does not answer: %d requests are not done", self.name, self.disk.path, self._under_way)
             patience *= 2
-        self._waiting -= 1
-        self._idle.notify_all()
 
     # The workers
 
