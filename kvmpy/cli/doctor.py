@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import resource
@@ -10,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, errno_name
 from kvmpy.host import rundir
 from kvmpy.host.memory import MIB, available_memory
 from kvmpy.kvm.system import WELCOME, System
@@ -18,6 +19,7 @@ from kvmpy.kvm.system import WELCOME, System
 OK, WARN, FAIL = "ok", "warn", "fail"
 # QEMU's and libvirt's usual advice: enough locked memory to map a small guest for a device
 LOCKED_MEMORY_WANTED: Final = 1024 * MIB
+CAP_NET_ADMIN: Final = 1 << 12  # linux/capability.h
 
 
 class Finding(NamedTuple):
@@ -62,8 +64,9 @@ def examine(host: Host) -> Iterator[Finding]:
     yield Finding("memory", OK, f"{available_memory() // MIB} MiB available for a guest")
     yield _huge_pages(Path(host.sys))
     yield _runtime_directory(rundir.base())
-    yield _device(f"{host.dev}/net/tun", "taps (a later version's netdevs)", "modprobe tun")
-    yield _device(f"{host.dev}/vhost-net", "packets that stay in the kernel (a later version's)", "modprobe vhost_net")
+    yield _device(f"{host.dev}/net/tun", "taps, that is for any netdev", "modprobe tun")
+    yield _device(f"{host.dev}/vhost-net", "packets that stay in the kernel", "modprobe vhost_net")
+    yield _net_admin(_read(f"{host.proc}/self/status"))
     yield _device(f"{host.dev}/vfio/vfio", "passed-through PCIe functions (a later version's)", "modprobe vfio_pci")
     yield _iommu(Path(host.sys))
     yield _locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], root=os.geteuid() == 0)
@@ -121,13 +124,28 @@ def _runtime_directory(base: str) -> Finding:
 
 
 def _device(path: str, purpose: str, remedy: str) -> Finding:
-    if not Path(path).exists():
-        return Finding(path, WARN, f"missing; needed for {purpose}", remedy)
-    if not os.access(path, os.R_OK | os.W_OK):
-        return Finding(
-            path, WARN, f"not permitted; needed for {purpose}", "run as root, or join the group that owns it"
-        )
+    """Opened in earnest: the node of a module that is not loaded is there all the same."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        remedy = "run as root, or join the group that owns it"
+        return Finding(path, WARN, f"not permitted; needed for {purpose}", remedy)
+    except OSError as e:
+        found = "missing" if e.errno == errno.ENOENT else errno_name(e.errno or 0)
+        return Finding(path, WARN, f"{found}; needed for {purpose}", remedy)
     return Finding(path, OK, "can be opened")
+
+
+def _net_admin(status: str) -> Finding:
+    """``status`` is /proc/PID/status, with the effective capabilities as a hexadecimal mask (man 5 proc)."""
+    masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")]
+    if any(mask & CAP_NET_ADMIN for mask in masks):
+        return Finding("CAP_NET_ADMIN", OK, "held")
+    remedy = (
+        "run as root, give a service AmbientCapabilities=CAP_NET_ADMIN, "
+        "or make bridge and tap for the user beforehand (docs/networking.md)"
+    )
+    return Finding("CAP_NET_ADMIN", WARN, "not held; needed to make taps and bridges", remedy)
 
 
 def _iommu(sys: Path) -> Finding:

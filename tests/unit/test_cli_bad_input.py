@@ -524,6 +524,8 @@ def rich(bare: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
     (sys_ / "kernel/mm/hugepages/hugepages-2048kB/free_hugepages").write_text("7\n")
     Path(bare.proc).mkdir()
     Path(bare.proc, "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu vmx sse\n")
+    Path(bare.proc, "self").mkdir()
+    Path(bare.proc, "self/status").write_text("Name:\tkvmpy\nCapEff:\t0000000000001000\n")
     answering(monkeypatch)
     return bare
 
@@ -545,6 +547,7 @@ def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
         "runtime directory": "ok",
         f"{bare.dev}/net/tun": "warn",
         f"{bare.dev}/vhost-net": "warn",
+        "CAP_NET_ADMIN": "warn",
         f"{bare.dev}/vfio/vfio": "warn",
         "IOMMU": "warn",
         "locked memory": "ok",
@@ -563,6 +566,21 @@ def test_doctor_names_a_missing_capability_and_the_kernel_that_has_it(
     ]
     assert "Linux 2.6.32 and later" in findings[0].remedy
     assert "Linux 5.17 and later" in findings[1].remedy
+
+
+def test_doctor_says_who_may_make_taps_and_bridges(rich: Host) -> None:
+    Path(rich.proc, "self/status").write_text("CapPrm:\t000001ffffffffff\nCapEff:\t000001ffffffefff\n")
+    (finding,) = [finding for finding in examine(rich) if finding.what == "CAP_NET_ADMIN"]
+    assert (finding.verdict, finding.found) == ("warn", "not held; needed to make taps and bridges")
+    assert "run as root" in finding.remedy
+
+
+def test_doctor_opens_devices_and_names_what_went_wrong(rich: Host) -> None:
+    Path(rich.dev, "vhost-net").unlink()
+    Path(rich.dev, "vhost-net").mkdir()
+    (finding,) = [finding for finding in examine(rich) if finding.what.endswith("vhost-net")]
+    assert (finding.verdict, finding.found) == ("warn", "EISDIR; needed for packets that stay in the kernel")
+    assert finding.remedy == "modprobe vhost_net"
 
 
 def test_doctor_finds_a_runtime_directory_that_is_none(bare: Host, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
