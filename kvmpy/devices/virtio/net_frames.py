@@ -166,7 +166,8 @@ class Receiver:
         self._wire.on_readable(None)
         self._queue.rewind(len(self._chains))
         self._chains.clear()
-        self._collected()
+        self._buffers.clear()
+        self._room = 0
 
     def forget(self) -> None:
         """Drop the frame that is held."""
@@ -266,21 +267,19 @@ class Receiver:
     def _deliver(self, size: int) -> None:
         """Give the driver the chains in which a frame of ``size`` bytes lies, all at once."""
         done: list[tuple[Chain, int]] = []
-        header, left = self._buffers, size
+        buffers, left = 0, size
         while left:
             chain = self._chains.popleft()
-            done.append((chain, min(left, chain.writable_size)))
-            left -= done[-1][1]
-        _store(header, NUM_BUFFERS, len(done).to_bytes(2, "little"))
+            done.append((chain, written := min(left, chain.writable_size)))
+            left -= written
+            buffers += len(chain.writable)
+            self._room -= chain.writable_size
+        _store(self._buffers, NUM_BUFFERS, len(done).to_bytes(2, "little"))
+        del self._buffers[:buffers]
         self._queue.push_all(done)
-        self._collected()
         self._counters.rx_frames += 1
         if trace_receive:
             trace_receive(self._queue.name, size, len(done))
-
-    def _collected(self) -> None:
-        self._buffers = [buffer for chain in self._chains for buffer in chain.writable]
-        self._room = sum(chain.writable_size for chain in self._chains)
 
     def _drop(self, size: int, why: str) -> None:
         self._counters.rx_dropped += 1
