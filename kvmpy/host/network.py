@@ -101,6 +101,8 @@ class Network:
                 raise HostError(f"netdev.{netdev}.bridge: {e}") from e
         if answer.ok is None:
             raise HostError(f"netdev.{netdev}.{answer.key or 'bridge'}: {answer.error}")
+        if bridge is not None and answer.ok.state != "forwarding":
+            _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
         return answer.ok
 
     def close(self) -> None:
@@ -172,6 +174,14 @@ class Network:
                 return f", exit code {code}: standard error says why" if code else ""
             time.sleep(REAP_POLL)
         return ""
+
+
+def _warn(bridge: str, port: Port) -> None:
+    """Say that nothing passes, and what that waits for."""
+    if not port.bridge_up:
+        log.warning("%s is down: nothing passes until it is set up", bridge)
+    else:
+        log.warning("%s: the port is %s: nothing passes until it is forwarding (STP?)", bridge, port.state)
 
 
 def _spawn(control: int, *arguments: str) -> int:

@@ -236,7 +236,7 @@ def test_half_made_bridge_that_a_killed_helper_left_goes(netns: Namespace) -> No
 
 
 @pytest.mark.parametrize("stp", ["0", "1"])
-def test_bridge_that_existed_is_as_it_was(netns: Namespace, stp: str) -> None:
+def test_bridge_that_existed_is_as_it_was(netns: Namespace, stp: str, caplog: pytest.LogCaptureFixture) -> None:
     netns.ip("link", "add", "br0", "address", FOREIGN_MAC, "type", "bridge", "stp_state", stp, "forward_delay", "400")
     netns.ip("link", "set", "br0", "up", "alias", "the operator's")
     before = links(netns)
@@ -249,14 +249,16 @@ def test_bridge_that_existed_is_as_it_was(netns: Namespace, stp: str) -> None:
         assert during["br0"]["ifalias"] == "the operator's"
         assert during["br0"]["address"] == FOREIGN_MAC
     assert links(netns) == before
+    assert ("nothing passes until it is forwarding" in caplog.text) is (stp == "1")
 
 
-def test_bridge_that_is_down_stays_down_and_that_is_told(netns: Namespace) -> None:
+def test_bridge_that_is_down_stays_down_and_that_is_told(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
     netns.ip("link", "add", "br0", "type", "bridge")
     with Vm(netns) as vm:
         port = vm.attach()
         assert (port.bridge_up, port.state) == (False, "disabled")
         assert "UP" not in links(netns)["br0"]["flags"]
+    assert caplog.messages == ["netdev.n1.bridge: br0 is down: nothing passes until it is set up"]
 
 
 def test_bridge_with_a_foreign_alias_like_a_mark_is_not_ours(netns: Namespace) -> None:
