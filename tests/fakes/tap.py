@@ -11,18 +11,13 @@ from kvmpy.host.tap import OFFLOADS
 HEADER = bytes(12)
 
 
-class FakeTap:
-    """A `kvmpy.devices.virtio.net.NetBackend`. ``wires`` are the far ends: what the network sends and gets."""
+class SilentTap:
+    """A `kvmpy.devices.virtio.net.NetBackend` without descriptors, for a device that nobody drives."""
 
     name = "tap-fake"
 
     def __init__(self, queues: int = 1, offloads: int = OFFLOADS[0]) -> None:
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(queues)]
-        self.near = [pair[0] for pair in pairs]
-        self.wires = [pair[1] for pair in pairs]
-        for end in self.near + self.wires:
-            end.setblocking(False)
-        self.fds = [end.fileno() for end in self.near]
+        self.fds = [-1] * queues
         self.offloads = offloads
         self.offload, self.queues = 0, queues
         self._filter: tuple[list[bytes] | None, bool] = (None, False)
@@ -44,6 +39,23 @@ class FakeTap:
     def passes(self) -> tuple[list[bytes] | None, bool]:
         """The filter, as a call: mypy believes that an attribute stays what an assert said."""
         return self._filter
+
+    def _refuse(self) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+
+
+class FakeTap(SilentTap):
+    """One with wires: ``wires`` are the far ends, what the network sends and gets."""
+
+    def __init__(self, queues: int = 1, offloads: int = OFFLOADS[0]) -> None:
+        super().__init__(queues, offloads)
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(queues)]
+        self.near = [pair[0] for pair in pairs]
+        self.wires = [pair[1] for pair in pairs]
+        for end in self.near + self.wires:
+            end.setblocking(False)
+        self.fds = [end.fileno() for end in self.near]
 
     def send(self, frame: bytes, queue: int = 0) -> None:
         """The network sends ``frame``, behind a header of zeros."""
@@ -82,7 +94,3 @@ class FakeTap:
     def close(self) -> None:
         for end in self.near + self.wires:
             end.close()
-
-    def _refuse(self) -> None:
-        if self.refuses is not None:
-            raise self.refuses

@@ -6,10 +6,13 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvmpy.abi.virtio import Status
 from kvmpy.devices.virtio import net_frames
 from kvmpy.devices.virtio.net_frames import LARGEST
+from tests.counts import count
 from tests.fakes.net_rig import CONTROLLED, MERGEABLE, PLAIN, RX, TX, NetRig, net_rig
 from tests.fakes.tap import HEADER
 
@@ -355,6 +358,43 @@ def test_ring_that_breaks_while_chains_are_collected_takes_nothing_with_it(rig: 
     rig.guest.kick(RX)
     assert rig.guest.status() & Status.NEEDS_RESET
     assert rig.net.queues[RX].in_flight == 0
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("send"), st.integers(60, 3000)),
+        st.tuples(st.just("lend"), st.integers(600, 1526)),
+        st.tuples(st.sampled_from(["pause", "take"]), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=count(40, 4000), deadline=None)
+@given(STEPS, st.booleans(), st.sampled_from([MERGEABLE, CONTROLLED]))
+def test_frames_arrive_once_and_in_order_whatever_comes_between(
+    steps: list[tuple[str, int]], event_idx: bool, features: int
+) -> None:
+    with net_rig() as rig:
+        rig.start(features, event_idx=event_idx)
+        sent: list[bytes] = []
+        got: list[bytes] = []
+        for step, size in steps:
+            if step == "send":
+                sent.append(bytes([len(sent)]) * size)
+                rig.tap.send(sent[-1])
+            elif step == "lend" and rig.guest.queues[RX].free:
+                rig.lend(size)
+            elif step == "pause":
+                rig.net.pause()
+                assert rig.net.queues[RX].in_flight == 0
+                rig.net.resume()
+            rig.loop.run()
+            got += rig.received() if step == "take" else []
+        for _ in range(4 * len(sent)):
+            got += rig.received()
+            rig.lend(1000, count=len(rig.guest.queues[RX].free))
+        assert got + rig.received() == sent
 
 
 def test_removed_interface_does_not_spin_when_the_driver_kicks(rig: NetRig) -> None:

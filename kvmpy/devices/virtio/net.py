@@ -30,8 +30,8 @@ from kvmpy.errors import GuestError, HostError
 from kvmpy.memory import GuestMemory
 from kvmpy.trace import Tracepoint
 
-trace_path = Tracepoint("net.path", "device pair path why")
-trace_link = Tracepoint("net.link", "device up")
+trace_path = Tracepoint("virtio.net.path", "device pair path why")
+trace_link = Tracepoint("virtio.net.link", "device up")
 
 RING: Final = 256  # QEMU's default
 CONTROL_RING: Final = 64
@@ -123,11 +123,11 @@ class Lender(Protocol):
 class Pair:
     """A receive and a transmit queue, and what serves them here."""
 
-    def __init__(self, net: VirtioNet, index: int) -> None:
+    def __init__(self, net: VirtioNet, index: int, scratch: memoryview) -> None:
         self.queues = net.queues[2 * index], net.queues[2 * index + 1]
         wire = Wire(net.tap.fds[index], net.io)
         wakes = [partial(net.guarded, partial(net.on_notify, 2 * index + side)) for side in range(2)]
-        self.receiver = Receiver(self.queues[0], wire, net.counters, wakes[0])
+        self.receiver = Receiver(self.queues[0], wire, net.counters, wakes[0], scratch)
         self.sender = Sender(self.queues[1], wire, net.counters, wakes[1])
 
 
@@ -156,7 +156,8 @@ class VirtioNet(VirtioDevice[NetState]):
         super().__init__(name, NetState(), memory, io, [*queues, QueueSpec("control", CONTROL_RING)])
         self.tap, self.counters = tap, Counters()
         self._mac, self._mtu, self._vhost = mac, mtu, vhost
-        self._pairs = [Pair(self, index) for index in pairs]
+        scratch = memoryview(bytearray(LARGEST))
+        self._pairs = [Pair(self, index, scratch) for index in pairs]
         self._control = Control(self)
         self._refused = ""  # why vhost did not take a pair
         self.features |= self._offered()

@@ -17,7 +17,7 @@ from kvmpy.devices.virtio.queue import Chain
 from kvmpy.errors import GuestError, HostError
 from kvmpy.trace import Tracepoint
 
-trace_command = Tracepoint("net.command", "device class_ command size ack")
+trace_command = Tracepoint("virtio.net.command", "device class_ command size ack")
 
 # Bytes of one command: the largest, two filter tables of some 5000 addresses each. More than any driver has.
 LIMIT: Final = 64 << 10

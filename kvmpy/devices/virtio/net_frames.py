@@ -29,9 +29,9 @@ from kvmpy.devices.virtio.queue import Chain, Virtqueue
 from kvmpy.errors import GuestError, errno_name
 from kvmpy.trace import Tracepoint
 
-trace_receive = Tracepoint("net.receive", "queue bytes chains")
-trace_send = Tracepoint("net.send", "queue bytes")
-trace_drop = Tracepoint("net.drop", "queue bytes why")
+trace_receive = Tracepoint("virtio.net.receive", "queue bytes chains")
+trace_send = Tracepoint("virtio.net.send", "queue bytes")
+trace_drop = Tracepoint("virtio.net.drop", "queue bytes why")
 
 HEADER_SIZE: Final = 12  # struct virtio_net_hdr_v1 (section 5.1.6)
 NUM_BUFFERS: Final = 10  # where in it the number of chains is that a frame takes
@@ -139,15 +139,18 @@ class Sender:
 
 
 class Receiver:
-    """From the tap to a receive queue. ``wake`` calls `run`, under the lock and only while it may.
+    """From the tap to a receive queue. ``wake`` calls `run`, under the lock and only while it may; ``scratch`` may be
+    shared by all who run under that lock.
 
     ``_chains`` have been popped, have ``_room`` bytes in ``_buffers``, and wait for a frame; `stop` gives them back.
     ``_held`` is a frame that did not fit in; it is as if it were still in the tap, so it outlives `stop`.
     """
 
-    def __init__(self, queue: Virtqueue, wire: Wire, counters: Counters, wake: Callable[[], object]) -> None:
+    def __init__(
+        self, queue: Virtqueue, wire: Wire, counters: Counters, wake: Callable[[], object], scratch: memoryview
+    ) -> None:
         self._queue, self._wire, self._counters, self._wake = queue, wire, counters, wake
-        self._scratch = memoryview(bytearray(LARGEST))
+        self._scratch = scratch
         self._chains: deque[Chain] = deque()
         self._buffers: list[memoryview] = []
         self._room = 0
