@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmpy.abi.virtio import Status
 from kvmpy.devices.virtio import net_frames
 from kvmpy.devices.virtio.net_frames import LARGEST
+from kvmpy.devices.virtio.queue import Chain
 from tests.counts import count
 from tests.fakes.net_rig import CONTROLLED, MERGEABLE, PLAIN, RX, TX, NetRig, net_rig
 from tests.fakes.tap import HEADER
@@ -358,6 +359,55 @@ def test_ring_that_breaks_while_chains_are_collected_takes_nothing_with_it(rig: 
     rig.guest.kick(RX)
     assert rig.guest.status() & Status.NEEDS_RESET
     assert rig.net.queues[RX].in_flight == 0
+
+
+def offer_at_the_last_moment(rig: NetRig, index: int, offer: Callable[[], object]) -> None:
+    """Have the driver offer one more just before it is asked to kick again: it will not, it was asked not to."""
+    queue, waiting = rig.net.queues[index], [offer]
+    set_notification = queue.set_notification
+
+    def late(*, enabled: bool) -> bool:
+        if enabled and waiting:
+            waiting.pop()()
+            assert not rig.guest.queues[index].needs_kick()
+        return set_notification(enabled=enabled)
+
+    queue.set_notification = late  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_chain_offered_while_the_driver_is_asked_to_kick_is_not_missed(rig: NetRig, event_idx: bool) -> None:
+    rig.start(event_idx=event_idx)
+    offer_at_the_last_moment(rig, RX, lambda: rig.guest.queues[RX].offer(writable=[BUFFER]))
+    rig.lend(BUFFER)
+    rig.tap.send(FRAME)
+    rig.tap.send(FRAME[:100])
+    rig.loop.run()
+    assert rig.received() == [FRAME, FRAME[:100]]
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_frame_offered_while_the_driver_is_asked_to_kick_is_not_missed(rig: NetRig, event_idx: bool) -> None:
+    rig.start(event_idx=event_idx)
+    offer_at_the_last_moment(rig, TX, lambda: rig.guest.queues[TX].offer([HEADER + FRAME]))
+    rig.send(HEADER, FRAME)
+    assert rig.tap.sent() == [HEADER + FRAME] * 2
+
+
+def test_driver_sees_all_chains_of_a_frame_at_once(rig: NetRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.start()
+    rig.lend(600, count=4)
+    published: list[int] = []
+    push_all = rig.net.queues[RX].push_all
+
+    def watched(done: Iterable[tuple[Chain, int]]) -> None:
+        push_all(done)
+        published.append(rig.net.queues[RX].state.next_used)
+
+    monkeypatch.setattr(rig.net.queues[RX], "push_all", watched)
+    rig.tap.send(FRAME * 2)
+    rig.loop.run()
+    assert published == [4]
 
 
 STEPS = st.lists(
