@@ -36,12 +36,26 @@ class Bytes:
         self.view = memoryview(self._bytes)
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(self._bytes)))
 
+    def close(self) -> None:
+        """Raises BufferError if anybody still has a view, as unmapping real memory would."""
+        self.view.release()
+        self._bytes.clear()
+
 
 def guest_memory(size: int, gpa: int = 0) -> GuestMemory:
     """One block of RAM."""
     memory = GuestMemory()
     memory.add(Ram(gpa, size, Bytes(size)))
     return memory
+
+
+def unmap(memory: GuestMemory) -> None:
+    """Close fake memory. Raises BufferError if anybody still has a view of it."""
+    backings = [block.backing for block in memory.blocks]
+    memory.close()
+    for backing in backings:
+        assert isinstance(backing, Bytes)
+        backing.close()
 
 
 class RingDriver:
@@ -173,6 +187,11 @@ class RingDriver:
             self.store(self.driver + 4 + 2 * self.size, (self._last_used if wanted else self._last_used - 1) % 65536)
         else:
             self.store(self.driver, 0 if wanted else 1)
+        return self.unseen
+
+    @property
+    def unseen(self) -> bool:
+        """Whether `used` has something to give."""
         return self._last_used != self.load(self.device + 2)
 
     @property

@@ -69,21 +69,25 @@ class PciGuest:
         self.broken: list[str] = []
         self.device.on_broken = self.broken.append
         self.config = board.add(function, 2)
-        self.config.place(0, BAR, wide=True)
-        self.config.enable()
-        self.device.resume()
         self.regions: dict[int, tuple[int, int]] = {}
         for kind, at in self.config.capabilities():
             if kind == VENDOR:
-                self.regions[self.config.read(at + 3, 1)] = (
-                    BAR + self.config.read(at + 8, 4),
-                    self.config.read(at + 12, 4),
-                )
-                if self.config.read(at + 3, 1) == 2:
+                cfg_type = self.config.read(at + 3, 1)
+                self.regions[cfg_type] = self.config.read(at + 8, 4), self.config.read(at + 12, 4)
+                if cfg_type == 2:
                     self.multiplier = self.config.read(at + 16, 4)
-                if self.config.read(at + 3, 1) == 5:
+                if cfg_type == 5:
                     self.window = at
-        self.common, self.notify, self.isr, self.device_config = (self.regions[kind][0] for kind in (1, 2, 3, 4))
+        self.move_bar(BAR)
+        self.config.enable()
+        self.device.resume()
+
+    def move_bar(self, address: int) -> None:
+        self.config.place(0, address, wide=True)
+        self.bar = address
+        self.common, self.notify, self.isr, self.device_config = (
+            address + self.regions[cfg_type][0] for cfg_type in (1, 2, 3, 4)
+        )
 
     def get(self, reg: Reg) -> int:
         offset, size = reg.value
@@ -159,7 +163,7 @@ class PciGuest:
     def enable_msix(self, *, enabled: bool = True) -> None:
         """Every vector with its own number as its message."""
         msix = self.config.capability(MSIX)
-        table = BAR + (self.config.read(msix + 4, 4) & ~7)
+        table = self.bar + (self.config.read(msix + 4, 4) & ~7)
         for vector in range((self.config.read(msix + 2, 2) & 0x7FF) + 1):
             for offset, value in ((0, MESSAGE), (4, 0), (8, vector), (12, 0)):
                 self.board.mmio.write(table + 16 * vector + offset, 4, value)

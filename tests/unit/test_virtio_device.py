@@ -14,7 +14,7 @@ from kvmpy.host.reactor import Reactor
 from kvmpy.memory import GuestMemory
 from kvmpy.state import load, save
 from tests.fakes.loop import BOUND, each, running, settle
-from tests.fakes.virtio_driver import guest_memory
+from tests.fakes.virtio_driver import guest_memory, unmap
 from tests.fakes.virtio_echo import Echo, EchoState
 from tests.fakes.virtio_rig import Guest, ManualLoop
 
@@ -25,10 +25,8 @@ LIVE = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_O
 @pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     memory = guest_memory(RAM)
-    backing = memory.blocks[0].backing
     yield memory
-    memory.close()
-    backing.view.release()  # a BufferError if anybody still held guest memory
+    unmap(memory)
 
 
 @pytest.fixture
