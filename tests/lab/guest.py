@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final, Self
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Self
 
 from scripts.lab.host import Completed, EmulatedHost
+from scripts.lab.images import Images
+from scripts.lab.kernels import CHECKOUT
+from scripts.lab.process import WAIT_SECONDS
 
 BOOT_SECONDS: Final = 240.0
 """A bzImage unpacks for ten seconds in emulation, on a busy machine for a minute."""
 QUIET: Final = "console=ttyS0 quiet panic=-1 mitigations=off"
+FROM_DISK: Final = "root=/dev/vda modules=button,evdev,pvpanic-mmio,virtio_net,virtio_console,virtio-rng"
+"""More words, for a guest that has a root disk, and perhaps other devices."""
 UP: Final = re.compile(r"KVMPY-GUEST UP kernel=(\S+) cpus=(\d+) uptime=(\S+) clocksource=(\S+)")
 PROMPT: Final = "guest# "
 
@@ -26,16 +35,25 @@ class Guest:
         image: str = "vmlinux",
         cpus: int = 1,
         mode: str = "shell",
+        tables: str = "",
+        words: str = "",
         options: str = "",
         before: str = "",
         after: str = "",
     ) -> None:
-        """``options`` go to `kvmpy run`; ``before`` and ``after`` are shell commands around it, on its terminal."""
+        """``tables`` are its devices, as TOML, and ``words`` go to its kernel.
+
+        ``options`` go to `kvmpy run`; ``before`` and ``after`` are shell commands around it, on its terminal.
+        """
         self.host, self.name = host, name
+        file, boot, line = "examples/demo.toml", CHECKOUT / ".lab/guest" / kernel, f"{QUIET} mode={mode} {words}"
+        if tables:
+            demo, file = Path(CHECKOUT, file), f"/run/{name}.toml"
+            host.write_file(file, f"{demo.read_text()}\n{tables}")
         run = (
-            f"kvmpy run examples/demo.toml --name {name} --timings"
-            f" --set boot.kernel=../.lab/guest/{kernel}/{image} --set boot.initrd=../.lab/guest/{kernel}/initrd.img"
-            f" --set machine.cpus={cpus} --set machine.memory=256MiB --set 'boot.cmdline={QUIET} mode={mode}' {options}"
+            f"kvmpy run {file} --name {name} --timings"
+            f" --set boot.kernel={boot / image} --set boot.initrd={boot / 'initrd.img'}"
+            f" --set machine.cpus={cpus} --set machine.memory=256MiB --set 'boot.cmdline={line.strip()}' {options}"
         )
         self.process = host.spawn(["bash", "-c", f"{before}{run}; code=$?; {after}exit $code"], tty=True)
 
@@ -57,11 +75,11 @@ class Guest:
         self.process.expect(PROMPT)
         return up
 
-    def type(self, command: str) -> str:
-        """Type a command into the guest's shell; returns what it printed."""
+    def type(self, command: str, timeout: float = WAIT_SECONDS) -> str:
+        """Type a command into the guest's shell; returns what it printed. busybox takes a thousand characters."""
         # What is typed is echoed, and wrapped where the line ends; so the marks are not typed as they are printed.
         self.process.send(f"echo BEGIN$((0)); {command}; echo END$((0))\n")
-        found = self.process.expect(re.compile(r"BEGIN0\r*\n(.*?)END0", re.DOTALL))
+        found = self.process.expect(re.compile(r"BEGIN0\r*\n(.*?)END0", re.DOTALL), timeout)
         self.process.expect(PROMPT)
         return found[1].replace("\r", "").strip()
 
@@ -69,6 +87,28 @@ class Guest:
         """Run a kvmpy command beside it, on the host."""
         return self.host.run(["kvmpy", *arguments], check=True)
 
+    def status(self) -> dict[str, Any]:
+        """What `kvmpy status --json` says."""
+        found: dict[str, Any] = json.loads(self.kvmpy("status", "--json", self.name).stdout)
+        return found
+
+    def device(self, name: str) -> dict[str, Any]:
+        """The part of the status that is a device's."""
+        (found,) = (device for device in self.status()["devices"] if device["id"] == name)
+        assert isinstance(found, dict)
+        return found
+
     def wait_end(self) -> int:
         """Wait until `kvmpy run` has ended; returns its exit code."""
         return self.process.wait(BOOT_SECONDS)
+
+
+@contextmanager
+def root_disk(host: EmulatedHost, images: Images, name: str) -> Iterator[str]:
+    """A root disk for one guest, on the host's scratch disk."""
+    path = f"/scratch/{name}-root.img"
+    host.run(["cp", "--sparse=always", str(images.guest_root), path], check=True)
+    try:
+        yield path
+    finally:
+        host.run(["rm", path], check=True)
