@@ -94,6 +94,15 @@ class RingDriver:
         state.size, state.enabled = self.size, True
         state.desc, state.driver, state.device = self.desc, self.driver, self.device
 
+    def begin_at(self, state: QueueState, index: int) -> None:
+        """As if ``index`` chains had gone there and back already: both sides' indices wrap soon. Before the start."""
+        state.last_avail = state.next_used = self._avail = self._kicked = self._last_used = index
+        self.publish()
+        self.store(self.device + 2, index)
+        if self.event_idx:
+            self.store(self.device + 4 + 8 * self.size, index)
+        self.want_interrupts(wanted=self._wants_interrupts)
+
     # What every driver does
 
     def offer(

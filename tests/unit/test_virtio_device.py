@@ -183,6 +183,23 @@ def test_serve_and_withdraw_alternate(device: Echo, guest: Guest) -> None:
     assert device.log == ["serve", "withdraw", "serve", "withdraw"]
 
 
+def test_nothing_begins_while_a_withdraw_is_under_way(device: Echo, guest: Guest) -> None:
+    """One that waits for a disk lets go of the lock, and anything may happen meanwhile."""
+    guest.start()
+    withdraw = device.withdraw
+
+    def slow_withdraw() -> None:
+        device.resume()
+        device.write_status(LIVE)
+        assert not device.running
+        withdraw()
+
+    device.withdraw = slow_withdraw  # type: ignore[method-assign]
+    device.pause()
+    assert device.log == ["serve", "withdraw", "serve"]  # who paused it does not hold: it was resumed
+    assert echo(guest) == b"hello"
+
+
 # Breaking
 
 

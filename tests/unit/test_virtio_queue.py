@@ -119,9 +119,12 @@ def test_it_goes_on_where_the_state_says(pair: Pair, memory: GuestMemory) -> Non
 
 
 def test_indices_wrap(pair: Pair) -> None:
-    for turn in range(65536 // 8 + 8):
+    pair.queue.stop()
+    pair.driver.begin_at(pair.queue.state, 0xFFE0)
+    pair.start()
+    for _ in range(8):
         heads = [pair.driver.offer([b"x"]) for _ in range(8)]
-        assert [pair.pop().head for _ in range(8)] == heads, turn
+        assert [pair.pop().head for _ in range(8)] == heads
         pair.queue.rewind(8)
         for chain in pair.queue.chains():
             pair.queue.push(chain, 0)
@@ -168,6 +171,40 @@ def test_no_interrupt_while_the_driver_wants_none(pair: Pair) -> None:
     pair.queue.push(pair.pop(), 0)
     assert pair.queue.needs_interrupt()
     assert not pair.queue.needs_interrupt()
+
+
+def test_a_batch_is_one_interrupt(pair: Pair) -> None:
+    for _ in range(5):
+        pair.driver.offer([b"x"])
+    pair.queue.push_all([(pair.pop(), 0) for _ in range(5)])
+    assert pair.queue.needs_interrupt()
+    assert not pair.queue.needs_interrupt()
+    pair.driver.used()
+    pair.driver.offer([b"x"])
+    pair.queue.push(pair.pop(), 0)
+    assert pair.queue.needs_interrupt()
+
+
+def test_with_event_index_the_driver_hears_of_what_it_waits_for_and_no_more(memory: GuestMemory) -> None:
+    pair = Pair(memory, event_idx=True)
+    for _ in range(3):
+        pair.driver.offer([b"x"])
+    heard = []
+    for _ in range(3):
+        pair.queue.push(pair.pop(), 0)
+        heard.append(pair.queue.needs_interrupt())
+    assert heard == [True, False, False]
+    pair.queue.close()
+
+
+def test_the_first_interrupt_after_a_move_is_not_lost_where_indices_wrap(memory: GuestMemory) -> None:
+    pair = Pair(memory, event_idx=True)
+    pair.driver.begin_at(pair.queue.state, 0xFFFF)
+    pair.start()
+    pair.driver.offer([b"x"])
+    pair.queue.push(pair.pop(), 0)
+    assert pair.queue.needs_interrupt()
+    pair.queue.close()
 
 
 # Broken rings: each is refused, and the queue is as before.
