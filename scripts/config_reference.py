@@ -60,6 +60,7 @@ bridge = "br0"
 [[drive]]
 id = "disk0"
 path = "disk.raw"
+format = "raw"
 
 [[device]]
 driver = "virtio-net-pci"

@@ -16,6 +16,8 @@ from kvmpy.host import rundir
 PS_PATIENCE: Final = 2.0
 # How long `status` counts exits for
 RATE_SECONDS: Final = 0.5
+# Of a device, what has a place of its own in `status` or is for --json
+SAID_APART: Final = ("id", "driver", "address", "kind", "status", "features", "queues", "broken")
 
 
 def ps(args: argparse.Namespace) -> int:
@@ -104,17 +106,29 @@ def qmp(args: argparse.Namespace) -> int:
 
 def _brief(device: dict[str, Any]) -> str:
     """A device in a word: its id, and of a network device its link and data path."""
-    facts = [str(device[key]) for key in ("link", "path", "state") if key in device]
+    facts = [device[key] for key in ("link", "path") if key in device] + ["broken"] * bool(device["broken"])
     return f"{device['id']} ({' '.join(facts)})" if facts else str(device["id"])
 
 
 def _show(device: dict[str, Any]) -> None:
-    """A device on one line, and each of its queues on one."""
-    queues = device.pop("queues", [])
-    facts = ", ".join(f"{key} {value}" for key, value in device.items() if key not in ("id", "driver"))
-    print(f"  {device['id']}: {device.get('driver', '')}{facts and ', '}{facts}")
-    for queue in queues:
-        print(f"    {queue.pop('name')}: " + ", ".join(f"{key} {value}" for key, value in queue.items()))
+    """A device: what and where it is, what it is doing, its queues, and why it is broken if it is."""
+    facts = {key: value for key, value in device.items() if key not in SAID_APART and value not in ("", None, {})}
+    print(f"  {device['id']}: {device['driver']} at {device['address']}, {_driver_status(device)}")
+    print("    " + ", ".join(f"{key} {_shown(value)}" for key, value in facts.items())) if facts else None
+    if queues := [f"{queue['name']} {queue['size']}" for queue in device["queues"] if queue.get("enabled", True)]:
+        print(f"    queues: {', '.join(queues)}")
+    if device["broken"]:
+        print(f"    broken until the guest resets it: {device['broken']}")
+
+
+def _driver_status(device: dict[str, Any]) -> str:
+    return "in use" if "driver_ok" in device["status"] else "the guest has no driver for it yet"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {count}" for key, count in value.items()) + ")"
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _ask(name: str, command: str, **arguments: Any) -> int:

@@ -127,7 +127,7 @@ class Drive(Table, frozen=True, kw_only=True):
 
     id: Id  # what a device's `drive` says
     path: HostPath  # a file or a block device
-    format: Format = Format.RAW  # what is in it
+    format: Format  # what is in it: never guessed, for a guest could write what makes it look like something else
     cache: Cache = Cache.NONE  # none (O_DIRECT), or writeback, which blocks migration to another host
     readonly: bool = False  # refuse the guest's writes
 

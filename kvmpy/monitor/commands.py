@@ -89,9 +89,19 @@ def _machine(machine: Machine, _: NoArguments) -> dict[str, Any]:
             "mmio": sum(thread.mmio_exits for thread in threads),
             "other": sum(thread.other_exits for thread in threads),
         },
-        "devices": [{"id": name, **device.info()} for name, device in machine.board.by_id.items()],
+        "devices": _devices(machine),
         "device-faults": sum(thread.faults for thread in threads),
     }
+
+
+def _devices(machine: Machine) -> list[dict[str, Any]]:
+    """Those of the configuration: driver, PCI address now, and what each says of itself."""
+    drivers = {str(table.id): table.__struct_config__.tag for table in machine.config.device}
+    places = {f.name: f"{bus:02x}:{device:02x}.{number:x}" for bus, device, number, f in machine.board.pci.functions()}
+    return [
+        {"id": name, "driver": drivers[name], "address": places.get(name), **device.info()}
+        for name, device in machine.board.by_id.items()
+    ]
 
 
 def _set_link(machine: Machine, arguments: SetLink) -> dict[str, Any]:

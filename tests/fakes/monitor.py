@@ -7,6 +7,8 @@ import socket
 from types import SimpleNamespace
 from typing import Any
 
+from kvmpy.config.schema import VirtioNetPci
+from kvmpy.config.values import Id
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.runstate import RunState
@@ -33,10 +35,13 @@ class FakeMachine:
             vcpus=(0, 1),
             memory=SimpleNamespace(size=512 << 20),
             acpi_pm=SimpleNamespace(power_button_enabled=True),
-            by_id={"net1": SimpleNamespace(info=lambda: {"driver": "virtio-net-pci", "link": "up"})},
+            by_id={"net1": SimpleNamespace(info=lambda: {"link": "up"})},
+            pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
-        self.config = SimpleNamespace(console=SimpleNamespace(serial="stdio"))
+        self.config = SimpleNamespace(
+            console=SimpleNamespace(serial="stdio"), device=[VirtioNetPci(id=Id("net1"), netdev=Id("hostnet1"))]
+        )
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

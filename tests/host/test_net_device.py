@@ -166,7 +166,7 @@ def test_broken_header_costs_that_frame_alone(host: Host, network: Network) -> N
     host.guest.start(MERGEABLE)
     host.send([b"\xff" * 12 + frame(OTHER, b"broken"), HEADER + frame(OTHER, b"whole")])
     assert network.sees() == frame(OTHER, b"whole")
-    assert host.net.info()["userspace"]["tx_dropped"] == 1
+    assert host.net.info()["userspace"]["tx-dropped"] == 1
 
 
 def test_kernel_drops_what_the_driver_did_not_ask_for(host: Host, network: Network) -> None:
@@ -191,7 +191,7 @@ def test_link_that_is_down_costs_the_host_nothing(host: Host, network: Network) 
     for _ in range(100):
         network.send(frame(MAC, b"lost"))
     settle(host.loop)
-    assert host.net.info()["userspace"]["rx_dropped"] == 0
+    assert host.net.info()["userspace"]["rx-dropped"] == 0
     host.net.set_link(up=True)
     network.send(frame(MAC, b"back"))
     got: list[bytes] = []
@@ -256,7 +256,7 @@ def test_tcp_runs_over_it_with_segments_left_whole(hosts: tuple[Host, Host]) -> 
         peer.close()
     assert got.digest() == hashlib.sha256(data).digest()
     assert cable.segments > 100
-    assert hosts[0].net.info()["userspace"]["rx_dropped"] == 0
+    assert hosts[0].net.info()["userspace"]["rx-dropped"] == 0
 
 
 def test_pairs_share_the_frames(netns: Namespace, loop: Reactor, resources: ExitStack) -> None:

@@ -104,7 +104,7 @@ CONFIG_MISTAKES: Final = (
     ),
     refusals(
         "missing id",
-        GOOD + '[[root_port]]\n[[drive]]\npath = "d"\n',
+        GOOD + '[[root_port]]\n[[drive]]\npath = "d"\nformat = "raw"\n',
         *(
             "m.toml:5: root_port[0].id: missing",
             "m.toml:6: drive[0].id: missing",
@@ -118,8 +118,8 @@ CONFIG_MISTAKES: Final = (
     refusals(
         "dangling reference",
         GOOD
-        + '[[drive]]\nid = "disk0"\npath = "d"\n[[device]]\ndriver = "virtio-blk-pci"\nid = "v"\ndrive = "disc0"\n',
-        "m.toml:11: device[0].drive: no drive has the id \"disc0\" (did you mean 'disk0'?)",
+        + '[[drive]]\nid = "disk0"\npath = "d"\nformat = "raw"\n[[device]]\ndriver = "virtio-blk-pci"\nid = "v"\ndrive = "disc0"\n',
+        "m.toml:12: device[0].drive: no drive has the id \"disc0\" (did you mean 'disk0'?)",
     ),
     refusals(
         "all in one go",

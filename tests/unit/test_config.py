@@ -255,7 +255,7 @@ def test_a_backend_has_a_kind_and_a_path(said: str, kind: str, path: str) -> Non
         ("netdev.0.ifname=tap7", lambda config: config.netdev[0].ifname == "tap7"),
         ("netdev[0].ifname=tap7", lambda config: config.netdev[0].ifname == "tap7"),
         ("netdev.hostnet1.ifname=tap7", lambda config: config.netdev[0].ifname == "tap7"),
-        ("drive=[{id = 'd', path = '/x'}]", lambda config: config.drive[0].path == "/x"),
+        ("drive=[{id = 'd', path = '/x', format = 'raw'}]", lambda config: config.drive[0].path == "/x"),
     ],
 )
 def test_an_override_changes_a_key(read: Read, override: str, value: Callable[[Config], bool]) -> None:
@@ -490,8 +490,8 @@ def add(more: str) -> Callable[[str], str]:
             ":24: device[2].host: \"0000:5e:00.2\" is taken by 'hostdev0', 'b' needs another",
         ),
         (
-            add('[[drive]]\nid="a"\npath="x"\n[[drive]]\nid="a"\npath="y"'),
-            ":25: drive[1].id: duplicate id 'a': drive[0].id has it",
+            add('[[drive]]\nid="a"\npath="x"\nformat="raw"\n[[drive]]\nid="a"\npath="y"\nformat="raw"'),
+            ":26: drive[1].id: duplicate id 'a': drive[0].id has it",
         ),
     ],
 )
@@ -539,24 +539,28 @@ def test_a_virtio_console_is_not_the_terminal(problems: Problems) -> None:
 
 
 def test_a_key_with_a_dash_is_read_and_located(read: Read, problems: Problems) -> None:
-    disk = '[[drive]]\nid = "d"\npath = "x"\n[[device]]\nid = "v"\ndriver = "virtio-blk-pci"\ndrive = "d"\n'
+    disk = '[[drive]]\nid = "d"\npath = "x"\nformat = "raw"\n[[device]]\nid = "v"\ndriver = "virtio-blk-pci"\ndrive = "d"\n'
     (device,) = read(f"{BOOT}{disk}num-queues = 4").device
     assert isinstance(device, VirtioBlkPci)
     assert device.num_queues == 4
     assert problems(f"{BOOT}{disk}num-queues = 0") == (
-        "config.toml:10: device[0].num-queues: expected an integer >= 1, got 0",
+        "config.toml:11: device[0].num-queues: expected an integer >= 1, got 0",
     )
     (problem,) = problems(f"{BOOT}{disk}num_queues = 4")
-    assert problem == "config.toml:10: device[0].num_queues: unknown key 'num_queues' (did you mean 'num-queues'?)"
+    assert problem == "config.toml:11: device[0].num_queues: unknown key 'num_queues' (did you mean 'num-queues'?)"
+
+
+def test_a_drives_format_is_never_guessed(problems: Problems) -> None:
+    assert problems(f'{BOOT}[[drive]]\nid = "d"\npath = "x"') == ("config.toml:3: drive[0].format: missing",)
 
 
 def test_a_drive_serves_one_device(problems: Problems) -> None:
     text = (
         BOOT
-        + '[[drive]]\nid = "d"\npath = "x"\n'
+        + '[[drive]]\nid = "d"\npath = "x"\nformat = "raw"\n'
         + "".join(f'[[device]]\nid = "{id}"\ndriver = "virtio-blk-pci"\ndrive = "d"\n' for id in "ab")  # noqa: A001
     )
-    assert problems(text) == ("config.toml:13: device[1].drive: \"d\" is taken by 'a', 'b' needs another",)
+    assert problems(text) == ("config.toml:14: device[1].drive: \"d\" is taken by 'a', 'b' needs another",)
 
 
 def test_the_pair_may_be_written_in_either_order(read: Read) -> None:
@@ -764,7 +768,7 @@ def test_no_override_raises_anything_but_problems(file: Path, override: str) -> 
 
 
 def test_of_very_many_mistakes_the_first_50_are_reported_and_the_others_counted(problems: Problems) -> None:
-    drives = "".join(f'[[drive]]\nid = "disk{number}"\npath = "x"\n' for number in range(200))
+    drives = "".join(f'[[drive]]\nid = "disk{number}"\npath = "x"\nformat = "raw"\n' for number in range(200))
     devices = "".join(
         f'[[device]]\ndriver = "virtio-blk-pci"\nid = "blk{number}"\ndrive = "disq{number}"\n' for number in range(200)
     )

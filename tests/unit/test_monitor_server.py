@@ -340,6 +340,11 @@ def test_a_session_hears_the_tracepoints_it_asked_for_and_no_other_does(connect:
     assert not point
 
 
+def test_each_device_is_shown_with_its_driver_and_its_place(connect: Connect) -> None:
+    (shown,) = connect().ask({"execute": "query-machine"})["return"]["devices"]
+    assert shown == {"id": "net1", "driver": "virtio-net-pci", "address": "01:00.0", "link": "up"}
+
+
 def test_a_cable_is_pulled_by_the_devices_name(connect: Connect, machine: FakeMachine) -> None:
     assert connect().ask({"execute": "set_link", "arguments": {"name": "net1", "up": False}}) == {"return": {}}
     assert machine.asked == ["set_link net1 False"]

@@ -175,7 +175,7 @@ def test_whatever_is_written_a_bar_is_mapped_only_inside_an_open_window(writes: 
 def test_slot_capability_is_what_pciehp_wants(rig: Rig) -> None:
     capability = rig.slot(SLOT_CAPABILITY, 4)
     assert capability >> 19 == 7  # the slot's number
-    assert capability & 0x7F == 0x5B  # button, power, both indicators, hot-plug; no latch, no surprise
+    assert capability & 0x7F == 0x7B  # button, power, both indicators, surprise, hot-plug; no latch
     assert capability >> 18 & 1  # commands need no completion
     link = rig.slot(LINK_CAPABILITY, 4)
     assert (link >> 20 & 1, link >> 21 & 1, link >> 24) == (1, 0, 7)  # reports an active link, no bandwidth events

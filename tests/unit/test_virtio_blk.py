@@ -426,5 +426,5 @@ def test_bug_of_ours_is_logged_and_answered(rig: BlkRig, disk: FakeDisk, caplog:
 
 def test_operator_is_shown_the_disk(rig: BlkRig) -> None:
     shown = rig.device.info()
-    wanted = {"kind": "block", "path": "disk.raw", "size": 65536, "readonly": False, "cache": "none", "under_way": 0}
+    wanted = {"kind": "block", "file": "disk.raw", "size": 65536, "readonly": False, "cache": "none", "under-way": 0}
     assert wanted.items() <= shown.items()

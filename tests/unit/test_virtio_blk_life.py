@@ -80,7 +80,7 @@ def test_pause_returns_when_all_that_was_taken_is_done(rig: BlkRig, disk: FakeDi
     assert ended(pausing)
     assert {head for head, _ in rig.ring.used()} == set(heads)
     assert rig.device.queues[0].in_flight == 0
-    assert rig.device.info()["under_way"] == 0
+    assert rig.device.info()["under-way"] == 0
 
 
 def test_paused_disk_takes_nothing_and_goes_on_where_it_was(rig: BlkRig, disk: FakeDisk) -> None:
@@ -121,7 +121,7 @@ def test_nobody_else_waits_for_the_lock_while_a_pause_waits_for_the_disk(rig: Bl
     assert rig.device.lock.acquire(timeout=BOUND)
     rig.device.lock.release()
     rig.kick()  # the io thread's callback returns
-    assert rig.device.info()["under_way"] == 1
+    assert rig.device.info()["under-way"] == 1
     disk.go.set()
     assert ended(pausing)
 
@@ -194,7 +194,7 @@ def test_request_that_breaks_the_device_leaves_the_others_to_end(rig: BlkRig, di
     rig.wait_until_broken()
     disk.go.set()
     rig.device.pause()
-    assert rig.device.info()["under_way"] == 0
+    assert rig.device.info()["under-way"] == 0
 
 
 def test_operator_hears_of_a_disk_that_hangs_a_pause(

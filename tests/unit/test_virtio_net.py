@@ -213,7 +213,7 @@ def test_with_the_link_down_nothing_passes_either_way(rig: NetRig) -> None:
     assert rig.received() == [b"after" * 20]
     assert rig.tap.passes() == (None, False)
     counted = rig.net.info()["userspace"]
-    assert (counted["rx_dropped"], counted["tx_dropped"]) == (1, 1)
+    assert (counted["rx-dropped"], counted["tx-dropped"]) == (1, 1)
 
 
 def test_link_stays_down_through_a_reset(rig: NetRig) -> None:
@@ -398,7 +398,7 @@ def test_rings_that_the_kernel_refuses_are_served_here(lent: NetRig, vhost: Fake
     lent.send(HEADER, FRAME)
     assert lent.tap.sent() == [HEADER + FRAME]
     assert lent.net.info()["path"] == "userspace"
-    assert lent.net.info()["vhost_refused"] == "VHOST_SET_OWNER: ENOMEM"
+    assert lent.net.info()["vhost-refused"] == "VHOST_SET_OWNER: ENOMEM"
     assert lent.guest.broken == []
 
 
@@ -436,6 +436,6 @@ def test_info_names_tap_address_link_path_and_queues(rig: NetRig) -> None:
     rig.start(MERGEABLE)
     info = rig.net.info()
     assert (info["netdev"], info["mac"], info["link"]) == ("tap-fake", "52:54:00:12:34:56", "up")
-    assert (info["path"], info["vhost_refused"], info["pairs"]) == ("userspace", "", 1)
+    assert (info["path"], info["vhost-refused"], info["pairs"]) == ("userspace", "", 1)
     assert info["queues"][0] == {"name": "rx0", "size": 8, "enabled": True}
     assert [queue["name"] for queue in info["queues"]] == ["rx0", "tx0", "control"]

@@ -42,7 +42,7 @@ def test_frame_goes_out_with_the_drivers_header(rig: NetRig) -> None:
     assert rig.tap.sent() == [header + FRAME]
     assert rig.guest.queues[TX].used() == [(head, 0)]
     assert rig.guest.transport.take() == [TX]
-    assert counters(rig)["tx_frames"] == 1
+    assert counters(rig)["tx-frames"] == 1
 
 
 def test_frame_may_be_in_any_number_of_pieces(rig: NetRig) -> None:
@@ -83,7 +83,7 @@ def test_frame_that_the_kernel_refuses_is_dropped_and_the_next_one_goes_out(rig:
     rig.guest.kick(TX)
     rig.send(HEADER, FRAME)
     assert rig.tap.sent() == [HEADER + FRAME]
-    assert (counters(rig)["tx_frames"], counters(rig)["tx_dropped"]) == (1, 1)
+    assert (counters(rig)["tx-frames"], counters(rig)["tx-dropped"]) == (1, 1)
 
 
 @pytest.mark.parametrize("pieces", [[], [HEADER[:11]], [HEADER]], ids=["nothing", "half a header", "only a header"])
@@ -93,7 +93,7 @@ def test_chain_without_a_frame_is_dropped(rig: NetRig, pieces: list[bytes]) -> N
     head = ring.offer(pieces, [] if pieces else [64])
     rig.guest.kick(TX)
     assert ring.used() == [(head, 0)]
-    assert (rig.tap.sent(), counters(rig)["tx_dropped"]) == ([], 1)
+    assert (rig.tap.sent(), counters(rig)["tx-dropped"]) == ([], 1)
 
 
 def test_frame_larger_than_any_is_dropped(rig: NetRig) -> None:
@@ -103,7 +103,7 @@ def test_frame_larger_than_any_is_dropped(rig: NetRig) -> None:
     ring.put(0)
     ring.publish()
     rig.guest.kick(TX)
-    assert (rig.tap.sent(), counters(rig)["tx_dropped"]) == ([], 1)
+    assert (rig.tap.sent(), counters(rig)["tx-dropped"]) == ([], 1)
 
 
 def test_other_callbacks_get_their_turn_while_a_ring_is_sent(rig: NetRig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_frame_arrives_behind_a_header_that_says_one_buffer(rig: NetRig) -> None
     assert rig.guest.queues[RX].used() == [(head, 12 + len(FRAME))]
     assert rig.guest.queues[RX].content(head)[: 12 + len(FRAME)] == bytes(10) + b"\x01\x00" + FRAME
     assert rig.guest.transport.take() == [RX]
-    assert counters(rig)["rx_frames"] == 1
+    assert counters(rig)["rx-frames"] == 1
 
 
 def test_header_says_one_buffer_without_mergeable_buffers_too(rig: NetRig) -> None:
@@ -180,7 +180,7 @@ def test_every_frame_arrives_in_order_when_tap_and_ring_were_both_full(
     assert len(frames) > 20
     assert [frame[4:] for frame in got] == [frame[4:] for frame in frames]
     assert sorted(got) == sorted(frames)
-    assert counters(rig)["rx_dropped"] == 0
+    assert counters(rig)["rx-dropped"] == 0
 
 
 def test_tap_is_not_watched_while_the_ring_is_empty(rig: NetRig) -> None:
@@ -214,7 +214,7 @@ def test_frame_larger_than_the_whole_ring_is_dropped_and_the_next_one_arrives(ri
     rig.tap.send(FRAME)
     rig.loop.run()
     assert rig.received() == [FRAME]
-    assert counters(rig)["rx_dropped"] == 1
+    assert counters(rig)["rx-dropped"] == 1
 
 
 def test_frame_larger_than_a_ring_of_chained_buffers_is_dropped_too(rig: NetRig) -> None:
@@ -233,7 +233,7 @@ def test_without_mergeable_buffers_a_frame_too_large_for_its_chain_is_dropped(ri
     rig.tap.send(FRAME[:500])
     rig.loop.run()
     assert rig.guest.queues[RX].used() == [(heads[0], 512)]
-    assert counters(rig)["rx_dropped"] == 1
+    assert counters(rig)["rx-dropped"] == 1
 
 
 def test_largest_frame_arrives_whole() -> None:
@@ -313,7 +313,7 @@ def test_device_comes_to_rest_when_the_interface_is_removed(rig: NetRig) -> None
     rig.loop.run()
     rig.send(HEADER, FRAME)
     assert len(rig.guest.queues[TX].used()) == 1
-    assert counters(rig)["tx_dropped"] == 1
+    assert counters(rig)["tx-dropped"] == 1
 
 
 @pytest.mark.parametrize("event_idx", [False, True])

@@ -199,11 +199,11 @@ class VirtioBlk(VirtioDevice[BlkState]):
     def info(self) -> dict[str, Any]:
         with self.lock:
             return super().info() | {
-                "path": self.disk.path,
+                "file": self.disk.path,
                 "size": self.disk.sectors * SECTOR,
                 "readonly": self.disk.readonly,
                 "cache": "none" if self.disk.direct else "writeback",
-                "under_way": self._under_way,
+                "under-way": self._under_way,
                 "requests": dict(self._counts),
             }
 

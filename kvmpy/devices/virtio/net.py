@@ -207,7 +207,7 @@ class VirtioNet(VirtioDevice[NetState]):
                 "mac": self.mac.hex(":"),
                 "link": "up" if self.state.link_up else "down",
                 "path": self._path(),
-                "vhost_refused": self._refused,
+                "vhost-refused": self._refused,
                 "pairs": self.state.pairs,
                 "queues": [
                     {"name": queue.name.removeprefix(f"{self.name} "), "size": queue.state.size}
@@ -215,10 +215,10 @@ class VirtioNet(VirtioDevice[NetState]):
                     for queue in self.queues
                 ],
                 "userspace": {
-                    "rx_frames": c.rx_frames,
-                    "rx_dropped": c.rx_dropped,
-                    "tx_frames": c.tx_frames,
-                    "tx_dropped": c.tx_dropped,
+                    "rx-frames": c.rx_frames,
+                    "rx-dropped": c.rx_dropped,
+                    "tx-frames": c.tx_frames,
+                    "tx-dropped": c.tx_dropped,
                 },
             }
 
