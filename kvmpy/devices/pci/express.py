@@ -70,6 +70,7 @@ class Slot(IntEnum):
     POWER_CONTROLLER = 0x02
     ATTENTION_INDICATOR = 0x08
     POWER_INDICATOR = 0x10
+    SURPRISE = 0x20
     HOT_PLUG = 0x40
     NO_COMMAND_COMPLETED = 1 << 18
 
@@ -101,12 +102,13 @@ SLOT: Final = (
     | Slot.POWER_CONTROLLER
     | Slot.ATTENTION_INDICATOR
     | Slot.POWER_INDICATOR
+    | Slot.SURPRISE
     | Slot.HOT_PLUG
     | Slot.NO_COMMAND_COMPLETED
 )
 """Commands take effect at once, so nothing waits for their completion: half the interrupts of a plug, and no timeout.
 
-Surprise removal is not declared; the button is how a guest is asked.
+The button is how a guest is asked; that a card may also leave unasked is declared, so that no driver is caught out.
 """
 SLOT_NUMBER_SHIFT: Final = 19
 SLOT_NUMBERS: Final = range(1, 1 << 13)
