@@ -196,16 +196,30 @@ class RegisterBank:
         self.space, self.offset = space, offset
         if unknown := resets.keys() - self.FIELDS.keys():
             raise TypeError(f"{type(self).__name__} has no register {unknown.pop()}")
-        for name, field in self.FIELDS.items():
-            said: dict[str, Any] = {kind: getattr(self, method) for kind, method in field.hooks.items()}
-            said |= field.masks | {"reset": resets.get(name, field.reset)}
-            space.define(offset + field.offset, field.size, **said)
+        for name in self.FIELDS:
+            self._define(name, **{"reset": resets[name]} if name in resets else {})
+
+    def implement(self, *names: str) -> None:
+        """Have these registers, at their power-on values, after `leave_out`."""
+        for name in names:
+            self._define(name)
+
+    def leave_out(self, *names: str) -> None:
+        """Do not have these registers: they are constant 0."""
+        for field in map(self.FIELDS.__getitem__, names):
+            self.space.define(self.offset + field.offset, field.size)
 
     def preset(self, **values: int) -> None:
         """Make ``values`` what the registers hold now and after each reset."""
         for name, value in values.items():
             field = self.FIELDS[name]
             self.space.preset(self.offset + field.offset, field.size, value)
+
+    def _define(self, name: str, **resets: int) -> None:
+        field = self.FIELDS[name]
+        said: dict[str, Any] = {kind: getattr(self, method) for kind, method in field.hooks.items()}
+        said |= field.masks | {"reset": field.reset} | resets
+        self.space.define(self.offset + field.offset, field.size, **said)
 
 
 def _int(mask: bytearray, offset: int, size: int) -> int:

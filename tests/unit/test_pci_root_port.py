@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.config import Command
 from kvmpy.devices.pci.root_port import RootPort
-from kvmpy.state import load, save
+from kvmpy.state import StateError, load, save
 from tests.counts import count
 from tests.fakes.pci import Accesses, Board, Card, CardState, open_windows
 
@@ -153,6 +153,38 @@ def test_window_registers_have_the_widths_of_the_specification(rig: Rig) -> None
     assert rig.mapped() == NONE
 
 
+def no_io_window(above: Accesses) -> bool:
+    """What pci_bridge_check_ranges concludes."""
+    above.write(0x1C, 2, 0xE0F0)
+    above.write(0x30, 4, 0xFFFF_FFFF)
+    return (above.read(0x1C, 2), above.read(0x30, 4)) == (0, 0)
+
+
+def test_port_has_an_io_window_only_while_its_card_has_ports(rig: Rig) -> None:
+    board = rig.board
+    port, above = board.add_port(device=3, slot=8, bus=6)
+    assert no_io_window(above)
+    port.plug(Card("memory-alone", bars={0: (0x1000, BarKind.MEM32)}))
+    assert no_io_window(above)
+    assert not port.forwards.io
+    port.unplug()
+    rig.port.unplug()
+    assert no_io_window(rig.above)
+    port.plug(rig.card)
+    assert above.read(0x1C, 2) == 0x0101
+    assert not no_io_window(above)
+
+
+def test_state_of_a_port_with_an_io_window_fits_none_without(rig: Rig) -> None:
+    there = Board()
+    port, _ = there.add_port(device=2, slot=7)
+    port.plug(Card())
+    port.state = load(type(rig.port.state), save(rig.port.state))
+    with pytest.raises(StateError, match="the register byte at 0x1c is 0x21 where this machine has 0x0"):
+        port.post_load()
+    there.close()
+
+
 @given(st.lists(st.tuples(st.integers(4, 0x3F), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**64 - 1)), max_size=12))
 @EXAMPLES
 def test_whatever_is_written_a_bar_is_mapped_only_inside_an_open_window(writes: list[tuple[int, int, int]]) -> None:
@@ -288,6 +320,8 @@ def test_port_and_card_move_to_another_host_in_any_order(rig: Rig, port_first: b
 
 
 def test_whether_a_card_is_present_is_said_by_the_machine_not_by_the_state(rig: Rig) -> None:
+    rig.port.unplug()
+    rig.port.plug(Card())
     there = Board()
     port, above = there.add_port(device=2, slot=7)
     port.state = load(type(rig.port.state), save(rig.port.state))

@@ -193,6 +193,17 @@ def test_a_declaration_replaces_the_earlier_one_of_its_range() -> None:
     assert (timer.control, timer.seen) == (0, [])
 
 
+def test_register_that_is_left_out_is_constant_0_until_it_is_implemented_again() -> None:
+    timer = Timer(RegisterSpace(8))
+    timer.leave_out("control", "status")
+    timer.space.write(0, 4, 0xFFFF_FFFF)
+    timer.space.reset()
+    assert (timer.space.read(0, 4), timer.seen) == (0, [])
+    timer.implement("control")
+    timer.space.write(0, 4, 0xFFFF_FFFF)
+    assert (timer.space.read(0, 4), len(timer.seen)) == (0x01FF, 2)
+
+
 def test_mistakes_in_a_declaration_are_found_where_it_is_made() -> None:
     with pytest.raises(TypeError, match=r"Overlap\.second overlaps first"):
 

@@ -59,8 +59,7 @@ class ExpressCapability(Capability, size=0x3C):
     def integrate(self) -> None:
         """Sits on the root complex itself: another type, and no link."""
         self.preset(flags=PortType.INTEGRATED_ENDPOINT << TYPE_SHIFT | VERSION)
-        for field in (self.FIELDS[name] for name in self.FIELDS if name.startswith("link_")):
-            self.space.define(self.offset + field.offset, field.size)
+        self.leave_out(*(name for name in self.FIELDS if name.startswith("link_")))
 
 
 class Slot(IntEnum):

@@ -4,8 +4,9 @@ PCI Express Base 5.0, sections 7.5.1.3 (header of type 1) and 7.5.3 (link, slot 
 writes takes effect at once: bus numbers, windows, and whether the link is up. A link that goes down (slot power off,
 link disabled, secondary bus reset) resets the function behind it, which then answers nothing.
 
-Left out: VGA and ISA modes of the bridge, latency timers, error forwarding. I/O windows are 32 bits wide, prefetchable
-ones 64.
+Left out: VGA and ISA modes of the bridge, latency timers, error forwarding. Prefetchable windows are 64 bits wide, I/O
+windows 32, but a port has one only while the function behind it has I/O BARs: all ports together have room for 15, and
+Linux complains of each port that it cannot give one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, Final, NamedTuple, Protocol
 
+from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.config import Command, Header, PciIds
 from kvmpy.devices.pci.express import (
     PORT_NUMBER_SHIFT,
@@ -42,6 +44,7 @@ class BridgeControl(IntEnum):
     SECONDARY_BUS_RESET = 0x0040
 
 
+IO_WINDOW: Final = ("io_base", "io_limit", "io_base_high", "io_limit_high")
 BRIDGE_CONTROL_BITS: Final = BridgeControl.PARITY | BridgeControl.SERR | BridgeControl.SECONDARY_BUS_RESET
 
 
@@ -69,6 +72,8 @@ class BridgeHeader(Header):
 
     def __init__(self, space: RegisterSpace, ids: PciIds, pin: int) -> None:
         super().__init__(space, ids, pin)
+        self._has_io_window = True
+        self.set_io_window(there=False)
         self.on_window: Callable[[], object] = lambda: None
         self.on_bridge_control: Callable[[], object] = lambda: None
 
@@ -89,9 +94,17 @@ class BridgeHeader(Header):
     def _bridge_control_changed(self, old: int, new: int) -> None:
         self.on_bridge_control()
 
+    def set_io_window(self, *, there: bool) -> None:
+        """Have an I/O window, or none: its registers are constant 0 then."""
+        if there != self._has_io_window:
+            self._has_io_window = there
+            (self.implement if there else self.leave_out)(*IO_WINDOW)
+
     @property
     def io(self) -> range:
-        """The ports the windows name; empty where the limit is below the base."""
+        """The ports the window names; empty where the limit is below the base."""
+        if not self._has_io_window:
+            return NOWHERE
         base = self.io_base_high << 16 | (self.io_base & 0xF0) << 8
         return range(base, (self.io_limit_high << 16 | (self.io_limit & 0xF0) << 8 | 0xFFF) + 1)
 
@@ -172,6 +185,7 @@ class RootPort(PciFunction[RootPortState]):
             if self.behind is not None:
                 raise ValueError(f"{self.name}: {self.behind.name} is in the slot")
             self.behind = function
+            self.header.set_io_window(there=any(bar.kind is BarKind.IO for bar in function.bars.values()))
             seats.seat(function)
             self._preset(SLOT_OCCUPIED, SlotStatus.PRESENT)
 
@@ -182,6 +196,7 @@ class RootPort(PciFunction[RootPortState]):
             if self.behind is not None:
                 self._preset(SLOT_EMPTY, 0)
                 seats.unseat(self.behind)
+                self.header.set_io_window(there=False)
                 self.behind = None
 
     def post_load(self) -> None:
