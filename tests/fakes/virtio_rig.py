@@ -77,7 +77,7 @@ class Doorbell:
 
 
 class FakeTransport:
-    """A `kvmpy.devices.virtio.device.Transport`: ``interrupts`` has queue numbers, ``config_interrupts`` counts."""
+    """A `kvmpy.devices.virtio.transport.Transport`: ``interrupts`` has queue numbers, ``config_interrupts`` counts."""
 
     def __init__(self) -> None:
         self.interrupts: list[int] = []

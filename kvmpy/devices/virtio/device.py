@@ -23,7 +23,6 @@ says DEVICE_NEEDS_RESET, `on_broken` is told, and a reset by the driver makes it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
@@ -32,8 +31,8 @@ from msgspec import Meta
 from kvmpy.abi.virtio import DeviceId, Feature, Status, feature_mask
 from kvmpy.devices.base import Closable, Device
 from kvmpy.devices.virtio.queue import QueueState, Virtqueue
+from kvmpy.devices.virtio.transport import Transport, Unplugged
 from kvmpy.errors import GuestError, HostError
-from kvmpy.host.eventfd import EventFd
 from kvmpy.memory import GuestMemory
 from kvmpy.state import State, part, u8, u64
 from kvmpy.trace import Tracepoint
@@ -90,40 +89,6 @@ class Loop(Protocol):
 
     def post(self, call: Callable[[], object]) -> None:
         """Run ``call`` in the loop's thread, soon."""
-
-
-class Transport(Protocol):
-    """How a device reaches its driver. All under the device's lock."""
-
-    def interrupt_queue(self, index: int) -> None:
-        """Tell the driver that queue ``index`` has used chains for it."""
-
-    def interrupt_config(self) -> None:
-        """Tell the driver that the configuration or the status has changed."""
-
-    def call_event(self, index: int) -> int:
-        """The eventfd (its descriptor) whose signal is `interrupt_queue`, for the kernel to use; -1 if it has none."""
-
-    def doorbell(self, index: int, kick: EventFd) -> Closable:
-        """Let the driver's notification of queue ``index`` signal ``kick`` without an exit. Raises HostError."""
-
-
-class Unplugged:
-    """The Transport of a device that is on no bus yet."""
-
-    def interrupt_queue(self, index: int) -> None:
-        """Nobody is there."""
-
-    def interrupt_config(self) -> None:
-        """Nobody is there."""
-
-    def call_event(self, index: int) -> int:
-        """None."""
-        return -1
-
-    def doorbell(self, index: int, kick: EventFd) -> Closable:
-        """Nobody rings."""
-        return ExitStack()
 
 
 class VirtioDevice(Device[V]):
