@@ -327,10 +327,14 @@ class Machine:
         self._ended.set()
 
     def _run(self) -> None:
-        """Let the devices go on, then the vCPUs."""
-        for device in self.board.devices:
-            device.resume()
-        self._gate.open()
+        """Let the devices go on, then the vCPUs. A host that fails a device ends the machine."""
+        try:
+            for device in self.board.devices:
+                device.resume()
+        except HostError as e:
+            self._end(Outcome.HOST_ERROR, error=e)
+        else:
+            self._gate.open()
 
     def _halt(self) -> None:
         """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""

@@ -125,12 +125,15 @@ class Plugger:
     def _net(self, table: VirtioNetPci) -> VirtioNet:
         from kvmpy.devices.virtio.net import VirtioNet
         from kvmpy.host.tap import Tap
+        from kvmpy.host.visit import inside
 
         netdev = next(netdev for netdev in self._config.netdev if netdev.id == table.netdev)
         # Plain strings: the types of the configuration go no deeper.
         ifname, bridge, netns = (
             value and str(value) for value in (netdev.ifname, netdev.bridge, netdev.netns and netdev.netns.path)
         )
+        with self._located(f"netdev.{netdev.id}.netns"):
+            inside(netns, lambda: None)  # or its absence would be the interface's fault
         with self._located(f"netdev.{netdev.id}.ifname"):
             tap = Tap.open(str(ifname), netdev.queues, netns=netns)
             self._resources.callback(tap.close)
