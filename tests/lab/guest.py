@@ -48,8 +48,8 @@ class Guest:
         self.host, self.name = host, name
         file, boot, line = "examples/demo.toml", CHECKOUT / ".lab/guest" / kernel, f"{QUIET} mode={mode} {words}"
         if tables:
-            demo, file = Path(CHECKOUT, file), f"/run/{name}.toml"
-            host.write_file(file, f"{demo.read_text()}\n{tables}")
+            demo, file = Path(CHECKOUT, file).read_text().replace('"../', f'"{CHECKOUT}/'), f"/run/{name}.toml"
+            host.write_file(file, f"{demo}\n{tables}")
         run = (
             f"kvmpy run {file} --name {name} --timings"
             f" --set boot.kernel={boot / image} --set boot.initrd={boot / 'initrd.img'}"
@@ -78,7 +78,8 @@ class Guest:
     def type(self, command: str, timeout: float = WAIT_SECONDS) -> str:
         """Type a command into the guest's shell; returns what it printed. busybox takes a thousand characters."""
         # What is typed is echoed, and wrapped where the line ends; so the marks are not typed as they are printed.
-        self.process.send(f"echo BEGIN$((0)); {command}; echo END$((0))\n")
+        end = "" if command.endswith("&") else ";"
+        self.process.send(f"echo BEGIN$((0)); {command}{end} echo END$((0))\n")
         found = self.process.expect(re.compile(r"BEGIN0\r*\n(.*?)END0", re.DOTALL), timeout)
         self.process.expect(PROMPT)
         return found[1].replace("\r", "").strip()

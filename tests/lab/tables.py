@@ -17,7 +17,7 @@ def root_ports(*names: str) -> str:
 
 def disk(name: str, path: str, *, bus: str | None = None, queues: int = 1, readonly: bool = False) -> str:
     """A disk and its drive, which has the same name."""
-    drive = table("drive", id=name, path=path, readonly=readonly)
+    drive = table("drive", id=name, path=path, format="raw", readonly=readonly)
     queue_key = {"num-queues": queues}
     return drive + table("device", driver="virtio-blk-pci", id=name, drive=name, bus=bus, **queue_key)
 
