@@ -1,57 +1,24 @@
-"""Each legacy device on a bus of its own, with everything it needs faked: for tests about all of them."""
+"""Every device on a bus of its own, with everything it needs faked: for tests about all of them.
+
+with made("serial") as rig:
+    rig.bus.write(0, 1, 0x41)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Final
 
-from kvmpy.bus import Bus
 from kvmpy.devices.acpi_pm import WINDOW_SIZE, AcpiPm
-from kvmpy.devices.base import Device
 from kvmpy.devices.cmos import Cmos
 from kvmpy.devices.debug_port import DebugPort
 from kvmpy.devices.i8042 import I8042
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
-from tests.fakes.host import Clock, Line, Screen, Switch
-
-
-@dataclass
-class Rig:
-    """``host`` are the device's host-side entries, each made to take one number; ``size`` is that of its window."""
-
-    device: Device[Any]
-    size: int
-    bus: Bus
-    clock: Clock
-    line: Line
-    power: Switch
-    screen: Screen
-    host: dict[str, Callable[[int], object]] = field(default_factory=dict)
-    before_save: Callable[[], object] = lambda: None
-
-
-class Parts:
-    """The fakes of one rig."""
-
-    def __init__(self, now_ns: int | None = None) -> None:
-        self.clock, self.line, self.power, self.screen = Clock(), Line(), Switch(), Screen(20)
-        if now_ns is not None:
-            self.clock.now_ns = now_ns
-
-    def rig(self, device: Device[Any], size: int, widest: int = 8) -> Rig:
-        bus = Bus("bus")
-        if isinstance(device, I8042):
-            bus.map(0, 1, device.data_port, widest=1)
-            bus.map(4, 1, device.command_port, widest=1)
-        else:
-            bus.map(0, size, device, widest)
-        rig = Rig(device, size, bus, self.clock, self.line, self.power, self.screen)
-        rig.host["reset"] = lambda _: device.reset()
-        rig.host["post_load"] = lambda _: device.post_load()
-        return rig
+from tests.fakes import pci_rigs, virtio_rigs
+from tests.fakes.rig import Parts, Rig
 
 
 def _serial(parts: Parts) -> Rig:
@@ -92,4 +59,19 @@ RIGS: Final[dict[str, Callable[[Parts], Rig]]] = {
     "reset_register": lambda parts: parts.rig(ResetRegister("reset", parts.power), 1, widest=1),
     "pvpanic": lambda parts: parts.rig(Pvpanic("pvpanic", parts.power), 1, widest=1),
     "debug_port": lambda parts: parts.rig(DebugPort("debug", parts.clock.ns), 1, widest=1),
+    "host_bridge": pci_rigs.host_bridge,
+    "root_port": pci_rigs.root_port,
+    "config_ports": pci_rigs.config_ports,
+    "virtio_pci": pci_rigs.virtio_pci,
+    "virtio_net": virtio_rigs.net,
+    "virtio_blk": virtio_rigs.blk,
+    "virtio_rng": virtio_rigs.rng,
+    "virtio_console": virtio_rigs.console,
 }
+
+
+@contextmanager
+def made(name: str, now_ns: int | None = None) -> Iterator[Rig]:
+    """A new one, closed at the end."""
+    with ExitStack() as resources:
+        yield RIGS[name](Parts(resources, now_ns))

@@ -7,8 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.virtio.net_state import NetFeature
+from kvmpy.devices.virtio.pci import VirtioPci
 from kvmpy.state import State, save
-from tests.fakes.rigs import RIGS, Parts, Rig
+from tests.fakes.net_rig import CONTROLLED
+from tests.fakes.rig import Rig
+from tests.fakes.rigs import RIGS, made
+from tests.fakes.virtio_rigs import VirtioRig
 
 HERE: Final = Path(__file__).parent
 
@@ -45,6 +51,101 @@ def _busy_acpi_pm(rig: Rig) -> None:
     rig.clock.pass_(1000)
 
 
+def _busy_function(rig: Rig) -> None:
+    """Bus master and INTx off, an interrupt line, an error seen."""
+    rig.bus.write(0x04, 2, 0x0506)
+    rig.bus.write(0x3C, 1, 0x0B)
+    rig.bus.write(0x0C, 1, 0x10)
+
+
+def _busy_root_port(rig: Rig) -> None:
+    """Numbered, its windows open, the indicator blinking, MSI enabled, masked, and pending."""
+    _busy_function(rig)
+    rig.bus.write(0x18, 4, 0x0005_0500)
+    rig.bus.write(0x20, 8, 0x0031_0021_C100_C000)
+    rig.bus.write(0x28, 8, 0x0000_0011_0000_0010)
+    function = rig.device
+    assert isinstance(function, PciFunction)
+    assert function.msi is not None
+    express, msi = (capability.offset for capability in function.config.capabilities)
+    rig.bus.write(express + 0x18, 2, 0x12E1)
+    rig.bus.write(msi + 0x04, 8, 0xFEE0_1000)
+    rig.bus.write(msi + 0x0C, 2, 0x4041)
+    rig.bus.write(msi + 0x10, 1, 1)
+    rig.bus.write(msi + 0x02, 2, 0x0181)
+    function.msi.signal()
+
+
+def _busy_virtio_pci(rig: Rig) -> None:
+    """Placed, selectors used, an interrupt in the ISR, MSI-X enabled with one of its vectors masked and pending."""
+    _busy_function(rig)
+    rig.bus.write(0x10, 8, 0x40_0000_0000)
+    function = rig.device
+    assert isinstance(function, VirtioPci)
+    assert function.msix is not None
+    function.interrupt_config()
+    with function.lock:
+        for offset, size, value in ((0x00, 4, 1), (0x08, 4, 1), (0x16, 2, 1), (0x10, 2, 2)):
+            function.write(offset, size, value)
+    for offset, value in ((0, 0xFEE0_2000), (8, 0x4042), (16, 0xFEE0_3000), (24, 0x1_0000_4043)):
+        function.msix.table.write(offset, 8, value)
+    at = next(capability.offset for capability in function.config.capabilities if capability.id == 0x11)
+    rig.bus.write(at + 2, 2, 0x8000)
+    for index in (1, 2):
+        vector = function.msix.vector(index)
+        assert vector is not None
+        vector.signal()
+
+
+def _busy_net(rig: Rig) -> None:
+    """A driver that has set what can be set, two buffers lent; the cable pulled, an announcement wanted."""
+    assert isinstance(rig, VirtioRig)
+    guest = rig.guest
+    guest.start(CONTROLLED | 1 << NetFeature.MTU)
+    commands = (
+        bytes((1, 1)) + bytes.fromhex("525400ABCDEF"),
+        bytes((0, 0, 0)),
+        bytes((2, 0)) + (100).to_bytes(2, "little"),
+    )
+    tables = (1).to_bytes(4, "little") + bytes.fromhex("525400000001") + (1).to_bytes(4, "little")
+    for command in (*commands, bytes((1, 0)) + tables + bytes.fromhex("01005E000001")):
+        guest.queues[2].offer([command[:2], command[2:]], [1])
+        guest.kick(2)
+        guest.queues[2].used()
+    for _ in range(2):
+        guest.queues[0].offer(writable=[500])
+    guest.kick(0)
+    rig.host["announce"](0)
+    rig.host["link"](0)
+
+
+def _busy_blk(rig: Rig) -> None:
+    """Live, one queue ahead of the other, the cache switched off."""
+    assert isinstance(rig, VirtioRig)
+    rig.guest.start()
+    rig.guest.queues[1].offer([bytes(16)], [16, 1])
+    rig.guest.kick(1, run=False)
+    rig.settle()
+    rig.bus.write(32, 1, 0)
+
+
+def _busy_rng(rig: Rig) -> None:
+    assert isinstance(rig, VirtioRig)
+    rig.guest.start()
+    rig.guest.queues[0].offer(writable=[64])
+    rig.guest.kick(0)
+
+
+def _busy_console(rig: Rig) -> None:
+    """Live, in the midst of a long buffer that the far end does not take, another behind it."""
+    assert isinstance(rig, VirtioRig)
+    rig.guest.room = 10_000
+    rig.guest.start()
+    for _ in range(2):
+        rig.guest.queues[1].offer([bytes(10_000)])
+    rig.guest.kick(1)
+
+
 BUSY: Final[dict[str, Callable[[Rig], object]]] = {
     "serial": _busy_serial,
     "cmos": _busy_cmos,
@@ -53,20 +154,34 @@ BUSY: Final[dict[str, Callable[[Rig], object]]] = {
     "reset_register": lambda rig: _write(rig, (0, 0x02)),
     "pvpanic": lambda rig: _write(rig, (0, 0x01)),
     "debug_port": lambda rig: _write(rig, (0, 0x55)),
+    "host_bridge": _busy_function,
+    "root_port": _busy_root_port,
+    "config_ports": lambda rig: rig.bus.write(0, 4, 0x8005_0034),
+    "virtio_pci": _busy_virtio_pci,
+    "virtio_net": _busy_net,
+    "virtio_blk": _busy_blk,
+    "virtio_rng": _busy_rng,
+    "virtio_console": _busy_console,
 }
 
 
+def kind_of(name: str) -> type[State]:
+    """The State of the device in that rig."""
+    with made(name) as rig:
+        return type(rig.device.state)
+
+
 def sections(name: str) -> dict[str, Any]:
-    rig = RIGS[name](Parts())
-    power_on = save(rig.device.state)
-    BUSY[name](rig)
-    rig.before_save()
-    return {"power_on": power_on, "busy": save(rig.device.state)}
+    with made(name) as rig:
+        power_on = save(rig.device.state)
+        BUSY[name](rig)
+        rig.before_save()
+        return {"power_on": power_on, "busy": save(rig.device.state)}
 
 
 def main() -> None:
-    for name, make_rig in RIGS.items():
-        kind = type(make_rig(Parts()).device.state)
+    for name in RIGS:
+        kind = kind_of(name)
         file = path(kind, kind.VERSION)
         if not file.exists():
             file.write_text(json.dumps(sections(name), indent=1) + "\n")

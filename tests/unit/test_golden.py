@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from kvmpy.state import State, load, save
-from tests.fakes.rigs import RIGS, Parts
-from tests.golden.make import path, sections
+from tests.fakes.rigs import RIGS
+from tests.golden.make import kind_of, path, sections
 
-KINDS: dict[str, type[State]] = {name: type(make(Parts()).device.state) for name, make in RIGS.items()}
+KINDS: dict[str, type[State]] = {name: kind_of(name) for name in RIGS}
 VERSIONS = [(kind, version) for kind in KINDS.values() for version in range(1, kind.VERSION + 1)]
 
 

@@ -1,0 +1,72 @@
+"""PCI functions as `Rig`s: the window is their configuration space."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.pci.host_bridge import HostBridge
+from kvmpy.devices.virtio.pci import VirtioPci
+from tests.fakes.interrupts import FakeSink
+from tests.fakes.pci import Board, Card, ConfigWindow
+from tests.fakes.rig import Parts, Rig
+from tests.fakes.virtio_driver import guest_memory
+from tests.fakes.virtio_echo import Echo
+from tests.fakes.virtio_rig import ManualLoop
+
+# What a random offset should hit: header and capabilities.
+CONFIG = 0x100
+
+
+def function_rig(parts: Parts, function: PciFunction[Any]) -> Rig:
+    rig = parts.rig(function, CONFIG, target=ConfigWindow(function))
+    rig.before_save = function.pause
+    return rig
+
+
+def host_bridge(parts: Parts) -> Rig:
+    return function_rig(parts, HostBridge("host-bridge"))
+
+
+def root_port(parts: Parts) -> Rig:
+    """One with a card."""
+    board = Board()
+    parts.resources.callback(board.close)
+    port, _ = board.add_port()
+    card = Card()
+    port.plug(card)
+    rig = function_rig(parts, port)
+    rig.beside = (card,)
+    return rig
+
+
+def config_ports(parts: Parts) -> Rig:
+    board = Board()
+    parts.resources.callback(board.close)
+    rig = parts.rig(board.root.ports, 8, widest=4)
+    rig.beside = (board.host_bridge, board.reset_register)
+    return rig
+
+
+def virtio_pci(parts: Parts) -> Rig:
+    """One whose device stays paused: what is looked at is the transport."""
+    sink = FakeSink()
+    parts.resources.callback(sink.close)
+    device = Echo("e0/virtio-echo", guest_memory(1 << 16), ManualLoop())
+    parts.resources.callback(device.close)
+    function = VirtioPci("e0", device, sink)
+    function.intx.wire = parts.line
+    rig = function_rig(parts, function)
+    rig.beside = (device,)
+
+    def access(value: int) -> None:
+        """To the BAR, as its target gets it."""
+        at, size = value & 0x3FFF, 1 << (value >> 14 & 3)
+        with function.lock:
+            function.read(at, size)
+            function.write(at, size, value >> 16 & (1 << 8 * size) - 1)
+
+    rig.host["bar"] = access
+    rig.host["interrupt"] = lambda value: function.interrupt_queue(value % len(device.queues))
+    rig.host["config"] = lambda _: function.interrupt_config()
+    return rig
