@@ -7,7 +7,7 @@ NATIVE := kvmpy/_native.abi3.so
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help packages setup images demo test test-unit test-host test-kvm test-lab soak bench check lint types layers fmt docs clean
+.PHONY: help packages setup images demo test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,11 +17,14 @@ setup: packages $(NATIVE) images ## install everything: Debian packages, .venv, 
 demo: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
 	@$(BIN)/python -m scripts.demo
 
-test: setup ## all tests: unit, host, kvm, lab
-	$(PYTEST) tests/unit tests/host tests/kvm tests/lab
+test: setup ## all tests: unit, fuzz, host, kvm, lab
+	$(PYTEST) tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
 test-unit: packages $(NATIVE) ## no root, no /dev/kvm; under 20 s
 	$(PYTEST) tests/unit
+
+test-fuzz: packages $(NATIVE) ## a slice of `make fuzz`
+	$(PYTEST) tests/fuzz
 
 test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their own; needs root
 	$(PYTEST) tests/host
@@ -32,8 +35,11 @@ test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kv
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
 	$(PYTEST) tests/lab
 
+fuzz: packages $(NATIVE) ## a million random operations on a whole machine; KVMPY_SEED=n for others
+	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/fuzz
+
 soak: setup ## the tests with their full counts
-	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/host tests/kvm tests/lab
+	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
 bench: setup ## measure kvmpy beside QEMU and print the ratios
 	$(BIN)/python -m bench

@@ -70,6 +70,13 @@ class PciGuest:
         self.device.on_broken = self.broken.append
         self.config = board.add(function, 2)
         self.regions: dict[int, tuple[int, int]] = {}
+        self.find_regions()
+        self.move_bar(BAR)
+        self.config.enable()
+        self.device.resume()
+
+    def find_regions(self) -> None:
+        """Follow the chain of capabilities."""
         for kind, at in self.config.capabilities():
             if kind == VENDOR:
                 cfg_type = self.config.read(at + 3, 1)
@@ -78,9 +85,6 @@ class PciGuest:
                     self.multiplier = self.config.read(at + 16, 4)
                 if cfg_type == 5:
                     self.window = at
-        self.move_bar(BAR)
-        self.config.enable()
-        self.device.resume()
 
     def move_bar(self, address: int) -> None:
         self.config.place(0, address, wide=True)
