@@ -159,7 +159,8 @@ def victims(here: Path, netns: Namespace) -> Iterator[Callable[[], subprocess.Po
 
     def start() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "kvmpy", "run", str(here / "m.toml"), "--set", "console.serial=stdio"]
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment))
+        pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+        started.append(subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment))
         assert started[-1].stdout
         assert started[-1].stdout.read(1) == b"K"
         return started[-1]
@@ -178,8 +179,10 @@ def test_a_killed_machine_starts_again_and_then_leaves_nothing(
         victims().kill()
     last = victims()
     assert netns.interfaces() == ["br-m", "tap-m"]
-    for _ in range(2):  # the power button, which this guest has not got, and then the plug
-        last.send_signal(signal.SIGTERM)
+    last.send_signal(signal.SIGTERM)  # the power button, which this guest has not got
+    assert last.stderr
+    assert any(b"power button" in line for line in last.stderr)
+    last.send_signal(signal.SIGTERM)  # and then the plug
     assert last.wait(ENDS) == 0
     assert netns.interfaces() == []
     assert not is_locked(here / "disk.raw")
