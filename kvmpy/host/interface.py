@@ -14,7 +14,7 @@ from typing import Final
 
 from kvmpy.abi import tun
 from kvmpy.abi.ioctl import Put
-from kvmpy.errors import HostError, IoctlError
+from kvmpy.errors import HostError, IoctlError, errno_name
 
 LONGEST_NAME: Final = 15  # bytes
 
@@ -47,10 +47,14 @@ class Interface:
     """The interface ``name`` in the network namespace of the thread that makes this. Any thread uses it."""
 
     def __init__(self, name: str) -> None:
+        """Raises HostError."""
         check_name(name)
         self.name = name
-        # Any socket will do, and this kind is never left out of a kernel.
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            # Any socket will do, and this kind is never left out of a kernel.
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        except OSError as e:
+            raise HostError(f"socket: {errno_name(e.errno or 0)}: raise the limit of open files (ulimit -n)") from e
 
     @property
     def mtu(self) -> int:

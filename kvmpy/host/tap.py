@@ -40,6 +40,7 @@ OPEN_ADVICE: Final = {
     errno.ENOENT: "the kernel has no taps; `modprobe tun`",
     errno.ENODEV: "the kernel has no taps; `modprobe tun`",
     errno.EACCES: "run as root, or as a user who may open it",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 ATTACH_ADVICE: Final = ADVICE | {
     errno.EPERM: "needs CAP_NET_ADMIN to create it, or to be the user it was made for: run as root",

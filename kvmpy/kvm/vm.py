@@ -6,7 +6,6 @@ import os
 from typing import Final, NamedTuple
 
 from kvmpy.abi import kvm as abi
-from kvmpy.errors import HostError, errno_name
 from kvmpy.host.eventfd import EventFd
 from kvmpy.irq import MsiMessage
 from kvmpy.kvm.irq import IoEventFd, Line, Routing
@@ -65,12 +64,7 @@ class Vm:
 
     def vector(self) -> Vector:
         """A message-signalled interrupt for a function's use (`kvmpy.irq.MsiSink`). Raises HostError."""
-        try:
-            return Vector(self.fd, self.routing)
-        except OSError as e:
-            raise HostError(
-                f"eventfd: {errno_name(e.errno or 0)}: no descriptor for an interrupt; raise ulimit -n"
-            ) from e
+        return Vector(self.fd, self.routing)
 
     def doorbell(self, gpa: int, event: EventFd) -> IoEventFd:
         """Let a guest's write at ``gpa`` only signal ``event`` (`kvmpy.devices.base.Doorbells`). Raises IoctlError.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Iterator
 
 import pytest
 
 from kvmpy.abi.virtio import Feature, Status, feature_mask
-from kvmpy.devices.virtio.device import RING_FEATURES, VirtioDevice
+from kvmpy.devices.virtio.device import BUGS_LOGGED, RING_FEATURES, VirtioDevice
 from kvmpy.errors import GuestError, HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.memory import GuestMemory
 from kvmpy.state import load, save
-from tests.fakes.loop import BOUND, each, running, settle
+from tests.fakes.loop import BOUND, each, open_descriptors, running, settle
 from tests.fakes.virtio_driver import guest_memory, unmap
 from tests.fakes.virtio_echo import Echo, EchoState
 from tests.fakes.virtio_rig import Guest, ManualLoop
@@ -273,6 +275,54 @@ def test_an_error_in_any_handler_breaks_the_device(
     guest.device.write_status(0)
     guest.start()
     assert echo(guest) == b"hello"
+
+
+def test_a_loop_that_takes_no_more_descriptors_breaks_the_device(
+    guest: Guest, loop: ManualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "watch", full)
+        guest.start()
+    assert guest.broken == ["echo: ENOSPC: No space left on device"]
+    assert not guest.device.running
+    guest.device.write_status(0)
+    guest.start()
+    assert echo(guest) == b"hello"
+
+
+@pytest.mark.parametrize("where", ["serve", "withdraw", "on_notify"])
+def test_a_bug_of_ours_breaks_the_device_and_is_not_said_without_end(
+    guest: Guest, loop: ManualLoop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    monkeypatch.setattr(guest.device, where, lambda *_: 1 // 0)
+    for _ in range(2 * BUGS_LOGGED):
+        guest.start()
+        guest.kick(0)
+        loop.run()
+        guest.device.pause()
+        guest.device.resume()
+    assert len(guest.broken) == 2 * BUGS_LOGGED
+    assert set(guest.broken) == {"echo: ZeroDivisionError('integer division or modulo by zero')"}
+    assert len(caplog.records) == BUGS_LOGGED
+
+
+def test_a_host_out_of_descriptors_makes_no_device_and_loses_none(
+    memory: GuestMemory, loop: ManualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, before, make = iter(range(3)), open_descriptors(), os.eventfd
+
+    def make_some(*arguments: int) -> int:
+        if next(left, None) is None:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return make(*arguments)
+
+    monkeypatch.setattr(os, "eventfd", make_some)
+    with pytest.raises(HostError, match="eventfd: EMFILE: raise the limit of open files"):
+        Echo("echo", memory, loop, queues=8)
+    assert open_descriptors() == before
 
 
 # Configuration

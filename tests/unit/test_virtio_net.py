@@ -15,8 +15,9 @@ from kvmpy.devices.virtio.net_state import NetFeature, NetState
 from kvmpy.devices.virtio.queue import Virtqueue
 from kvmpy.errors import GuestError, HostError
 from kvmpy.state import load, save
+from tests.fakes.loop import open_descriptors
 from tests.fakes.net_rig import CONTROLLED, ERR, MAC, MERGEABLE, OK, PLAIN, RAM, RX, TX, NetRig, net_rig
-from tests.fakes.tap import HEADER, FakeTap
+from tests.fakes.tap import HEADER, FakeTap, SilentTap
 from tests.fakes.virtio_driver import guest_memory
 from tests.fakes.virtio_rig import ManualLoop
 
@@ -439,3 +440,12 @@ def test_info_names_tap_address_link_path_and_queues(rig: NetRig) -> None:
     assert (info["path"], info["vhost-refused"], info["pairs"]) == ("userspace", "", 1)
     assert info["queues"][0] == {"name": "rx0", "size": 8, "enabled": True}
     assert [queue["name"] for queue in info["queues"]] == ["rx0", "tx0", "control"]
+
+
+def test_a_tap_that_refuses_makes_no_device_and_loses_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+    tap = SilentTap()
+    tap.refuses = HostError("tap tap-fake: TUNSETOFFLOAD: EBADFD")
+    with pytest.raises(HostError, match="EBADFD"):
+        VirtioNet("net1", guest_memory(RAM), ManualLoop(), tap, MAC)
+    assert open_descriptors() == before

@@ -17,12 +17,15 @@ lock held, as is every handler, and a handler runs only while the device does. S
 of the device touches a ring, and nothing that an event loop dispatched before comes too late.
 
 What a driver may not do raises GuestError in a handler and breaks the device, as does a host that fails it: the status
-says DEVICE_NEEDS_RESET, `on_broken` is told, and a reset by the driver makes it work again. Nothing else stops.
+says DEVICE_NEEDS_RESET, `on_broken` is told, and a reset by the driver makes it work again. Nothing else stops. So does
+an exception that nobody foresaw: that is a bug of ours, and a device that went on would meet it at every turn.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
@@ -32,10 +35,12 @@ from kvmpy.abi.virtio import DeviceId, Feature, Status, feature_mask
 from kvmpy.devices.base import Closable, Device
 from kvmpy.devices.virtio.queue import QueueState, Virtqueue
 from kvmpy.devices.virtio.transport import Transport, Unplugged
-from kvmpy.errors import GuestError, HostError
+from kvmpy.errors import GuestError, HostError, errno_name
 from kvmpy.memory import GuestMemory
 from kvmpy.state import State, part, u8, u64
 from kvmpy.trace import Tracepoint
+
+log = logging.getLogger(__name__)
 
 trace_status = Tracepoint("virtio.status", "device written status")
 trace_notify = Tracepoint("virtio.notify", "device queue")
@@ -47,6 +52,8 @@ RING_FEATURES: Final = feature_mask(Feature.VERSION_1, Feature.INDIRECT_DESC, Fe
 # The order in which a driver sets the bits (section 3.1.1).
 STEPS: Final = (Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK)
 MOST_QUEUES: Final = 1024
+# A handler that fails unforeseen is a bug of ours that the guest may be able to drive: say it this often.
+BUGS_LOGGED: Final = 10
 
 
 class VirtioState(State):
@@ -106,11 +113,17 @@ class VirtioDevice(Device[V]):
         super().__init__(name, state)
         self.memory, self.io = memory, io
         self.features = features | RING_FEATURES
-        self.queues = [Virtqueue(f"{name} {spec.name}", memory, spec.max_size) for spec in queues]
+        self.queues: list[Virtqueue] = []
+        with ExitStack() as rollback:
+            for spec in queues:
+                self.queues.append(Virtqueue(f"{name} {spec.name}", memory, spec.max_size))
+                rollback.callback(self.queues[-1].close)
+            rollback.pop_all()
         self.transport: Transport = Unplugged()
         self.on_broken: Callable[[str], object] = lambda why: None
         self.running = False
         self.broken: str | None = None
+        self._bugs = 0
         self._paused = True
         self._bus_master = True
         self._stopping = False
@@ -187,14 +200,14 @@ class VirtioDevice(Device[V]):
     def guarded(self, call: Callable[[], object]) -> None:
         """``call``, with the lock held, if the device is running: for what an event loop calls back. Any thread.
 
-        A GuestError or HostError in it breaks the device.
+        Whatever it raises breaks the device.
         """
         with self.lock:
             if self.running:
                 try:
                     call()
-                except (GuestError, HostError) as e:
-                    self.break_(str(e))
+                except Exception as e:  # noqa: BLE001  `failed` says it
+                    self.failed(e)
 
     def interrupt(self, index: int) -> None:
         """Tell the driver of what has been pushed to a queue, if it wants to know."""
@@ -209,6 +222,20 @@ class VirtioDevice(Device[V]):
             self.virtio.config_generation = self.virtio.config_generation + 1 & 0xFF
             if self.virtio.status & Status.DRIVER_OK:
                 self.transport.interrupt_config()
+
+    def failed(self, e: Exception) -> None:
+        """`break_` because of ``e``; if neither guest nor host is to blame, it is logged as a bug. Any thread."""
+        match e:
+            case GuestError() | HostError():
+                why = str(e)
+            case OSError():
+                why = f"{self.name}: {errno_name(e.errno or 0)}: {e.strerror}"
+            case _:
+                why = f"{self.name}: {e!r}"
+                self._bugs += 1
+                if self._bugs <= BUGS_LOGGED:
+                    log.error("%s: failed, and needs a reset by its driver", self.name, exc_info=e)
+        self.break_(why)
 
     def break_(self, why: str) -> None:
         """The device cannot go on until the driver resets it. Any thread; nothing happens where it is not in use."""
@@ -349,8 +376,8 @@ class VirtioDevice(Device[V]):
                     self._doorbells.append(self.transport.doorbell(index, self.queues[index].kick))
             self.running = True
             self.serve()
-        except (GuestError, HostError) as e:
-            self.break_(str(e))
+        except Exception as e:  # noqa: BLE001  `failed` says it
+            self.failed(e)
             self._stop()  # queues that had begun, where it was not running yet
             return
         if self._moved:
@@ -369,8 +396,8 @@ class VirtioDevice(Device[V]):
             self.running, self._stopping = False, True
             try:
                 self.withdraw()
-            except (GuestError, HostError) as e:
-                self.break_(str(e))
+            except Exception as e:  # noqa: BLE001  `failed` says it
+                self.failed(e)
             finally:
                 self._stopping = False
         for queue in self.queues:

@@ -163,7 +163,11 @@ class VirtioNet(VirtioDevice[NetState]):
         self.features |= self._offered()
         if vhost is not None:
             self.features &= ~HANDLED | vhost.features()
-        self._set_tap(None)
+        try:
+            self._set_tap(None)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def mac(self) -> bytes:
@@ -377,8 +381,8 @@ class VirtioNet(VirtioDevice[NetState]):
     def _serve_again(self) -> None:
         try:
             self.serve()
-        except (GuestError, HostError) as e:
-            self.break_(str(e))
+        except Exception as e:  # noqa: BLE001  `failed` says it
+            self.failed(e)
 
     def _calls(self, pair: int) -> list[int]:
         return [self.transport.call_event(2 * pair + side) for side in range(2)]
