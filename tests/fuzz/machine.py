@@ -6,6 +6,7 @@ and a reader that is sometimes slow.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,6 +48,8 @@ from tests.fakes.tap import FakeTap
 
 LOW_RAM: Final = 16 << 20
 HIGH_RAM: Final = 2 << 20
+RAM_IN_WINDOW: Final = 0xE000_0000
+"""One page, where no machine has any: the windows alone would keep BARs off RAM."""
 DISK: Final = 4 << 20
 WORKERS: Final = 2
 WINDOWS: Final = PciWindows(
@@ -104,12 +107,13 @@ class FuzzMachine:
             resources.callback(device.close)
 
     def _make_memory(self, resources: ExitStack) -> GuestMemory:
-        mapping = Mapping(LOW_RAM + HIGH_RAM)
+        mapping = Mapping(LOW_RAM + HIGH_RAM + mmap.PAGESIZE)
         resources.callback(mapping.close)
         memory = GuestMemory()
         resources.callback(memory.close)
         memory.add(Ram(0, LOW_RAM, mapping))
         memory.add(Ram(layout.HIGH_RAM, HIGH_RAM, mapping, LOW_RAM))
+        memory.add(Ram(RAM_IN_WINDOW, mmap.PAGESIZE, mapping, LOW_RAM + HIGH_RAM))
         return memory
 
     def _make_platform(self) -> list[Device[Any]]:

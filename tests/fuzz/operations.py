@@ -21,7 +21,7 @@ from kvmpy.errors import GuestError
 from kvmpy.machine import layout
 from tests.fakes.virtio_driver import INDIRECT, NEXT, WRITE
 from tests.fakes.virtio_pci_driver import Reg
-from tests.fuzz.machine import HIGH_RAM, LOW_RAM, WINDOWS, FuzzMachine
+from tests.fuzz.machine import HIGH_RAM, LOW_RAM, RAM_IN_WINDOW, WINDOWS, FuzzMachine
 
 SIZES: Final = (1, 2, 4, 8)
 RING_SIZE: Final = 16
@@ -235,8 +235,8 @@ class Vcpu:
         window = dice.choice(WINDOWS)
         to = dice.choice(
             (
-                dice.randrange(LOW_RAM),
-                layout.HIGH_RAM,
+                dice.choice((0, BUFFERS, layout.HIGH_RAM)),
+                RAM_IN_WINDOW + dice.choice((0, 0x1000, -0x1000)),
                 dice.choice(others),
                 window.start + dice.randrange(0, 0x10_0000, 0x1000),
                 window.stop - bar.size,
@@ -342,8 +342,8 @@ class Vcpu:
             self.put_chain(base + TABLE, head, [(table, 16 * len(parts), INDIRECT)])
         else:
             self.put_chain(base + TABLE, head, parts[:4])
-        if self.slip():  # a descriptor that is anything
-            self.write(base + TABLE + 16 * dice.randrange(RING_SIZE), dice.randbytes(16))
+        if self.slip():
+            self.spoil(base + dice.choice((TABLE, INDIRECTS + 0x100 * (avail % 4))) + 16 * (head + dice.randrange(4)))
         entry = self.number(2) if self.slip() else head
         self.write(base + AVAILABLE + 4 + 2 * (avail % RING_SIZE), entry.to_bytes(2, "little"))
         step = self.number(2) if self.slip() else 1
@@ -356,6 +356,14 @@ class Vcpu:
             more = step + 1 < len(parts)
             entry = struct.pack("<QIHH", gpa, size, flags | (NEXT if more else 0), first + step + 1 if more else 0)
             self.write(table + 16 * (first + step), entry)
+
+    def spoil(self, descriptor: int) -> None:
+        """Make it lead back, or aside, or anything."""
+        dice = self.dice
+        flags = dice.choice((NEXT, NEXT, NEXT | WRITE, INDIRECT, INDIRECT | NEXT, WRITE, 0, dice.getrandbits(16)))
+        following = dice.randrange(RING_SIZE + 1) if dice.random() < 0.9 else self.number(2)
+        size = 16 * dice.randrange(1, 5) if dice.random() < 0.5 else self.length()
+        self.write(descriptor, struct.pack("<QIHH", self.address(), size, flags, following))
 
     def chain(self, function: VirtioPci, queue: int) -> list[tuple[int, int, int]]:
         """(address, length, flags) of the buffers of a request as its device knows them."""

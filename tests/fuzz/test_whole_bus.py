@@ -105,6 +105,10 @@ class Campaign:
             with device.lock:
                 section = save(device.state)
             assert save(load(type(device.state), section)) == section, device.name
+        for function in machine.virtio:
+            if function.device.broken is None:
+                in_flight = {queue.name: queue.in_flight for queue in function.device.queues}
+                assert not any(in_flight.values()), f"neither pushed nor rewound: {in_flight}"
         machine.sink.take()
         alive = {thread.name for thread in threading.enumerate()}
         assert {"io", *(f"blk-vd0-{number}" for number in range(WORKERS))} <= alive
@@ -116,7 +120,7 @@ class Campaign:
             self._failed.append((vcpu.last, e))
 
 
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(count(120, 3600))
 def test_machine_survives_a_hostile_guest(errors: Errors, tmp_path: Path) -> None:
     descriptors, threads = open_descriptors(), threading.active_count()
     try:
