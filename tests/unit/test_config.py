@@ -539,7 +539,8 @@ def test_a_virtio_console_is_not_the_terminal(problems: Problems) -> None:
 
 
 def test_a_key_with_a_dash_is_read_and_located(read: Read, problems: Problems) -> None:
-    disk = '[[drive]]\nid = "d"\npath = "x"\nformat = "raw"\n[[device]]\nid = "v"\ndriver = "virtio-blk-pci"\ndrive = "d"\n'
+    drive = '[[drive]]\nid = "d"\npath = "x"\nformat = "raw"\n'
+    disk = f'{drive}[[device]]\nid = "v"\ndriver = "virtio-blk-pci"\ndrive = "d"\n'
     (device,) = read(f"{BOOT}{disk}num-queues = 4").device
     assert isinstance(device, VirtioBlkPci)
     assert device.num_queues == 4

@@ -27,13 +27,13 @@ PORT = Port(mtu=1500, mac="02:00:00:00:00:01", state="forwarding", bridge_mac=""
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True)
 numbers = st.integers(0, 2**31 - 1)
-befores = st.builds(Before, numbers, numbers, st.booleans(), st.text(max_size=40))
+earlier = st.builds(Before, numbers, numbers, st.booleans(), st.text(max_size=40))
 
 
 # Marks
 
 
-@given(st.builds(Mark, names, numbers, numbers, st.none() | befores))
+@given(st.builds(Mark, names, numbers, numbers, st.none() | earlier))
 def test_mark_is_read_as_it_was_written(mark: Mark) -> None:
     assert Mark.parse(mark.text) == mark
 
