@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
 
@@ -166,6 +166,22 @@ class Machine:
         Raises CommandError where no network device has that name.
         """
         self._in_control(lambda: self._set_link(name, up=up))
+
+    def device_add(self, table: Mapping[str, Any]) -> None:
+        """Plug in the device that ``table`` describes. Raises CommandError."""
+        raise CommandError("devices cannot be plugged in yet")
+
+    def device_del(self, name: str, *, force: bool = False) -> None:
+        """Ask the guest to let go of a device, or with ``force`` pull it. Raises CommandError."""
+        raise CommandError("devices cannot be unplugged yet")
+
+    def netdev_add(self, table: Mapping[str, Any]) -> None:
+        """Make the netdev that ``table`` describes. Raises CommandError."""
+        raise CommandError("netdevs cannot be made yet")
+
+    def netdev_del(self, name: str) -> None:
+        """Take a netdev away. Raises CommandError."""
+        raise CommandError("netdevs cannot be taken away yet")
 
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
