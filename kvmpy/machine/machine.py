@@ -18,7 +18,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
 
@@ -31,6 +31,7 @@ from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
 from kvmpy.kvm.vcpu import VcpuState, accept_kicks
 from kvmpy.kvm.vm import InterruptState
 from kvmpy.machine import registers
+from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
 from kvmpy.machine.check import check, located
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
@@ -91,6 +92,7 @@ class Machine:
             self.board.set_up_pci()
             self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
+            self._announcer = Announcer(self.control, lambda: self.board.nics)
             self._resources = resources.pop_all()
 
     def __enter__(self) -> Self:
@@ -182,6 +184,13 @@ class Machine:
     def netdev_del(self, name: str) -> None:
         """Take a netdev away. Raises CommandError."""
         raise CommandError("netdevs cannot be taken away yet")
+
+    def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
+        """Have the network learn where the guest is: ``nics``, or all network devices, by their or their netdev's name.
+
+        Replaces what goes on under the same ``id``. Raises CommandError where one is not there.
+        """
+        self._in_control(lambda: self._announce(rounds, nics, id))
 
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
@@ -298,6 +307,10 @@ class Machine:
             raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
         nic.set_link(up=up)
 
+    def _announce(self, rounds: Rounds, nics: Sequence[str] | None, id_: str) -> None:
+        self._require_alive()
+        self._announcer.start(rounds, nics, id_)
+
     def _panicked(self) -> None:
         if self.state is RunState.SHUTDOWN:
             return
@@ -338,6 +351,7 @@ class Machine:
         self._halt()
         self._become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
+        self._announcer.stop()
         self.outcome, self.error = outcome, error
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()

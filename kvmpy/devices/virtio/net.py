@@ -13,6 +13,7 @@ VLANs are noted and migrate, and are not filtered: vhost would not, and a driver
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from kvmpy.abi import tun
 from kvmpy.abi.virtio import DeviceId, feature_mask
 from kvmpy.devices.vhost import HANDLED
 from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice
+from kvmpy.devices.virtio.net_announce import rarp
 from kvmpy.devices.virtio.net_control import Control
 from kvmpy.devices.virtio.net_frames import FRAMING, HEADER_SIZE, LARGEST, Counters, Receiver, Sender, Wire
 from kvmpy.devices.virtio.net_state import NetFeature, NetState, NetStatus, receive_filter
@@ -135,7 +137,7 @@ class VirtioNet(VirtioDevice[NetState]):
     """The interface with address ``mac`` on ``tap``, with as many pairs of queues as that has.
 
     ``mtu`` is told to the driver, if given. ``vhost`` moves the frames where there is one. Neither it nor the tap is
-    ours to close. Any thread: `set_link`, `announce`, `info`.
+    ours to close. Any thread: `set_link`, `announce`, `announce_from_here`, `info`.
     """
 
     DEVICE_ID = DeviceId.NET
@@ -201,6 +203,20 @@ class VirtioNet(VirtioDevice[NetState]):
                 return False
             self.state.announce = True
             self.config_changed()
+            return True
+
+    def announce_from_here(self) -> bool:
+        """Tell the switches where the guest is now, as if it had; False if the link is down or the host takes none.
+
+        The frame goes into the tap beside the guest's own, whoever moves those.
+        """
+        with self.lock:
+            if not self.state.link_up:
+                return False
+            try:
+                os.write(self.tap.fds[0], bytes(HEADER_SIZE) + rarp(self.mac))
+            except OSError:  # full, or down: nobody hears anything there, and the next round asks again
+                return False
             return True
 
     def info(self) -> dict[str, Any]:
