@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import stat
+import struct
 import threading
 from collections.abc import Callable
 from typing import Final
@@ -21,6 +22,11 @@ CHUNK: Final = 4096
 BACKLOG: Final = 64 * 1024
 # Seconds until a listener whose client could not be accepted (no descriptors left) tries again.
 ACCEPT_AGAIN: Final = 1.0
+UCRED: Final = struct.Struct("iII")  # struct ucred of SO_PEERCRED: pid, uid, gid
+ROOT: Final = 0
+NO_DESCRIPTOR: Final = -1
+# So many strangers are named in the log, each once; a host has more uids than a log has room.
+MOST_NAMED: Final = 32
 
 
 class Stream:
@@ -140,7 +146,7 @@ class Stream:
             if not self._reading:
                 return
             try:
-                data = os.read(self._read_fd, CHUNK)
+                data = self._take()
             except BlockingIOError:
                 return
             except OSError:
@@ -152,6 +158,10 @@ class Stream:
             self.on_input(data)
         else:
             self.on_end(self)
+
+    def _take(self) -> bytes:
+        """What there is to read, at most a chunk. Under the lock."""
+        return os.read(self._read_fd, CHUNK)
 
     def _writable(self) -> None:
         with self._lock:
@@ -165,10 +175,51 @@ class Stream:
             self.on_drained()
 
 
-class Listener:
-    """A unix socket at ``path`` (mode 0600) that hands each client to ``on_client`` as a Stream."""
+class SocketStream(Stream):
+    """A client's connected unix socket. With ``takes_descriptors`` it can be sent one along with the bytes.
 
-    def __init__(self, reactor: Reactor, path: str, on_client: Callable[[Stream], object]) -> None:
+    As with QEMU, a descriptor waits for the command that takes it until another comes or the client leaves, and of
+    several in one message all but the first are dropped.
+    """
+
+    def __init__(self, reactor: Reactor, client: socket.socket) -> None:
+        super().__init__(reactor, client.fileno(), client.fileno())
+        self._socket = client
+        self._received = NO_DESCRIPTOR
+        self.takes_descriptors = False
+
+    def take_descriptor(self) -> int | None:
+        """The descriptor that came last, the caller's from now on; None where there is none."""
+        with self._lock:
+            received, self._received = self._received, NO_DESCRIPTOR
+        return None if received == NO_DESCRIPTOR else received
+
+    def close(self) -> None:
+        super().close()
+        self._socket.detach()  # which has been closed
+        if (received := self.take_descriptor()) is not None:
+            os.close(received)
+
+    def _take(self) -> bytes:
+        if not self.takes_descriptors:
+            return super()._take()  # the kernel drops what comes along
+        # Room for one: the kernel does not let us have the others.
+        data, descriptors, _, _ = socket.recv_fds(self._socket, CHUNK, 1, socket.MSG_CMSG_CLOEXEC)
+        for fd in descriptors:
+            if self._received != NO_DESCRIPTOR:
+                os.close(self._received)
+            self._received = fd
+        return data
+
+
+class Listener:
+    """A unix socket at ``path`` (mode 0600) that hands each client to ``on_client`` as a Stream.
+
+    A client is root or who we are. Others do not get past the socket's mode, but a descriptor of it can be inherited,
+    and a mode changed: who connected is asked of the kernel.
+    """
+
+    def __init__(self, reactor: Reactor, path: str, on_client: Callable[[SocketStream], object]) -> None:
         """Raises OSError where ``path`` cannot be bound; a socket there that nobody listens at any more is replaced."""
         self._reactor, self._path, self._on_client = reactor, path, on_client
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -184,6 +235,7 @@ class Listener:
         except BaseException:
             self._socket.close()
             raise
+        self._strangers: set[int] = set()
         self._again = reactor.timer(self._watch)
         self._watch()
 
@@ -206,9 +258,20 @@ class Listener:
             self._reactor.unwatch(self._socket.fileno())
             self._again.arm(ACCEPT_AGAIN)
             return
-        client.setblocking(False)
-        fd = client.detach()
-        self._on_client(Stream(self._reactor, fd, fd))
+        if self._is_welcome(client):
+            client.setblocking(False)
+            self._on_client(SocketStream(self._reactor, client))
+        else:
+            client.close()
+
+    def _is_welcome(self, client: socket.socket) -> bool:
+        _, uid, _ = UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        if uid in (ROOT, os.geteuid()):
+            return True
+        if uid not in self._strangers and len(self._strangers) < MOST_NAMED:
+            self._strangers.add(uid)
+            log.warning("%s: turned away a client of uid %d: only root and our own are let in", self._path, uid)
+        return False
 
     def _watch(self) -> None:
         self._reactor.watch(self._socket.fileno(), readable=self._accept)

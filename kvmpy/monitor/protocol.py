@@ -13,11 +13,14 @@ import re
 import time
 from typing import Any, Final, NoReturn
 
-from kvmpy.errors import CommandError
+import msgspec
+
+from kvmpy.errors import CommandError, KvmpyError
 
 # No command of ours comes near either. The depth stays far from Python's own limit, which echoing an id would meet.
 LONGEST_REQUEST: Final = 64 << 10
 DEEPEST_REQUEST: Final = 64
+EOL: Final = b"\r\n"
 # What means something between requests, in what is none, inside one, and inside a string of one.
 BETWEEN: Final = re.compile(rb"[^ \t\r\n\xff]")
 GARBAGE_END: Final = re.compile(rb"[ \t\r\n{\xff]")
@@ -140,13 +143,38 @@ def _finite(digits: str) -> float:
     return number
 
 
-def encode(message: dict[str, Any]) -> bytes:
-    """One object as it is sent."""
-    return json.dumps(message, separators=(",", ":")).encode() + b"\r\n"
+def reply(result: object, request: object) -> bytes:
+    """The answer to ``request``, which may be no object at all: a client's id comes back whatever it is."""
+    return _message("return", result, request)
 
 
-def event(name: str, data: dict[str, Any]) -> dict[str, Any]:
+def error(e: KvmpyError, request: object) -> bytes:
+    """The answer that says why not."""
+    kind = e.kind if isinstance(e, CommandError) else "GenericError"
+    return _message("error", {"class": kind, "desc": str(e)}, request)
+
+
+def greeting(version: object) -> bytes:
+    """What the server says first. Out-of-band execution is not offered, nor anything else."""
+    return encode({"QMP": {"version": version, "capabilities": []}}) + EOL
+
+
+def event(name: str, data: dict[str, Any]) -> bytes:
     """An event, stamped with the wall clock."""
     now = time.time_ns()
     stamp = {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000}
-    return {"event": name, **({"data": data} if data else {}), "timestamp": stamp}
+    return encode({"event": name, **({"data": data} if data else {}), "timestamp": stamp}) + EOL
+
+
+def encode(value: object) -> bytes:
+    """As JSON in ASCII, as QEMU's is."""
+    if isinstance(value, msgspec.Raw):  # it is so already
+        return bytes(value)
+    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode()
+
+
+def _message(what: str, content: object, request: object) -> bytes:
+    message = b'{"%s":%s' % (what.encode(), encode(content))
+    if isinstance(request, dict) and "id" in request:
+        message += b',"id":' + json.dumps(request["id"], separators=(",", ":")).encode()
+    return message + b"}" + EOL

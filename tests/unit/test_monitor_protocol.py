@@ -143,16 +143,16 @@ def test_what_is_found_can_always_be_sent_back() -> None:
 @settings(max_examples=EXAMPLES)
 @given(objects)
 def test_what_is_sent_is_one_line_of_ascii(message: dict[str, Any]) -> None:
-    data = protocol.encode(message)
+    data = protocol.reply(message, {"id": message})
     assert data.isascii()
     assert data.endswith(b"\r\n")
     assert data.count(b"\n") == 1
-    assert json.loads(data) == message
+    assert json.loads(data) == {"return": message, "id": message}
 
 
 def test_event_has_the_wall_clocks_time_and_data_only_where_there_is_some() -> None:
     before = time.time()
-    stop, reset = protocol.event("STOP", {}), protocol.event("RESET", {"guest": True})
+    stop, reset = (json.loads(protocol.event(*said)) for said in (("STOP", {}), ("RESET", {"guest": True})))
     stamp = stop["timestamp"]["seconds"] + stop["timestamp"]["microseconds"] / 1e6
     assert before - 1e-6 <= stamp <= time.time()
     assert stop.keys() == {"event", "timestamp"}

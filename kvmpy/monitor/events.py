@@ -1,0 +1,129 @@
+"""What the monitor tells its clients of its own accord: each event's name, fields and meaning, declared once.
+
+The machine reports them by name (`Machine.report`); a test compares what it says with what is declared here. From the
+declarations follow query-qmp-schema and docs/qmp.md. Fields of events that QEMU has are QEMU's.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+from kvmpy.monitor.table import Reply
+
+
+class Event(Reply, frozen=True, kw_only=True):
+    """The data of an event; its docstring says what has happened. ``NAME`` is the event's."""
+
+    NAME = ""
+    OURS = False
+
+
+class ShutdownCause(Enum):
+    """Why a machine was reset, or ended."""
+
+    GUEST_RESET = "guest-reset"
+    GUEST_SHUTDOWN = "guest-shutdown"
+    GUEST_PANIC = "guest-panic"
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_QMP_SYSTEM_RESET = "host-qmp-system-reset"
+    HOST_SIGNAL = "host-signal"
+    HOST_ERROR = "host-error"
+
+
+class PanicAction(Enum):
+    """What follows from a panic."""
+
+    POWEROFF = "poweroff"
+
+
+class Stop(Event, frozen=True, kw_only=True):
+    """The vCPUs and devices stand still."""
+
+    NAME = "STOP"
+
+
+class Resume(Event, frozen=True, kw_only=True):
+    """They go on."""
+
+    NAME = "RESUME"
+
+
+class Reset(Event, frozen=True, kw_only=True):
+    """The machine has been reset."""
+
+    NAME = "RESET"
+    guest: bool  # the guest asked for it
+    reason: ShutdownCause  # why
+
+
+class Shutdown(Event, frozen=True, kw_only=True):
+    """The machine has ended; its process follows."""
+
+    NAME = "SHUTDOWN"
+    guest: bool  # the guest did it
+    reason: ShutdownCause  # why
+
+
+class Powerdown(Event, frozen=True, kw_only=True):
+    """The power button has been pressed."""
+
+    NAME = "POWERDOWN"
+
+
+class GuestPanicked(Event, frozen=True, kw_only=True):
+    """The guest's kernel has panicked."""
+
+    NAME = "GUEST_PANICKED"
+    action: PanicAction  # what follows
+
+
+class DeviceDeleted(Event, frozen=True, kw_only=True):
+    """A device is unplugged, and its id free again."""
+
+    NAME = "DEVICE_DELETED"
+    device: str | None = None  # its id
+    path: str  # QEMU's path of it: /machine/peripheral/ID
+
+
+class DeviceUnplugGuestError(Event, frozen=True, kw_only=True):
+    """The guest has refused to let go of a device, or has failed to: it stays."""
+
+    NAME = "DEVICE_UNPLUG_GUEST_ERROR"
+    device: str | None = None  # its id
+    path: str  # QEMU's path of it: /machine/peripheral/ID
+
+
+class DevicePlugGuestError(Event, frozen=True, kw_only=True):
+    """The guest has not taken a device into use that was plugged in."""
+
+    NAME = "DEVICE_PLUG_GUEST_ERROR"
+    OURS = True
+    device: str  # its id
+    path: str  # as in DEVICE_DELETED
+    reason: str  # what was seen
+
+
+class DeviceBroken(Event, frozen=True, kw_only=True):
+    """A device has stopped until its driver resets it: the guest broke its rules, or the host failed it."""
+
+    NAME = "DEVICE_BROKEN"
+    OURS = True
+    device: str  # its id
+    reason: str  # what happened
+
+
+class Traced(Event, frozen=True, kw_only=True):
+    """What the tracepoints saw that this session asked for with `trace`."""
+
+    NAME = "TRACE"
+    OURS = True
+    lines: list[str]  # in their order
+    dropped: int  # how many came faster than they could be sent, before these
+
+
+EVENTS: Final = (
+    *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
+    *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken),
+    Traced,
+)

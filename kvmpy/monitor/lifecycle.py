@@ -1,0 +1,50 @@
+"""Commands that stop the machine, let it go on, reset it and end it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta
+
+from kvmpy.monitor.table import Arguments, Caller, NoArguments, Nothing, command
+
+
+class Powerdown(Arguments, frozen=True, kw_only=True):
+    """When to give up on the guest."""
+
+    limit: Annotated[float, Meta(ge=0)] | None = None  # seconds until the plug is pulled (ours); default: never
+
+
+@command("stop", NoArguments, Nothing)
+def stop(caller: Caller, _: NoArguments) -> Nothing:
+    """Stop the vCPUs, and with them the devices; `cont` lets them go on. Nothing happens if they stand still."""
+    caller.machine.pause()
+    return Nothing()
+
+
+@command("cont", NoArguments, Nothing)
+def cont(caller: Caller, _: NoArguments) -> Nothing:
+    """Let the vCPUs run on after `stop`. Nothing happens if they run."""
+    caller.machine.resume()
+    return Nothing()
+
+
+@command("system_reset", NoArguments, Nothing)
+def system_reset(caller: Caller, _: NoArguments) -> Nothing:
+    """Press the reset button: the kernel is loaded anew, from its file as it is now."""
+    caller.machine.reset()
+    return Nothing()
+
+
+@command("system_powerdown", Powerdown, Nothing)
+def system_powerdown(caller: Caller, arguments: Powerdown) -> Nothing:
+    """Press the power button. What the guest does about it is its choice: SHUTDOWN says that it has powered off."""
+    caller.machine.powerdown(arguments.limit)
+    return Nothing()
+
+
+@command("quit", NoArguments, Nothing)
+def quit_(caller: Caller, _: NoArguments) -> Nothing:
+    """Pull the plug: the machine and its process end."""
+    caller.machine.stop()
+    return Nothing()
