@@ -53,6 +53,7 @@ lint: $(NATIVE)
 
 docs: $(NATIVE) ## write the pages that are made from the code
 	$(BIN)/python -m scripts.config_reference
+	$(BIN)/python -m scripts.qmp_reference
 	$(BIN)/python -m scripts.memory_map
 
 types: $(NATIVE)

@@ -9,7 +9,7 @@ import time
 from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
-from kvmpy.errors import ConfigError, HostError
+from kvmpy.errors import HostError
 from kvmpy.host import rundir
 
 # ps is for when things are wrong: it does not wait long for a machine that hangs.
@@ -96,14 +96,6 @@ def stop(args: argparse.Namespace) -> int:
     return 0
 
 
-def qmp(args: argparse.Namespace) -> int:
-    """Send one monitor command and print what it returns, as JSON."""
-    arguments = dict(_argument(text) for text in args.arguments)
-    with Client(find(args.name)) as client:
-        print(json.dumps(client(args.command, **arguments), indent=2))
-    return 0
-
-
 def _brief(device: dict[str, Any]) -> str:
     """A device in a word: its id, and of a network device its link and data path."""
     facts = [device[key] for key in ("link", "path") if key in device] + ["broken"] * bool(device["broken"])
@@ -145,13 +137,3 @@ def _row(machine: rundir.Running) -> dict[str, Any]:
     except HostError:
         return {"name": machine.name, "pid": machine.pid, "status": "no answer", "cpus": 0, "memory": 0, "devices": []}
     return {key: info[key] for key in ("name", "pid", "status", "cpus", "memory", "devices")}
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise ConfigError(f"{text}: expected KEY=VALUE, where VALUE is JSON or else a string")
-    try:
-        return key, json.loads(value, parse_constant=int)  # which refuses them: NaN is not JSON
-    except (ValueError, RecursionError):
-        return key, value

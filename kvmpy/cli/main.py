@@ -126,10 +126,12 @@ def make_parser() -> argparse.ArgumentParser:
     trace.add_argument("name", help="the machine")
     trace.add_argument("glob", help="which tracepoints, such as 'virtio.*' or 'bus.*'")
 
-    qmp = _command(commands, "qmp", "control:qmp", "send a monitor command and print the reply")
+    qmp = _command(commands, "qmp", "qmp:qmp", "send a monitor command and print the reply")
     qmp.add_argument("name", help="the machine")
-    qmp.add_argument("command", help="such as query-status")
-    qmp.add_argument("arguments", nargs="*", metavar="KEY=VALUE", help="VALUE is JSON, or else a string")
+    qmp.add_argument("command", nargs="?", help="such as query-status; without one, list what there is")
+    qmp.add_argument(
+        "arguments", nargs="*", metavar="KEY=VALUE", help="VALUE is JSON, or else a string; a.b=1 is {a: {b: 1}}"
+    )
     return parser
 
 

@@ -248,6 +248,22 @@ def test_announcement_needs_a_driver_that_can(rig: NetRig) -> None:
     assert (rig.net.config()[6], rig.guest.transport.config_interrupts) == (3, 1)
 
 
+def test_an_announcement_from_here_is_a_rarp_broadcast_from_the_guests_address(rig: NetRig) -> None:
+    rig.start()
+    assert rig.net.announce_from_here()
+    arp = b"\x00\x01\x08\x00\x06\x04\x00\x03" + (MAC + bytes(4)) * 2  # Ethernet, IPv4, lengths, reverse request
+    assert rig.tap.sent() == [HEADER + (b"\xff" * 6 + MAC + b"\x80\x35" + arp).ljust(60, b"\0")]
+
+
+def test_nothing_is_announced_from_here_with_the_link_down_or_the_tap_full(rig: NetRig) -> None:
+    rig.net.set_link(up=False)
+    assert not rig.net.announce_from_here()
+    assert rig.tap.sent() == []
+    rig.net.set_link(up=True)
+    rig.tap.stuff()
+    assert not rig.net.announce_from_here()
+
+
 # Pairs of queues
 
 

@@ -1,0 +1,68 @@
+"""`kvmpy qmp`: one monitor command, or without one, a list of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from kvmpy.cli.client import Client, find
+from kvmpy.errors import ConfigError
+
+
+def qmp(args: argparse.Namespace) -> int:
+    """Send one monitor command and print what it returns, as JSON; without one, list those there are."""
+    arguments = parse_arguments(args.arguments)
+    with Client(find(args.name)) as client:
+        if args.command is None:
+            print("\n".join(usages(client("query-qmp-schema"))))
+        else:
+            print(json.dumps(client(args.command, **arguments), indent=2))
+    return 0
+
+
+def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    """What KEY=VALUE ... says, as qmp-shell reads it: a.b=c is an object in an object."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        names = key.split(".")
+        if not (equals and all(names)):
+            raise ConfigError(f"{text}: expected KEY=VALUE, where VALUE is JSON or else a string")
+        inner = arguments
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{text}: {name} has been given a value that is no object")
+        if names[-1] in inner:
+            raise ConfigError(f"{text}: {key} has been given a value before")
+        inner[names[-1]] = _value(value)
+    return arguments
+
+
+def usages(schema: list[dict[str, Any]]) -> Iterator[str]:
+    """Each command with its arguments, as one would type them; those in brackets can be left out."""
+    types = {entry["name"]: entry for entry in schema}
+    for entry in sorted(schema, key=lambda entry: str(entry["name"])):
+        if entry["meta-type"] == "command":
+            arguments = types[entry["arg-type"]]
+            words = [_usage(member, types) for member in arguments["members"]]
+            yield " ".join([entry["name"], *words, *(["..."] if "tag" in arguments else [])])
+
+
+def _usage(member: dict[str, Any], types: dict[str, Any]) -> str:
+    kind = types[member["type"]]
+    if kind["meta-type"] == "enum":
+        value = "|".join(kind["values"])
+    else:
+        value = kind.get("json-type", kind["meta-type"]).upper()
+    text = f"{member['name']}={value}"
+    return f"[{text}]" if "default" in member else text
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=int)  # which refuses them: NaN is not JSON
+    except (ValueError, RecursionError):
+        return text
