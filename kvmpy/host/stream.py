@@ -23,6 +23,7 @@ BACKLOG: Final = 64 * 1024
 # Seconds until a listener whose client could not be accepted (no descriptors left) tries again.
 ACCEPT_AGAIN: Final = 1.0
 UCRED: Final = struct.Struct("iII")  # struct ucred of SO_PEERCRED: pid, uid, gid
+FD: Final = struct.Struct("i")
 ROOT: Final = 0
 NO_DESCRIPTOR: Final = -1
 # So many strangers are named in the log, each once; a host has more uids than a log has room.
@@ -203,12 +204,13 @@ class SocketStream(Stream):
     def _take(self) -> bytes:
         if not self.takes_descriptors:
             return super()._take()  # the kernel drops what comes along
-        # Room for one: the kernel does not let us have the others.
-        data, descriptors, _, _ = socket.recv_fds(self._socket, CHUNK, 1, socket.MSG_CMSG_CLOEXEC)
-        for fd in descriptors:
-            if self._received != NO_DESCRIPTOR:
-                os.close(self._received)
-            self._received = fd
+        # Room for one: the kernel does not let us have the others. (socket.recv_fds has no use for its flags.)
+        data, control, _, _ = self._socket.recvmsg(CHUNK, socket.CMSG_LEN(FD.size), socket.MSG_CMSG_CLOEXEC)
+        for level, kind, content in control:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS) and len(content) >= FD.size:
+                if self._received != NO_DESCRIPTOR:
+                    os.close(self._received)
+                (self._received,) = FD.unpack_from(content)
         return data
 
 

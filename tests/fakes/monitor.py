@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +13,9 @@ from kvmpy.config.schema import VirtioNetPci
 from kvmpy.config.values import Id
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
+from kvmpy.machine.announce import Rounds
 from kvmpy.machine.runstate import RunState
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, Inbox
 
 
 class FakeMachine:
@@ -20,6 +23,10 @@ class FakeMachine:
 
     def __init__(self, control: Reactor) -> None:
         self.control = control
+        self.begun: Inbox[str] = Inbox()
+        self.go = threading.Event()
+        self.go.set()
+        self.refuses: Exception | None = None
         self.name = "web1"
         self.state = RunState.RUNNING
         self.listeners: list[Any] = []
@@ -63,6 +70,30 @@ class FakeMachine:
     def set_link(self, name: str, *, up: bool) -> None:
         self.asked.append(f"set_link {name} {up}")
 
+    def device_add(self, table: dict[str, Any]) -> None:
+        self._slowly(f"device_add {json.dumps(table)}")
+
+    def device_del(self, name: str, *, force: bool = False) -> None:
+        self._slowly(f"device_del {name} {force}")
+
+    def netdev_add(self, table: dict[str, Any]) -> None:
+        self._slowly(f"netdev_add {json.dumps(table)}")
+
+    def netdev_del(self, name: str) -> None:
+        self._slowly(f"netdev_del {name}")
+
+    def _slowly(self, what: str) -> None:
+        """As a host that takes until ``go`` is set; never in the control thread, which must not wait."""
+        assert threading.current_thread() is not self.control.thread
+        self.begun.put(what)
+        assert self.go.wait(BOUND)
+        self.asked.append(what)
+        if self.refuses is not None:
+            raise self.refuses
+
+    def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
+        self.asked.append(f"announce {tuple(rounds)} {nics} {id}")
+
     def powerdown(self, limit: float | None = None) -> bool:
         self.asked.append(f"powerdown {limit}")
         return True
@@ -91,6 +122,10 @@ class Client:
         """Send raw bytes as they are, anything else as JSON."""
         self.socket.sendall(b"".join(m if isinstance(m, bytes) else json.dumps(m).encode() for m in messages))
 
+    def send_with(self, message: Any, *fds: int) -> None:
+        """Send JSON, and descriptors along with it."""
+        socket.send_fds(self.socket, [json.dumps(message).encode()], fds)
+
     def receive(self) -> Any:
         """The next message."""
         while b"\r\n" not in self._received:
@@ -115,3 +150,6 @@ class Client:
 
     def close(self) -> None:
         self.socket.close()
+
+
+Connect = Callable[..., Client]

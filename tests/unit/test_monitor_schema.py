@@ -103,13 +103,9 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as qemu:
         try:
             client = connect(path)
-            lines = client.makefile("rb")
-            lines.readline()
-            for name in ("qmp_capabilities", "query-qmp-schema"):
-                client.sendall(json.dumps({"execute": name}).encode())
-                answer = json.loads(lines.readline())
-            lines.close()
-            client.close()
+            with client, client.makefile("rb") as lines:
+                client.sendall(b'{"execute": "qmp_capabilities"}{"execute": "query-qmp-schema"}')
+                *_, answer = (json.loads(lines.readline()) for _ in range(3))
         finally:
             qemu.kill()
     return {entry["name"]: entry for entry in answer["return"]}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import logging
+import resource
 import socket
-from collections.abc import Callable, Iterator
+import stat
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
@@ -17,38 +18,13 @@ from hypothesis import strategies as st
 from kvmpy import __version__
 from kvmpy.errors import HostError
 from kvmpy.machine.machine import Machine
+from kvmpy.monitor import schema
 from kvmpy.monitor.commands import COMMANDS
 from kvmpy.monitor.server import MonitorServer
-from kvmpy.monitor.session import Session
+from kvmpy.monitor.session import TURN, Session
 from kvmpy.trace import Tracepoint
-from tests.fakes.loop import BOUND, open_descriptors, running, settle
-from tests.fakes.monitor import Client, FakeMachine
-
-
-@pytest.fixture
-def machine() -> Iterator[FakeMachine]:
-    with running("control") as control:
-        yield FakeMachine(control)
-
-
-@pytest.fixture
-def server(machine: FakeMachine, tmp_path: Path) -> Iterator[MonitorServer]:
-    with closing(MonitorServer(cast(Machine, machine), str(tmp_path / "qmp.sock"))) as server:
-        yield server
-
-
-Connect = Callable[..., Client]
-
-
-@pytest.fixture
-def connect(server: MonitorServer, tmp_path: Path) -> Iterator[Connect]:
-    """``connect(negotiate=False)``: a new client, hung up at the end."""
-    with ExitStack() as stack:
-
-        def make(*, negotiate: bool = True) -> Client:
-            return stack.enter_context(closing(Client(str(tmp_path / "qmp.sock"), negotiate=negotiate)))
-
-        yield make
+from tests.fakes.loop import BOUND, open_descriptors, settle
+from tests.fakes.monitor import Client, Connect, FakeMachine
 
 
 def error(kind: str, text: str) -> dict[str, Any]:
@@ -278,17 +254,61 @@ def test_client_that_hangs_up_is_forgotten(connect: Connect, server: MonitorServ
     assert open_descriptors() == before
 
 
-def test_clients_beyond_the_limit_are_turned_away_until_one_leaves(
-    connect: Connect, server: MonitorServer, tmp_path: Path, machine: FakeMachine
+def test_sessions_are_bounded_by_the_limit_of_open_files_and_those_beyond_are_told_once(
+    machine: FakeMachine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    clients = [connect() for _ in range(server._most)]
-    with socket.socket(socket.AF_UNIX) as another:
-        another.settimeout(BOUND)
-        another.connect(str(tmp_path / "qmp.sock"))
-        assert another.recv(1) == b""
-    clients[0].close()
-    settle(machine.control)
-    connect()
+    path = str(tmp_path / "qmp.sock")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8 * 40, hard))
+    try:
+        server = MonitorServer(cast(Machine, machine), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with closing(server), ExitStack() as stack:
+        clients = [stack.enter_context(closing(Client(path))) for _ in range(40)]
+        assert all(client.ask({"execute": "query-name"}) == {"return": {"name": "web1"}} for client in clients)
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as another:
+                another.settimeout(BOUND)
+                another.connect(path)
+                assert another.recv(1) == b""
+        assert [record.getMessage() for record in caplog.records] == [
+            "monitor: 40 clients are connected: others are turned away"
+        ]
+        clients[0].close()
+        settle(machine.control)
+        stack.enter_context(closing(Client(path)))
+
+
+def test_the_socket_is_the_owners_alone(server: MonitorServer, tmp_path: Path) -> None:
+    assert stat.S_IMODE((tmp_path / "qmp.sock").stat().st_mode) == 0o600
+
+
+def test_a_client_that_asks_without_end_leaves_others_their_turn(connect: Connect, machine: FakeMachine) -> None:
+    greedy, modest = connect(), connect()
+
+    def ask_at_once() -> None:
+        """In one callback of the control thread: both have said all before either is served."""
+        greedy.send(*[{"execute": "system_reset"} for _ in range(4 * TURN)])
+        modest.send({"execute": "set_link", "arguments": {"name": "net1", "up": True}})
+
+    machine.control.post(ask_at_once)
+    assert modest.receive() == {"return": {}}
+    assert [greedy.receive() for _ in range(4 * TURN)] == [{"return": {}}] * 4 * TURN
+    assert machine.asked.index("set_link net1 True") <= TURN
+    assert len(machine.asked) == 4 * TURN + 1
+
+
+def test_a_stream_of_garbage_without_end_is_answered_once_and_others_are_served(
+    connect: Connect, machine: FakeMachine
+) -> None:
+    endless, other = connect(), connect()
+    for _ in range(64):
+        endless.send(b"x" * (1 << 20))
+        assert other.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
+    assert endless.receive() == error("GenericError", "JSON parse error: expected an object")
+    endless.send(b" ")
+    assert endless.ask({"execute": "query-name"}) == {"return": {"name": "web1"}}
 
 
 def test_close_hangs_up_on_everybody_and_takes_the_socket_away(machine: FakeMachine, tmp_path: Path) -> None:
@@ -349,3 +369,55 @@ def test_each_device_is_shown_with_its_driver_and_its_place(connect: Connect) ->
 def test_a_cable_is_pulled_by_the_devices_name(connect: Connect, machine: FakeMachine) -> None:
     assert connect().ask({"execute": "set_link", "arguments": {"name": "net1", "up": False}}) == {"return": {}}
     assert machine.asked == ["set_link net1 False"]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "text"),
+    [
+        ("set_link", {}, "Parameter 'name' is missing"),
+        ("set_link", {"name": 1}, "Invalid parameter type for 'name', expected: string"),
+        ("set_link", {"name": "x", "up": "y"}, "Invalid parameter type for 'up', expected: boolean"),
+        ("set_link", {"name": "x", "up": 1}, "Invalid parameter type for 'up', expected: boolean"),
+        ("set_link", {"name": "x", "up": None}, "Invalid parameter type for 'up', expected: boolean"),
+        ("set_link", {"name": "x", "up": True, "z": 1}, "Parameter 'z' is unexpected"),
+        ("set_link", {"name": 1, "z": 1}, "Invalid parameter type for 'name', expected: string"),
+        ("announce-self", {"initial": 1.5}, "Invalid parameter type for 'initial', expected: integer"),
+        ("announce-self", {"initial": True}, "Invalid parameter type for 'initial', expected: integer"),
+        ("announce-self", {"initial": -1}, "Parameter 'initial' expects integer >= 0"),
+        ("announce-self", {"initial": 10**30}, "Parameter 'initial' expects integer <= 100000"),
+        (
+            "announce-self",
+            {"initial": 1, "max": 2, "rounds": 3, "step": 1, "interfaces": "a"},
+            "Invalid parameter type for 'interfaces', expected: array",
+        ),
+        (
+            "announce-self",
+            {"initial": 1, "max": 2, "rounds": 3, "step": 1, "interfaces": ["a", 1]},
+            "Invalid parameter type for 'interfaces[1]', expected: string",
+        ),
+        ("qmp_capabilities", {"enable": [None]}, "Invalid parameter type for 'enable[0]', expected: string"),
+        ("trace", {"name": "x" * 201}, "Parameter 'name' expects string of length <= 200"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_qemus_words(
+    connect: Connect, command: str, arguments: dict[str, Any], text: str
+) -> None:
+    client = connect(negotiate=command != "qmp_capabilities")
+    assert client.ask({"execute": command, "arguments": arguments}) == error("GenericError", text)
+
+
+def test_an_announcement_is_the_machines(connect: Connect, machine: FakeMachine) -> None:
+    arguments = {"initial": 50, "max": 550, "rounds": 5, "step": 100, "interfaces": ["net1"], "id": "a"}
+    assert connect().ask({"execute": "announce-self", "arguments": arguments}) == {"return": {}}
+    assert machine.asked == ["announce (50, 550, 5, 100) ['net1'] a"]
+
+
+def test_kvm_is_there_and_enabled(connect: Connect) -> None:
+    assert connect().ask({"execute": "query-kvm"}) == {"return": {"enabled": True, "present": True}}
+
+
+def test_the_schema_is_sent_whole_and_the_same_each_time(connect: Connect) -> None:
+    client = connect()
+    first, second = (client.ask({"execute": "query-qmp-schema", "id": n}) for n in (1, 10**40))
+    assert (first["id"], second["id"]) == (1, 10**40)
+    assert first["return"] == second["return"] == schema.entries(COMMANDS)
