@@ -91,7 +91,7 @@ class Types:
 def command_section(command: Command, types: Types) -> Iterator[str]:
     marks = [mark for mark, wanted in (("ours", command.ours), ("slow", command.slow)) if wanted]
     yield f"### {command.name}" + (f" ({', '.join(marks)})" if marks else "")
-    yield command.doc
+    yield inspect.getdoc(command.handler) or ""
     if issubclass(command.arguments[0], Table):
         yield from table_arguments(command)
     elif struct_fields(command.arguments[0]):

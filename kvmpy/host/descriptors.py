@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from typing import NamedTuple
 
 
 class Allowance:
@@ -58,22 +57,15 @@ class Descriptors:
             os.close(self.take(name))
 
 
-class Member(NamedTuple):
-    """A descriptor in a set, and what its sender said of it."""
-
-    fd: int
-    opaque: str | None
-
-
 class DescriptorSets:
-    """Sets of descriptors, by number."""
+    """Sets of descriptors, by number; a descriptor has what its sender said of it."""
 
     def __init__(self, allowance: Allowance) -> None:
         self._allowance = allowance
-        self._sets: dict[int, dict[int, Member]] = {}
+        self._sets: dict[int, dict[int, str | None]] = {}
 
-    def __iter__(self) -> Iterator[tuple[int, list[Member]]]:
-        return iter([(number, list(members.values())) for number, members in sorted(self._sets.items())])
+    def __iter__(self) -> Iterator[tuple[int, dict[int, str | None]]]:
+        return iter(sorted(self._sets.items()))
 
     def add(self, fd: int, number: int | None, opaque: str | None) -> int:
         """Keep ``fd`` in set ``number``, None is the first that is free; returns the number.
@@ -87,14 +79,15 @@ class DescriptorSets:
             raise
         if number is None:
             number = next(n for n in range(len(self._sets) + 1) if n not in self._sets)
-        self._sets.setdefault(number, {})[fd] = Member(fd, opaque)
+        self._sets.setdefault(number, {})[fd] = opaque
         return number
 
     def remove(self, number: int, fd: int | None) -> None:
         """Close a descriptor of a set, None is all of them. Raises KeyError."""
         members = self._sets[number]
         for gone in (fd,) if fd is not None else tuple(members):
-            os.close(members.pop(gone).fd)
+            del members[gone]
+            os.close(gone)
             self._allowance.give_back()
         if not members:
             del self._sets[number]

@@ -111,7 +111,7 @@ def remove_fd(caller: Caller, arguments: RemoveFd) -> Nothing:
 def query_fdsets(caller: Caller, _: NoArguments) -> list[FdsetInfo]:
     """List the sets of descriptors."""
     return [
-        FdsetInfo(fdset_id=number, fds=[FdsetFdInfo(fd=fd, opaque=opaque) for fd, opaque in members])
+        FdsetInfo(fdset_id=number, fds=[FdsetFdInfo(fd=fd, opaque=opaque) for fd, opaque in members.items()])
         for number, members in caller.descriptor_sets
     ]
 

@@ -6,8 +6,9 @@ A line is put in QMP's terms and the answer in words. What concerns devices is l
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Final, NamedTuple
+from typing import Annotated, Final
 
+import msgspec
 from msgspec import Meta
 
 from kvmpy.errors import CommandError
@@ -27,7 +28,7 @@ class HumanLine(Arguments, frozen=True, kw_only=True, rename="kebab"):
     cpu_index: int | None = None  # the vCPU that a line is about; none of ours is
 
 
-class Line(NamedTuple):
+class Line(msgspec.Struct, frozen=True):
     """What a line that begins with a certain word does: ``run`` is given the other words, one a parameter."""
 
     parameters: str

@@ -170,7 +170,16 @@ def encode(value: object) -> bytes:
     """As JSON in ASCII, as QEMU's is."""
     if isinstance(value, msgspec.Raw):  # it is so already
         return bytes(value)
-    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode()
+    return json.dumps(msgspec.to_builtins(value, enc_hook=_plain), separators=(",", ":")).encode()
+
+
+def _plain(value: object) -> object:
+    """The configuration's values are strings and numbers with a check."""
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, int):
+        return int(value)
+    raise TypeError(f"{type(value).__name__} has no place in a message")
 
 
 def _message(what: str, content: object, request: object) -> bytes:

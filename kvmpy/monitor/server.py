@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import resource
+import threading
 from typing import Any, Final
 
 from kvmpy.errors import HostError, errno_name
@@ -46,10 +47,25 @@ class MonitorServer:
 
     def close(self) -> None:
         """Hang up on everybody, and wait for what is under way."""
-        self._listener.close()
-        for session in tuple(self._sessions):
-            session.close()
+        control, done = self._machine.control, threading.Event()
+        try:
+            if control.thread in (None, threading.current_thread()):
+                self._hang_up(done)
+            else:
+                control.post(lambda: self._hang_up(done))
+                done.wait()
+        except RuntimeError:  # the loop has ended: nobody is at it any more
+            self._hang_up(done)
         self._workers.close()
+
+    def _hang_up(self, done: threading.Event) -> None:
+        """In the control thread, where sessions live, if there is one."""
+        try:
+            self._listener.close()
+            for session in tuple(self._sessions):
+                session.close()
+        finally:
+            done.set()
 
     def _accept(self, stream: SocketStream) -> None:
         if len(self._sessions) < self._most:

@@ -16,13 +16,12 @@ comment behind a field is its entry there. `kvmpy.monitor.commands` lists the co
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, Final, NamedTuple, Protocol, TypeVar, get_args, get_origin
+from typing import Any, Final, Protocol, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec.structs import FieldInfo, fields
@@ -85,7 +84,7 @@ A = TypeVar("A", bound=Arguments)
 Handler = Callable[[Caller, Any], Any]
 
 
-class Command(NamedTuple):
+class Command(msgspec.Struct, frozen=True):
     """One command. ``arguments`` has more than one kind where they are a table of the configuration."""
 
     name: str
@@ -96,11 +95,6 @@ class Command(NamedTuple):
     """QEMU has no such command."""
     slow: bool
     """It may wait for the host, so it runs in a thread of its own; its session waits with it, and nobody else."""
-
-    @property
-    def doc(self) -> str:
-        """What it does."""
-        return inspect.getdoc(self.handler) or ""
 
     def parse(self, arguments: dict[str, Any]) -> Any:
         """What the handler is given of a client's ``arguments``. Raises CommandError as QEMU words it."""

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kvmpy.config.schema import VirtioNetPci
-from kvmpy.config.values import Id
+from kvmpy.config.values import Backend, Id, Name
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.announce import Rounds
@@ -27,7 +27,7 @@ class FakeMachine:
         self.go = threading.Event()
         self.go.set()
         self.refuses: Exception | None = None
-        self.name = "web1"
+        self.name = Name("web1")
         self.state = RunState.RUNNING
         self.listeners: list[Any] = []
         self.asked: list[str] = []
@@ -47,7 +47,8 @@ class FakeMachine:
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(
-            console=SimpleNamespace(serial="stdio"), device=[VirtioNetPci(id=Id("net1"), netdev=Id("hostnet1"))]
+            console=SimpleNamespace(serial=Backend("stdio")),
+            device=[VirtioNetPci(id=Id("net1"), netdev=Id("hostnet1"))],
         )
 
     def emit(self, name: str, **data: Any) -> None:

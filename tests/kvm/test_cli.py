@@ -686,6 +686,12 @@ def test_qmp_prints_what_the_command_returns(kvmpy: Kvmpy, stopped: Process) -> 
     assert json.loads(out)["package"].startswith("kvmpy ")
 
 
+def test_qmp_without_a_command_lists_those_there_are(kvmpy: Kvmpy, stopped: Process) -> None:
+    code, out, err = kvmpy("qmp", "m")
+    assert (code, err) == (0, "")
+    assert {"query-status", "set_link name=STRING up=BOOLEAN"} <= set(out.splitlines())
+
+
 def test_qmp_gives_arguments_as_json(kvmpy: Kvmpy, running: Process) -> None:
     assert kvmpy("qmp", "m", "system_powerdown", "limit=0.1") == (0, "{}\n", "")
     assert running.wait(PATIENCE) == 0
@@ -696,9 +702,9 @@ def test_qmp_gives_arguments_as_json(kvmpy: Kvmpy, running: Process) -> None:
     [
         (["no-such"], "no-such: The command no-such has not been found"),
         (["query-name", "x=1"], "query-name: Parameter 'x' is unexpected"),
-        (["system_powerdown", "limit=soon"], "system_powerdown: Invalid arguments: Expected `float | null`, got `str`"),
-        (["system_powerdown", "limit=NaN"], "system_powerdown: Invalid arguments: Expected `float | null`, got `str`"),
-        (["system_powerdown", "limit=-1"], "system_powerdown: "),
+        (["system_powerdown", "limit=soon"], "system_powerdown: Invalid parameter type for 'limit', expected: number"),
+        (["system_powerdown", "limit=NaN"], "system_powerdown: Invalid parameter type for 'limit', expected: number"),
+        (["system_powerdown", "limit=-1"], "system_powerdown: Parameter 'limit' expects number >= 0.0"),
     ],
     ids=["unknown command", "unknown argument", "wrong type", "no number", "wrong value"],
 )

@@ -31,7 +31,8 @@ def ask(name):
     lines = client.makefile()
     lines.readline()
     for command in sys.argv[2:]:
-        client.sendall(json.dumps({"execute": command}).encode())
+        name, _, arguments = command.partition(" ")
+        client.sendall(json.dumps({"execute": name, "arguments": json.loads(arguments or "{}")}).encode())
         while "timestamp" in (answer := json.loads(lines.readline())):
             pass
         assert "return" in answer, answer
@@ -42,7 +43,11 @@ sys.exit(code)
 """
 COMMANDS = (
     *("qmp_capabilities", "query-version", "query-commands", "query-name", "query-status", "query-cpus-fast"),
-    *("query-machine", "stop", "cont", "system_reset", "system_powerdown", "quit"),
+    *("query-machine", "query-kvm", "query-pci", "query-qmp-schema", "query-fdsets"),
+    'announce-self {"initial": 1, "max": 1, "rounds": 2, "step": 0}',
+    'human-monitor-command {"command-line": "info status"}',
+    'trace {"name": "bus.unclaimed"}',
+    *("stop", "cont", "system_reset", "system_powerdown", "quit"),
 )
 
 

@@ -9,15 +9,17 @@ import socket
 import stat
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import fields
 
 from kvmpy import __version__
 from kvmpy.errors import HostError
 from kvmpy.machine.machine import Machine
+from kvmpy.machine.runstate import RunState
 from kvmpy.monitor import schema
 from kvmpy.monitor.commands import COMMANDS
 from kvmpy.monitor.server import MonitorServer
@@ -25,6 +27,7 @@ from kvmpy.monitor.session import TURN, Session
 from kvmpy.trace import Tracepoint
 from tests.fakes.loop import BOUND, open_descriptors, settle
 from tests.fakes.monitor import Client, Connect, FakeMachine
+from tests.fakes.pci import Board
 
 
 def error(kind: str, text: str) -> dict[str, Any]:
@@ -421,3 +424,26 @@ def test_the_schema_is_sent_whole_and_the_same_each_time(connect: Connect) -> No
     first, second = (client.ask({"execute": "query-qmp-schema", "id": n}) for n in (1, 10**40))
     assert (first["id"], second["id"]) == (1, 10**40)
     assert first["return"] == second["return"] == schema.entries(COMMANDS)
+
+
+KEYS: Final = sorted({field.encode_name for c in COMMANDS.values() for kind in c.arguments for field in fields(kind)})
+VALUES: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), name=st.sampled_from(sorted(COMMANDS)))
+def test_no_arguments_make_a_command_fail_in_us(
+    connect: Connect, machine: FakeMachine, data: st.DataObject, name: str
+) -> None:
+    machine.board.pci = Board().root
+    machine.state = RunState.RUNNING
+    arguments = data.draw(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4))
+    with closing(connect()) as client:
+        client.send({"execute": name, "arguments": arguments, "id": "asked"})
+        while "id" not in (answer := client.receive()):
+            pass
+    assert "return" in answer or not answer["error"]["desc"].startswith("kvmpy's own mistake"), answer
