@@ -44,7 +44,7 @@ class Client:
         path = os.path.join(machine.directory, rundir.QMP_SOCKET)
         with contextlib.ExitStack() as resources:
             self._socket = resources.enter_context(socket.socket(socket.AF_UNIX))
-            self._socket.settimeout(PATIENCE if patience is None else patience)
+            self._socket.settimeout(PATIENCE if patience is None else min(patience, PATIENCE))
             try:
                 self._socket.connect(path)
             except OSError as e:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.errors import ConfigError
+
+# The longest a command may take: a device that is plugged in may have all of the guest's memory mapped for it first.
+COMMAND_PATIENCE: Final = 600.0
 
 
 def qmp(args: argparse.Namespace) -> int:
     """Send one monitor command and print what it returns, as JSON; without one, list those there are."""
     arguments = parse_arguments(args.arguments)
-    with Client(find(args.name)) as client:
+    with Client(find(args.name), COMMAND_PATIENCE) as client:
         if args.command is None:
             print("\n".join(usages(client("query-qmp-schema"))))
         else:

@@ -33,7 +33,7 @@ def qmp_capabilities(caller: Caller, arguments: Negotiation) -> Nothing:
 @command("query-qmp-schema", NoArguments, list[dict[str, Any]], slow=True)
 def query_qmp_schema(caller: Caller, _: NoArguments) -> Any:
     """Say what commands and events there are and what is in them, in QEMU's introspection format."""
-    return msgspec.Raw(schema.encoded(caller.commands))
+    return msgspec.Raw(schema.encoded(tuple(caller.commands.values())))
 
 
 @command("trace", TraceGlob, list[str], ours=True)

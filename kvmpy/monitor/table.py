@@ -6,7 +6,7 @@
         name: str  # the device's id, or its netdev's
         up: bool  # whether the cable is plugged in
 
-    @command("set_link", SetLink)
+    @command("set_link", SetLink, Nothing)
     def set_link(caller: Caller, arguments: SetLink) -> Nothing:
         "Plug a network device's cable in, or pull it."
 
@@ -35,7 +35,7 @@ from kvmpy.machine.machine import Machine
 JSON_NAMES: Final = {str: "string", int: "integer", bool: "boolean", float: "number"}
 
 
-class Arguments(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+class Arguments(msgspec.Struct, frozen=True, kw_only=True):
     """What a client says beside a command's name. A field with a default may be left out."""
 
 

@@ -18,6 +18,7 @@ class Workers:
 
     def __init__(self, control: Reactor) -> None:
         self._control = control
+        self._lock = threading.Lock()
         self._threads: set[threading.Thread] = set()
 
     def start(self, name: str, work: Callable[[], T], then: Callable[[T], object]) -> None:
@@ -26,16 +27,19 @@ class Workers:
         Raises CommandError where there is no thread to be had.
         """
         thread = threading.Thread(target=self._run, args=(work, then), name=f"qmp {name}", daemon=True)
-        self._threads.add(thread)
+        with self._lock:
+            self._threads.add(thread)
         try:
             thread.start()
         except RuntimeError as e:
-            self._threads.discard(thread)
+            self._forget(thread)
             raise CommandError(f"{name}: EAGAIN: no thread for it; raise the limit of processes (ulimit -u)") from e
 
     def close(self) -> None:
         """Wait for those under way: what they work on is about to go. Not by control, which they may need."""
-        for thread in tuple(self._threads):
+        with self._lock:
+            threads = tuple(self._threads)
+        for thread in threads:
             thread.join()
 
     def _run(self, work: Callable[[], T], then: Callable[[T], object]) -> None:
@@ -44,4 +48,8 @@ class Workers:
             with contextlib.suppress(RuntimeError):  # the machine is being closed: nobody hears of it any more
                 self._control.post(lambda: then(result))
         finally:
-            self._threads.discard(threading.current_thread())
+            self._forget(threading.current_thread())
+
+    def _forget(self, thread: threading.Thread) -> None:
+        with self._lock:
+            self._threads.discard(thread)

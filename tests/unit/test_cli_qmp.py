@@ -48,7 +48,7 @@ def test_what_contradicts_itself_is_refused(typed: list[str], error: str) -> Non
 
 
 def test_every_command_is_listed_with_its_arguments() -> None:
-    lines = list(usages(schema.entries(COMMANDS)))
+    lines = list(usages(schema.entries(COMMANDS.values())))
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
     assert "query-status" in lines
     assert "set_link name=STRING up=BOOLEAN" in lines

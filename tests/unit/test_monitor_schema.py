@@ -23,7 +23,7 @@ from scripts import qmp_reference
 from tests.fakes.loop import BOUND
 
 SOURCE: Final = Path(schema.__file__).parents[1]
-ENTRIES: Final = schema.entries(COMMANDS)
+ENTRIES: Final = schema.entries(COMMANDS.values())
 BY_NAME: Final = {entry["name"]: entry for entry in ENTRIES}
 DECLARED: Final = {event.NAME: event for event in EVENTS}
 
