@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -295,3 +296,19 @@ def test_pairs_share_the_frames(netns: Namespace, loop: Reactor, resources: Exit
 
 def test_large_frame_fits_the_largest_that_is_expected() -> None:
     assert LARGEST <= ROOM
+
+
+def test_a_bridge_learns_from_an_announcement_where_the_guest_is(host: Host, netns: Namespace) -> None:
+    netns.ip("link", "add", "br0", "type", "bridge")
+    netns.ip("link", "set", "br0", "up")
+    netns.ip("link", "set", NAME, "master", "br0")
+
+    def learned() -> bool:
+        command = ["bridge", "fdb", "show", "dynamic", "brport", NAME]
+        shown = netns.run(lambda: subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        return MAC.hex(":") in shown
+
+    assert not learned()
+    until(host, lambda: "forwarding" in netns.ip("-d", "link", "show", NAME))
+    assert host.net.announce_from_here()
+    until(host, learned)
