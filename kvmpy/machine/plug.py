@@ -87,7 +87,8 @@ class Plugger:
         taken = {port.slot for port in self._config.root_port}
         slots = (slot for slot in itertools.count(1) if slot not in taken)
         for port in self._config.root_port:
-            self._ports[port.id] = RootPort(port.id, next(slots) if port.slot is None else port.slot, self._host.sink)
+            number = next(slots) if port.slot is None else port.slot
+            self._ports[port.id] = RootPort(port.id, number, self._host.sink, self._host.io.timer)
             self._on_root_bus(self._ports[port.id])
         for table in self._config.device:
             self._plug(table)

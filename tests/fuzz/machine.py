@@ -98,7 +98,7 @@ class FuzzMachine:
         self.mmio.map(*layout.ECAM, self.root.ecam)
         self.devices.append(self.root.ports)
         self.functions: list[PciFunction[Any]] = []
-        self.ports = [RootPort(f"rp{slot}", slot, self.sink) for slot in (1, 2, 3, 4)]
+        self.ports = [RootPort(f"rp{slot}", slot, self.sink, self.io.timer) for slot in (1, 2, 3, 4)]
         self._add(HostBridge("host-bridge"), 0)
         for number, port in enumerate(self.ports, 1):
             self._add(port, number)
