@@ -96,7 +96,7 @@ def _machine(machine: Machine, _: NoArguments) -> dict[str, Any]:
 
 def _devices(machine: Machine) -> list[dict[str, Any]]:
     """Those of the configuration: driver, PCI address now, and what each says of itself."""
-    drivers = {str(table.id): table.__struct_config__.tag for table in machine.config.device}
+    drivers = {name: plugged.driver for name, plugged in machine.board.inventory.plugged.items()}
     places = {f.name: f"{bus:02x}:{device:02x}.{number:x}" for bus, device, number, f in machine.board.pci.functions()}
     return [
         {"id": name, "driver": drivers[name], "address": places.get(name), **device.info()}

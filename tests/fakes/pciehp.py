@@ -167,7 +167,7 @@ class Pciehp:
             if self.state is State.BLINKING_OFF:
                 yield from self._disable()
             elif self.state is State.BLINKING_ON:
-                yield from self._enable()
+                yield from self._changed()
             return
         events, self._pending = self._pending, 0
         if events & SlotStatus.BUTTON:

@@ -77,7 +77,7 @@ class Slot:
         self._control = 0
         self.present = self.waiting = self.requested = False
         self._pressed = False  # for this request
-        self._answered = False  # the indicator has blinked since
+        self._answered = False  # the indicator, which was on, blinks since
         self._used = False  # the indicator has been on since the card came, or was turned on
         self._given_up = False
         self._paused_at: float | None = now()
@@ -104,13 +104,12 @@ class Slot:
         """Ask no more. True if that was in time to press the button again, which has the guest keep the card."""
         if not self.requested:
             return False
-        in_time = self._pressed and self._now() - self._last_press < CANCEL_WITHIN
-        self.requested = False
+        in_time = self._answered and self._now() - self._last_press < CANCEL_WITHIN
+        self.requested = self._answered = False
         self._timer.cancel()
-        if in_time and self.indicator is Indicator.BLINK:
+        if in_time:
             self._press()
-            return True
-        return False
+        return in_time
 
     def remove(self) -> None:
         """The card leaves unasked, whatever the guest does with it."""
@@ -122,16 +121,17 @@ class Slot:
         """Slot control has changed."""
         self._control, now = new, self._now()
         before, after = _indicator(old), _indicator(new)
+        was_answered = self._answered
         if before is not after:
             self._steady = now
-            self._answered |= self._pressed and after is Indicator.BLINK
+            self._answered = self._pressed and (before, after) == (Indicator.ON, Indicator.BLINK)
         if new & ~old & SlotControl.POWER_OFF:
             self._power_off = now
         if self.present and self._is_off(new) and not self._is_off(old):
             self._turned_off(old, new)
         elif self.present and after is Indicator.ON:
             self._used, self._given_up = True, False
-            if self.requested and self._answered and before is Indicator.BLINK:
+            if self.requested and was_answered and before is Indicator.BLINK:
                 self.requested = False
                 self._hands.refused()
         self._consider()
