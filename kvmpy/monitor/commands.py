@@ -140,6 +140,18 @@ COMMANDS: Final[dict[str, tuple[type[msgspec.Struct], Handler]]] = {
 }
 
 
+def _device_del(machine: Machine, arguments: dict[str, Any]) -> None:
+    machine.device_del(str(arguments.get("id")), force=arguments.get("force") is True)
+
+
+# Their arguments are tables of the configuration.
+PLUGGING: Final[dict[str, Callable[[Machine, dict[str, Any]], None]]] = {
+    "device_add": lambda machine, arguments: machine.device_add(arguments),
+    "device_del": _device_del,
+    "netdev_add": lambda machine, arguments: machine.netdev_add(arguments),
+    "netdev_del": lambda machine, arguments: machine.netdev_del(str(arguments.get("id"))),
+}
+
 # What concerns the client's own session, which knows how: server.py
 OF_A_SESSION: Final = ("qmp_capabilities", "trace")
 
@@ -151,6 +163,9 @@ def version() -> dict[str, Any]:
 
 def execute(machine: Machine, name: str, arguments: dict[str, Any]) -> Any:
     """Run a command. Raises CommandError as QEMU words it."""
+    if name in PLUGGING:
+        PLUGGING[name](machine, arguments)
+        return {}
     if name not in COMMANDS:
         raise CommandError(f"The command {name} has not been found", "CommandNotFound")
     kind, handler = COMMANDS[name]
