@@ -344,7 +344,7 @@ def test_netdevs_come_and_go(rig: Rig) -> None:
     machine.netdev_add(tap)
     with pytest.raises(CommandError, match="Duplicate ID 'hostnet2' for netdev"):
         machine.netdev_add(tap)
-    with pytest.raises(CommandError, match="Parameter 'ifname': .tap-other. is taken by .hostnet2."):
+    with pytest.raises(CommandError, match=r"Parameter 'ifname': .tap-other. is taken by .hostnet2."):
         machine.netdev_add(tap | {"id": "hostnet3"})
     machine.netdev_del("hostnet2")
     machine.netdev_add(tap)
