@@ -407,7 +407,7 @@ def test_a_machine_is_closed_while_devices_come_and_go(config: Path) -> None:
             def churn(rig: Rig = rig, stop: threading.Event = stop) -> None:
                 while not stop.is_set():
                     try:
-                        rig.add(BLK)
+                        rig.machine.device_add(BLK)
                         rig.machine.device_del("vd1", force=True)
                     except CommandError:
                         pass
