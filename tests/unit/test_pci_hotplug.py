@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.function import PciFunction
-from kvmpy.devices.pci.root_port import RootPortState
+from kvmpy.devices.pci.port_registers import RootPortState
 from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.pci import Board, Card, open_windows

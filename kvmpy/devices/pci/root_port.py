@@ -1,12 +1,7 @@
-"""A root port: the bridge to one hot-pluggable slot.
+"""A root port: the bridge to one hot-pluggable slot, and the way in and out of that.
 
-PCI Express Base 5.0, sections 7.5.1.3 (header of type 1), 7.5.3 (link, slot and root registers) and 6.7 (hot-plug).
-What the guest writes takes effect at once: bus numbers, windows, and whether what is behind can be reached. Where that
-ends (slot power off, link disabled, secondary bus reset) the function is reset, and answers nothing.
-
-The link is reported active from the moment a card comes, also while the guest has not given the slot power: Linux
-takes no interrupt for presence where there is a button, but it does for the link. What is pending at the slot, and
-when, is `slot.Slot`'s business; here are the registers, and the way in and out.
+PCI Express Base 5.0, section 6.7 (hot-plug); `port_registers` has the registers. What is pending at the slot, and when,
+is `slot.Slot`'s business; here is what is done then.
 """
 
 from __future__ import annotations
@@ -14,39 +9,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from kvmpy.devices.pci.bar import BarKind
-from kvmpy.devices.pci.bridge import NOWHERE, BridgeControl, BridgeHeader
-from kvmpy.devices.pci.config import Command, PciIds
-from kvmpy.devices.pci.express import (
-    PORT_NUMBER_SHIFT,
-    SLOT_EMPTY,
-    SLOT_NUMBER_SHIFT,
-    SLOT_NUMBERS,
-    SLOT_OCCUPIED,
-    Link,
-    RootPortCapability,
-    SlotControl,
-    SlotStatus,
-)
-from kvmpy.devices.pci.function import PciFunction, PciFunctionState
-from kvmpy.devices.pci.msi import Msi
+from kvmpy.devices.pci.express import SLOT_EMPTY, SLOT_OCCUPIED, Link, SlotControl, SlotStatus
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.pci.port_registers import PortRegisters
 from kvmpy.devices.pci.slot import MakeTimer, Slot
 from kvmpy.irq import MsiSink
 from kvmpy.trace import Tracepoint
 
-IDS: Final = PciIds(vendor=0x1B36, device=0x000C, class_code=0x06_0400)  # as QEMU's pcie-root-port: drivers know it
-
 trace_slot = Tracepoint("pci.slot", "port what card")
-
-
-class Forwards(NamedTuple):
-    """What a port passes on to the other side now."""
-
-    io: range = NOWHERE
-    memory: range = NOWHERE
-    prefetchable: range = NOWHERE
 
 
 class Seats(Protocol):
@@ -61,13 +34,8 @@ class Seats(Protocol):
         """It is not any more; none of its BARs is mapped and its interrupt is low."""
 
 
-class RootPortState(PciFunctionState):
-    NAME = "pcie-root-port"
-    VERSION = 1
-
-
-class RootPort(PciFunction[RootPortState]):
-    """The port of physical slot ``slot``, which must be the only one with that number. It interrupts by MSI, else INTx.
+class RootPort(PortRegisters):
+    """The port of physical slot ``slot``, which must be the only one with that number.
 
     ``behind`` is the function in the slot; ``forwards`` what reaches it, for any thread to read. The callbacks are
     made under the locks of root and port, and may only post: ``on_released(function)`` once a function is out of the
@@ -75,10 +43,6 @@ class RootPort(PciFunction[RootPortState]):
     when it cannot use one. ``timer`` and ``now``, in seconds, are the host's. Without a power controller a card has
     power while it is in the slot, and the guest lets it go a second sooner.
     """
-
-    header: BridgeHeader
-    express: RootPortCapability
-    msi: Msi
 
     def __init__(
         self,
@@ -90,38 +54,15 @@ class RootPort(PciFunction[RootPortState]):
         *,
         power_controller: bool = True,
     ) -> None:
-        if slot not in SLOT_NUMBERS:
-            raise ValueError(f"{name}: no slot can have the number {slot}")
-        super().__init__(name, RootPortState(), IDS, header=BridgeHeader, express=RootPortCapability)
-        self.express.preset(
-            slot_capability=self.express.slot_capability | slot << SLOT_NUMBER_SHIFT,
-            link_capability=self.express.link_capability | (slot & 0xFF) << PORT_NUMBER_SHIFT,
-        )
-        if not power_controller:
-            self.express.leave_out_power_controller()
-        self.add_msi(sink)
-        self.slot = slot
-        self.behind: PciFunction[Any] | None = None
-        self.forwards = Forwards()
+        super().__init__(name, slot, sink, power_controller=power_controller)
         self.seats: Seats | None = None  # set by PciRoot
         self.on_released: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_refused: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_failed: Callable[[PciFunction[Any], str], object] = lambda function, reason: None
         self._waiting: PciFunction[Any] | None = None
-        self._reachable = self._interrupting = False
         self._slot = Slot(self, timer(self._tick), now, power_controller=power_controller)
         self._slot.settle(self.express.slot_control, present=False)
-        self.header.on_window = self._decode
-        self.header.on_bridge_control = self._follow_link
-        self.express.on_link = self._follow_link
         self.express.on_slot = self._slot_written
-        self.express.on_events = self._drive
-        self.msi.on_change = self._drive
-
-    @property
-    def reachable(self) -> bool:
-        """Whether the function behind answers."""
-        return self._reachable
 
     @property
     def card(self) -> PciFunction[Any] | None:
@@ -154,7 +95,7 @@ class RootPort(PciFunction[RootPortState]):
         with self._seats().lock, self.lock:
             if self.behind is not None and self._slot.requested:
                 self._slot.remove()
-                self._take_out(self.behind)
+                self._lose(self.behind)
             elif self._waiting is not None:
                 self._slot.settle(self.express.slot_control, present=True)
                 self.show()
@@ -185,7 +126,7 @@ class RootPort(PciFunction[RootPortState]):
         with self._seats().lock, self.lock:
             if self.card is not None:
                 self._slot.remove()
-                self.release()
+                self.take_out()
 
     # What the slot has us do (`slot.Hands`), with both locks
 
@@ -208,13 +149,13 @@ class RootPort(PciFunction[RootPortState]):
         self._report_link(active=not self._is_link_held())
         self._drive()
 
-    def release(self) -> None:
+    def take_out(self) -> None:
         """The card leaves."""
         if self._waiting is not None:
             function, self._waiting = self._waiting, None
             self.on_released(function)
         elif self.behind is not None:
-            self._take_out(self.behind)
+            self._lose(self.behind)
 
     def refused(self) -> None:
         """The guest keeps the card."""
@@ -229,10 +170,6 @@ class RootPort(PciFunction[RootPortState]):
             self.on_failed(self.behind, reason)
 
     # The life cycle
-
-    def config_write(self, offset: int, size: int, value: int) -> None:
-        with self.lock:
-            super().config_write(offset, size, self.express.keep_unseen_events(offset, size, value))
 
     def post_load(self) -> None:
         # Whether a card is there is a fact of this machine; the function behind has a state of its own.
@@ -288,7 +225,7 @@ class RootPort(PciFunction[RootPortState]):
         self._seats().unseat(function)
         self.header.set_io_window(there=False)
 
-    def _take_out(self, function: PciFunction[Any]) -> None:
+    def _lose(self, function: PciFunction[Any]) -> None:
         self._trace("released")
         self._unseat(function)
         self._preset_only_for_reset(SLOT_EMPTY, 0)
@@ -303,16 +240,6 @@ class RootPort(PciFunction[RootPortState]):
         self._reach()
         self._set_link(active=self._reachable)
 
-    def _preset_only_for_reset(self, control: int, status: int) -> None:
-        now = self.express.slot_control, self.express.slot_status
-        self.express.preset(slot_control=self._possible(control), slot_status=status)
-        self.express.slot_control, self.express.slot_status = now
-
-    def _possible(self, control: int) -> int:
-        return control if self.express.has_power_controller else control & ~SlotControl.POWER_OFF
-
-    # Registers
-
     def _tick(self) -> None:
         with self._seats().lock, self.lock:
             self._slot.tick()
@@ -322,60 +249,6 @@ class RootPort(PciFunction[RootPortState]):
             self._follow_link()
         self._slot.control_written(old, new)
         self._drive()
-
-    def _is_link_held(self) -> bool:
-        """The guest keeps the link down."""
-        return bool(
-            self.express.link_control & Link.DISABLE or self.header.bridge_control & BridgeControl.SECONDARY_BUS_RESET
-        )
-
-    def _follow_link(self) -> None:
-        """Whether the function answers may have changed. Where it does no longer, it is reset."""
-        was = self._reachable
-        self._reach()
-        if was and not self._reachable and self.behind is not None:
-            with self.behind.lock:
-                self.behind.bus_reset()
-        self._report_link(active=self._reachable)
-        self._drive()
-
-    def _reach(self) -> None:
-        has_power = not self.express.slot_control & SlotControl.POWER_OFF
-        self._reachable = self.behind is not None and has_power and not self._is_link_held()
-        self._decode()
-
-    def _report_link(self, *, active: bool) -> None:
-        """Say that the link has changed, if it has."""
-        if active != bool(self.express.link_status & Link.ACTIVE):
-            self.express.slot_status |= SlotStatus.LINK_CHANGED
-            self._set_link(active=active)
-
-    def _set_link(self, *, active: bool) -> None:
-        status = self.express.link_status
-        self.express.link_status = status | Link.ACTIVE if active else status & ~Link.ACTIVE
-
-    def _drive(self) -> None:
-        """Interrupt as the events say: by one message each time they begin, or by a level while there are any."""
-        wanted = self.express.interrupt_wanted
-        interrupting = wanted and self.msi.enabled
-        if interrupting and not self._interrupting:
-            self.msi.signal()
-        elif self._interrupting and not interrupting:
-            self.msi.discard()  # one that is masked still: its reason is gone
-        self._interrupting = interrupting
-        self.intx.set(level=wanted and not self.msi.enabled)
-
-    def _decode(self) -> None:
-        super()._decode()
-        header, command, up = self.header, self.header.command, self._reachable
-        forwards = Forwards(
-            io=header.io if up and command & Command.IO else NOWHERE,
-            memory=header.memory if up and command & Command.MEMORY else NOWHERE,
-            prefetchable=header.prefetchable if up and command & Command.MEMORY else NOWHERE,
-        )
-        if forwards != self.forwards:
-            self.forwards = forwards
-            self.on_decode()
 
     def _trace(self, what: str) -> None:
         if trace_slot:

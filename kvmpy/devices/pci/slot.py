@@ -54,7 +54,7 @@ class Hands(Protocol):
     def show(self) -> None:
         """The card that waits may be seen from now on."""
 
-    def release(self) -> None:
+    def take_out(self) -> None:
         """The guest is done with the card, or never saw it: it leaves."""
 
     def refused(self) -> None:
@@ -181,7 +181,7 @@ class Slot:
         self._timer.cancel()
         if self.requested and (self.waiting or (self.present and self.unused)):
             self._leave()
-            self._hands.release()
+            self._hands.take_out()
         if self._paused_at is not None:
             return
         due = None
@@ -235,7 +235,7 @@ class Slot:
             )
         else:
             self._leave()
-            self._hands.release()
+            self._hands.take_out()
 
     def _leave(self) -> None:
         self._timer.cancel()
