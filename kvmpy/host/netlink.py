@@ -95,6 +95,15 @@ class Namespace:
                 raise
         return self._facts(port, joined)
 
+    def detach(self, ifname: str) -> list[str]:
+        """Take back what `attach` did for ``ifname``, and leave bridges without a port of ours."""
+        with self._namespace.locked():
+            mine = [pair for pair in self._ports if pair[0].name == ifname]
+            self._ports = [pair for pair in self._ports if pair not in mine]
+            left = self._bridges - {wanted.master for _, wanted in self._ports}
+            self._bridges -= left
+            return self._take_back(mine, left)
+
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
         try:
@@ -256,6 +265,11 @@ class Helper:
         """See Namespace.attach; ``netns`` is the path of the namespace, None for our own. Raises HostError."""
         return self._namespace(netns).attach(ifname, bridge, mtu)
 
+    def detach(self, *, ifname: str, netns: str | None) -> None:
+        """See Namespace.detach. Raises HostError with what could not be taken back."""
+        if left := self._namespace(netns).detach(ifname):
+            raise HostError("; ".join(left))
+
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
         return [problem for namespace in self._namespaces.values() for problem in namespace.close()]
@@ -291,7 +305,11 @@ ATTACH: Final[Fields] = {
     "netns": (_is_path, "the path of a network namespace"),
 }
 OPTIONAL: Final = frozenset({"bridge", "mtu", "netns"})  # may be null
-REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any]], Fields]]] = {"attach": (Helper.attach, ATTACH)}
+DETACH: Final[Fields] = {"ifname": ATTACH["ifname"], "netns": ATTACH["netns"]}
+REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any] | None], Fields]]] = {
+    "attach": (Helper.attach, ATTACH),
+    "detach": (Helper.detach, DETACH),
+}
 
 
 def serve(control: socket.socket, helper: Helper) -> None:

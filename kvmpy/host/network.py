@@ -105,6 +105,18 @@ class Network:
             _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
         return answer.ok
 
+    def detach(self, ifname: str, *, netns: str | None = None) -> None:
+        """Take back what `attach` did for ``ifname``, and its bridge if nobody needs that. Failures are logged."""
+        with self._lock:
+            if self._socket is None:
+                return
+            try:
+                problem = self._ask({"do": "detach", "ifname": ifname, "netns": netns}).error
+            except HostError as e:
+                problem = str(e)
+        if problem:
+            log.warning("network: %s: %s", ifname, problem)
+
     def close(self) -> None:
         """Have everything taken back, and wait for that; what cannot be is logged. Closing twice is allowed."""
         with self._lock:

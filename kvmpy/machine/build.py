@@ -17,6 +17,7 @@ from kvmpy.devices.debug_port import DebugPort
 from kvmpy.devices.i8042 import I8042
 from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.devices.pci.root import PciRoot
+from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
@@ -30,6 +31,7 @@ from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, located, mmio64, placed
+from kvmpy.machine.inventory import Inventory
 from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
 
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """The parts of one machine. ``devices`` is the order in which they are reset, and saved."""
+    """The parts of one machine. What is plugged in can change; the properties say what it is now."""
 
     system: System
     vm: Vm
@@ -49,22 +51,48 @@ class Board:
     pio: Bus
     mmio: Bus
     vcpus: tuple[Vcpu, ...]
-    devices: tuple[Device[Any], ...]
     serial: Serial16550
     acpi_pm: AcpiPm
     debug_port: DebugPort
     pci: PciRoot
     pci_windows: PciWindows
-    by_id: Mapping[str, VirtioDevice[Any]]
-    nics: Mapping[str, VirtioNet]
-    """Network devices by their id and by their netdev's. ``by_id`` has all devices of the configuration."""
+    inventory: Inventory
+    plugger: Plugger
+
+    @property
+    def devices(self) -> tuple[Device[Any], ...]:
+        """The order in which they are reset, and saved."""
+        return self.inventory.devices
+
+    @property
+    def by_id(self) -> Mapping[str, VirtioDevice[Any]]:
+        """The devices of the configuration, and those added since."""
+        return self.inventory.by_id
+
+    @property
+    def nics(self) -> Mapping[str, VirtioNet]:
+        """Network devices by their id and by their netdev's."""
+        return self.inventory.nics
+
+    @property
+    def ports(self) -> Mapping[str, RootPort]:
+        """The root ports by their id."""
+        return self.plugger.ports
 
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
         pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
 
 
-def build(config: Config, power: Power, console: Console, io: Reactor, report: Report, resources: ExitStack) -> Board:
+def build(
+    config: Config,
+    power: Power,
+    console: Console,
+    io: Reactor,
+    control: Reactor,
+    report: Report,
+    resources: ExitStack,
+) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
@@ -106,7 +134,9 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
     platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
     for device in platform:
         resources.callback(device.close)
-    plugger = Plugger(config, pci, Host(memory, io, vm, network, report), resources)
+    inventory = Inventory()
+    inventory.fix(platform)
+    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, control.timer), inventory, resources)
     plugger.plug_all()
     return Board(
         system=system,
@@ -115,14 +145,13 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
         pio=pio,
         mmio=mmio,
         vcpus=_build_vcpus(config, vm, resources),
-        devices=(*platform, *plugger.devices),
         serial=com1,
         acpi_pm=acpi_pm,
         debug_port=debug_port,
         pci=pci,
         pci_windows=windows,
-        by_id=plugger.by_id,
-        nics=plugger.nics,
+        inventory=inventory,
+        plugger=plugger,
     )
 
 
@@ -167,14 +196,18 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
 
 
 def _start_network(config: Config, resources: ExitStack) -> Network | None:
-    """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile."""
-    if not any(netdev.bridge for netdev in config.netdev):
+    """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile.
+
+    Where devices can be plugged in later, it can be started then.
+    """
+    if not config.root_port and not any(netdev.bridge for netdev in config.netdev):
         return None
     from kvmpy.host.network import Network
 
     network = Network(config.name)
     resources.callback(network.close)
-    network.start()
+    if any(netdev.bridge for netdev in config.netdev):
+        network.start()
     return network
 
 

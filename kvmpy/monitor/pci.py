@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from kvmpy.devices.pci.bar import BarKind
+from kvmpy.devices.pci.bridge import BridgeHeader
 from kvmpy.devices.pci.config import EndpointHeader
 from kvmpy.devices.pci.function import PciFunction
-from kvmpy.devices.pci.root_port import BridgeHeader
 from kvmpy.monitor.table import Caller, NoArguments, Reply, command
 
 # The classes a machine of ours can have, in QEMU's words

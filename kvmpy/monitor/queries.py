@@ -158,9 +158,8 @@ def query_machine(caller: Caller, _: NoArguments) -> MachineInfo:
 
 def _devices(caller: Caller) -> list[dict[str, Any]]:
     machine = caller.machine
-    drivers = {str(table.id): table.__struct_config__.tag for table in machine.config.device}
     places = {f.name: f"{bus:02x}:{device:02x}.{number:x}" for bus, device, number, f in machine.board.pci.functions()}
     return [
-        {"id": name, "driver": drivers[name], "address": places.get(name), **device.info()}
-        for name, device in machine.board.by_id.items()
+        {"id": name, "driver": plugged.driver, "address": places.get(name), **plugged.device.info()}
+        for name, plugged in machine.board.inventory.plugged.items()
     ]

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from kvmpy.config.schema import VirtioNetPci
-from kvmpy.config.values import Backend, Id, Name
+from kvmpy.config.values import Backend, Name
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.announce import Rounds
@@ -42,14 +41,17 @@ class FakeMachine:
             vcpus=(0, 1),
             memory=SimpleNamespace(size=512 << 20),
             acpi_pm=SimpleNamespace(power_button_enabled=True),
-            by_id={"net1": SimpleNamespace(info=lambda: {"link": "up"})},
+            inventory=SimpleNamespace(
+                plugged={
+                    "net1": SimpleNamespace(
+                        driver="virtio-net-pci", device=SimpleNamespace(info=lambda: {"link": "up"})
+                    )
+                }
+            ),
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
-        self.config = SimpleNamespace(
-            console=SimpleNamespace(serial=Backend("stdio")),
-            device=[VirtioNetPci(id=Id("net1"), netdev=Id("hostnet1"))],
-        )
+        self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")))
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

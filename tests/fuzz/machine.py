@@ -7,6 +7,7 @@ and a reader that is sometimes slow.
 from __future__ import annotations
 
 import mmap
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -98,7 +99,9 @@ class FuzzMachine:
         self.mmio.map(*layout.ECAM, self.root.ecam)
         self.devices.append(self.root.ports)
         self.functions: list[PciFunction[Any]] = []
-        self.ports = [RootPort(f"rp{slot}", slot, self.sink) for slot in (1, 2, 3, 4)]
+        self.places: list[tuple[RootPort, PciFunction[Any]]] = []
+        self.released: list[str] = []
+        self.ports = [RootPort(f"rp{slot}", slot, self.sink, self.io.timer) for slot in (1, 2, 3, 4)]
         self._add(HostBridge("host-bridge"), 0)
         for number, port in enumerate(self.ports, 1):
             self._add(port, number)
@@ -161,6 +164,8 @@ class FuzzMachine:
             "card", bars={0: (0x1000, BarKind.MEM32), 1: (0x20, BarKind.IO), 2: (0x10000, BarKind.MEM64_PREFETCHABLE)}
         )
         self._plug(self.ports[2], self.card)
+        self.spare = Card("spare", bars={0: (0x4000, BarKind.MEM64_PREFETCHABLE)}, pin=2)
+        self._plug(self.ports[3], self.spare)
 
     def _virtio_pci(self, device: VirtioDevice[Any]) -> VirtioPci:
         self.devices.append(device)
@@ -176,6 +181,8 @@ class FuzzMachine:
     def _plug(self, port: RootPort, function: PciFunction[Any]) -> None:
         self.devices.append(function)
         self.functions.append(function)
+        self.places.append((port, function))
+        port.on_released = lambda function: self.released.append(function.name)
         port.plug(function)
 
     @property
@@ -193,7 +200,11 @@ class FuzzMachine:
             device.pause()
 
     def reset(self) -> None:
-        """All as at power-on, then as firmware leaves it. The machine is paused."""
+        """All as at power-on, every card in its slot, then as firmware leaves it. The machine is paused."""
+        for port, function in self.places:
+            port.finish()
+            if port.card is None:
+                port.plug(function)
         for device in self.devices:
             with device.lock:
                 device.reset()
@@ -210,6 +221,16 @@ class FuzzMachine:
         for device in self.devices:
             with device.lock:
                 device.post_load()
+
+    # What an operator does, while the vCPUs run
+
+    def operate(self, dice: random.Random) -> None:
+        """Something with a slot: any time is right."""
+        port, function = dice.choice(self.places)
+        if port.card is None:
+            port.insert(function)
+        else:
+            dice.choice((port.request, port.request, port.cancel, port.tear_out))()
 
     # What a vCPU does
 

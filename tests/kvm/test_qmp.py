@@ -46,6 +46,8 @@ memory = "16MiB"
 serial = "null"
 [[root_port]]
 id = "root1"
+[[root_port]]
+id = "root2"
 [[device]]
 driver = "virtio-rng-pci"
 id = "rng1"
@@ -343,4 +345,43 @@ def test_another_user_is_kept_out_by_the_sockets_mode_and_where_that_is_opened_b
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: turned away a client of uid {STRANGER}: only root and our own are let in"
     ]
+    wait_for_exits(machine)
+
+
+# Hot-plug
+
+
+@pytest.mark.usefixtures("server")
+def test_devices_and_netdevs_come_and_go_by_the_library(machine: Machine, path: str) -> None:
+    rng: dict[str, object] = {"driver": "virtio-rng-pci", "id": "rng2", "bus": "root2"}
+
+    async def plug() -> dict[str, Any]:
+        seen: dict[str, Any] = {}
+        client = QMPClient("test")
+        await client.connect(path)
+        with client.listener(("DEVICE_DELETED",)) as events:
+            await client.execute("device_add", rng)
+            seen["machine"] = await client.execute("query-machine")
+            seen["again"] = await refusal(client, "device_add", rng)
+            seen["bus"] = await refusal(client, "device_add", {**rng, "id": "rng3", "bus": "root9"})
+            seen["driver"] = await refusal(client, "device_add", {"driver": "nope", "id": "x"})
+            seen["netdev"] = await refusal(client, "netdev_del", {"id": "no-such"})
+            await client.execute("device_del", {"id": "rng2", "force": True})
+            seen["deleted"] = (await events.get())["data"]
+            seen["gone"] = await refusal(client, "device_del", {"id": "rng2"})
+            await client.execute("device_add", rng)
+        await client.disconnect()
+        return seen
+
+    seen = asyncio.run(plug())
+    assert [(device["id"], device["driver"]) for device in seen["machine"]["devices"]] == [
+        ("rng1", "virtio-rng-pci"),
+        ("rng2", "virtio-rng-pci"),
+    ]
+    assert seen["deleted"] == {"device": "rng2", "path": "/machine/peripheral/rng2"}
+    assert seen["gone"] == ("DeviceNotFound", "Device 'rng2' not found")
+    assert seen["netdev"] == ("DeviceNotFound", "Device 'no-such' not found")
+    assert seen["again"] == ("GenericError", "Duplicate device ID 'rng2'")
+    assert seen["bus"][1].startswith("Bus 'root9' not found")
+    assert seen["driver"] == ("GenericError", "'nope' is not a valid device model name")
     wait_for_exits(machine)

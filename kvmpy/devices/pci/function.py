@@ -163,6 +163,14 @@ class PciFunction(Device[F]):
         """The link above went down: all is as at power-on, while the machine runs. With the lock."""
         self.reset()
 
+    def release(self) -> None:
+        """The function leaves its slot: from here on it reaches neither memory nor an interrupt. With the lock.
+
+        By a vCPU's thread: what takes long, such as the reset of a real device, is for `close`.
+        """
+        self._follow_bus_master(False)
+        self.bus_reset()
+
     def reset(self) -> None:
         self.state = type(self.state)()
         self.config.reset()

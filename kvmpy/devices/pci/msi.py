@@ -85,12 +85,16 @@ class MsiCapability(Capability, size=0x18):
 
 
 class Msi:
-    """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call."""
+    """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call.
+
+    ``on_change`` is told after the guest has changed a register of it.
+    """
 
     def __init__(self, name: str, capability: MsiCapability, vector: MsiVector) -> None:
         self._capability, self._vector, self._routed = capability, vector, RoutedVector(name, 0, vector)
         self.bus_master = False
-        capability.on_change = self.update
+        self.on_change: Callable[[], object] = lambda: None
+        capability.on_change = self._changed
         capability.is_pending = lambda: vector.pending
 
     @property
@@ -101,6 +105,10 @@ class Msi:
     def signal(self) -> None:
         """Send the message, or keep it while that is masked."""
         self._vector.signal()
+
+    def discard(self) -> None:
+        """Forget a message that is still kept."""
+        self._vector.discard()
 
     def update(self) -> None:
         """Route the vector as the registers now say."""
@@ -128,3 +136,7 @@ class Msi:
     def close(self) -> None:
         """Give the vector back."""
         self._vector.close()
+
+    def _changed(self) -> None:
+        self.update()
+        self.on_change()
