@@ -45,6 +45,13 @@ static int kvmpy_kick_signal(void)
     return SIGRTMIN;
 }
 
+/* By the kernel's id of the thread, which may have ended meanwhile (-ESRCH). pthread_kill would read the memory of a
+ * thread that has ended, and that may be unmapped. */
+static int kvmpy_kick(int thread, int signal_number)
+{
+    return syscall(SYS_tgkill, getpid(), thread, signal_number) < 0 ? -errno : 0;
+}
+
 /* Virtqueue indices (Virtio 1.2, 2.7): one access of 16 bits each, ordered against the rest of the ring. Python has
  * neither, and a bytes copy may be done byte by byte. */
 static uint16_t kvmpy_load16(const char *at)

@@ -33,7 +33,6 @@ MakeTimer = Callable[[Callable[[], object]], Timer]
 
 RAM_SIZE: Final = 128
 SECOND: Final = 1_000_000  # guest time is in microseconds
-DAY: Final = 86400
 UIP_LEAD: Final = 244
 HALF_SECOND: Final = SECOND // 2
 CRYSTAL_HZ: Final = 32768
@@ -277,20 +276,21 @@ class Cmos(Device[CmosState]):
     def _next_alarm(self, after: int) -> int | None:
         """The first second after ``after`` whose hour, minute and second match the alarm bytes, in guest time."""
         ram = self.state.ram
+        hours = {h for h in range(24) if _matches(ram[Reg.HOURS_ALARM], self._encode_hours(h))}
+        minutes = {m for m in range(60) if _matches(ram[Reg.MINUTES_ALARM], self._encode(m))}
+        seconds = {s for s in range(60) if _matches(ram[Reg.SECONDS_ALARM], self._encode(s))}
+        if not (hours and minutes and seconds):
+            return None
         second = after // SECOND + 1
-        end = second + DAY
-        while second < end:
-            minutes, s = divmod(second, 60)
-            h, m = minutes // 60 % 24, minutes % 60
-            if not _matches(ram[Reg.HOURS_ALARM], self._encode_hours(h)):
+        while True:  # at most a day's hours, an hour's minutes and a minute's seconds, once more after midnight
+            if second // 3600 % 24 not in hours:
                 second += 3600 - second % 3600
-            elif not _matches(ram[Reg.MINUTES_ALARM], self._encode(m)):
-                second += 60 - s
-            elif not _matches(ram[Reg.SECONDS_ALARM], self._encode(s)):
+            elif second // 60 % 60 not in minutes:
+                second += 60 - second % 60
+            elif second % 60 not in seconds:
                 second += 1
             else:
                 return second * SECOND
-        return None
 
     def _update_irq(self) -> None:
         """The line follows from the flags; the timer waits for the next flag that would raise it."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-import signal
 from typing import Any, Final, NamedTuple
 
 from kvmpy._native import ffi, lib
@@ -117,10 +116,13 @@ class Vcpu:
         at, size = self._reply_at
         self._shared[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
 
-    def kick(self, thread_ident: int) -> None:
-        """Make `run`, under way or about to begin in the thread of that ident, return `Interrupted`."""
+    def kick(self, thread: int) -> None:
+        """Make `run`, under way or about to begin in the thread of that native id, return `Interrupted`.
+
+        The thread may have ended.
+        """
         self._kvm_run.immediate_exit = 1
-        signal.pthread_kill(thread_ident, KICK_SIGNAL)
+        lib.kvmpy_kick(thread, KICK_SIGNAL)
 
     def accept(self) -> None:
         """Called by the vCPU's thread before it looks at what is asked of it: kicks up to here are heard."""

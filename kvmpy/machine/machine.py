@@ -306,17 +306,19 @@ class Machine:
         self.require_alive()
         if self.state is RunState.RUNNING:
             self._halt()
-            for vcpu in self.board.vcpus:
-                vcpu.tell_paused()
             self._become(RunState.PAUSED)
-            self._emit("STOP")
+            try:
+                for vcpu in self.board.vcpus:
+                    vcpu.tell_paused()
+            finally:
+                self._emit("STOP")
 
     def _resume(self) -> None:
         self.require_alive()
         if self.state is RunState.PAUSED:
             self._become(RunState.RUNNING)
-            self._run()
-            self._emit("RESUME")
+            if self._run():
+                self._emit("RESUME")
 
     def _reset(self, *, by_guest: bool) -> None:
         if by_guest and self.state is RunState.SHUTDOWN:
@@ -324,6 +326,16 @@ class Machine:
         self.require_alive()
         self._halt()
         self._boots += 1
+        try:
+            self._power_cycle()
+        except KvmpyError as e:
+            self._end(Outcome.HOST_ERROR, error=e)
+            return
+        if self.state is not RunState.RUNNING or self._run():
+            self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+
+    def _power_cycle(self) -> None:
+        """All as it was when the machine was made, and the kernel loaded anew. Raises KvmpyError."""
         board = self.board
         for port in board.ports.values():
             port.finish()
@@ -333,16 +345,8 @@ class Machine:
         for device in board.devices:
             with device.lock:
                 device.reset()
-        try:
-            board.set_up_pci()
-            entry = self.boot.load(board.memory)
-        except KvmpyError as e:
-            self._end(Outcome.HOST_ERROR, error=e)
-            return
-        registers.enter(board.vcpus[0], entry)
-        if self.state is RunState.RUNNING:
-            self._run()
-        self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+        board.set_up_pci()
+        registers.enter(board.vcpus[0], self.boot.load(board.memory))
 
     def _set_link(self, name: str, *, up: bool) -> None:
         nic = self.board.nics.get(name)
@@ -399,15 +403,16 @@ class Machine:
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
-    def _run(self) -> None:
-        """Let the devices go on, then the vCPUs. A host that fails a device ends the machine."""
+    def _run(self) -> bool:
+        """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
         try:
             for device in self.board.devices:
                 device.resume()
         except HostError as e:
             self._end(Outcome.HOST_ERROR, error=e)
-        else:
-            self._gate.open()
+            return False
+        self._gate.open()
+        return True
 
     def _halt(self) -> None:
         """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""

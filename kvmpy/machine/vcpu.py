@@ -113,8 +113,8 @@ class VcpuThread(threading.Thread):
 
     def kick(self) -> None:
         """Make the thread look at the gate soon. Any thread, itself included."""
-        if self.ident is not None and self.is_alive():
-            self.vcpu.kick(self.ident)
+        if self.native_id is not None and self.is_alive():
+            self.vcpu.kick(self.native_id)
 
     def step(self) -> bool:
         """Run to the next exit and serve it; False when the gate is to be looked at."""

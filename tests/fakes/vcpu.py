@@ -51,7 +51,7 @@ class FakeVcpu:
     def reply(self, value: int) -> None:
         self.replies.append(value)
 
-    def kick(self, thread_ident: int) -> None:
+    def kick(self, thread: int) -> None:
         with self._changed:
             self.kicks += 1
             self._immediate_exit = True

@@ -147,6 +147,34 @@ def test_a_kernel_that_is_gone_at_a_reset_ends_the_machine_and_says_so(make_conf
         assert "ENOENT" in str(machine.error)
 
 
+def test_a_host_that_fails_a_reset_ends_the_machine(spinning: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise HostError("KVM_SET_IRQCHIP: EIO")
+
+    monkeypatch.setattr(spinning.board.vm, "set_interrupt_state", fail)
+    spinning.reset()
+    assert spinning.wait(60) is Outcome.HOST_ERROR
+    assert str(spinning.error) == "KVM_SET_IRQCHIP: EIO"
+
+
+@pytest.mark.parametrize("change", ["resume", "reset"])
+def test_nothing_is_told_of_a_change_that_a_device_refuses(
+    spinning: Machine, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    def fail() -> None:
+        raise HostError("no thread for the disk")
+
+    events: list[str] = []
+    spinning.pause()
+    spinning.listeners.append(lambda name, data: events.append(name))
+    monkeypatch.setattr(spinning.board.devices[0], "resume", fail)
+    if change == "reset":
+        monkeypatch.setattr(spinning, "state", RunState.RUNNING)
+    getattr(spinning, change)()
+    assert spinning.wait(60) is Outcome.HOST_ERROR
+    assert events == ["SHUTDOWN"]
+
+
 def test_a_device_that_raises_costs_the_access_and_not_the_machine(
     make_config: MakeConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,13 +20,13 @@ HLT = b"\xf4"
 
 def test_a_kick_before_the_run_is_not_lost(make_guest: MakeGuest) -> None:
     vcpu = make_guest().load(SPIN)
-    vcpu.kick(threading.get_ident())
+    vcpu.kick(threading.get_native_id())
     assert vcpu.run() == Interrupted()
 
 
 def test_an_accepted_kick_is_over(make_guest: MakeGuest) -> None:
     vcpu = make_guest().load(HLT)
-    vcpu.kick(threading.get_ident())
+    vcpu.kick(threading.get_native_id())
     assert vcpu.run() == Interrupted()
     vcpu.accept()
     assert vcpu.run() == Halted()
@@ -37,7 +37,7 @@ def test_a_kick_stops_a_guest_that_never_exits(make_guest: MakeGuest) -> None:
     seen: list[Exit] = []
     runner = threading.Thread(target=lambda: seen.append(vcpu.run()))
     runner.start()
-    vcpu.kick(runner.ident or 0)
+    vcpu.kick(runner.native_id or 0)
     runner.join(60)
     assert seen == [Interrupted()]
     assert vcpu.regs.rip == CODE

@@ -94,15 +94,14 @@ def test_what_is_written_and_flushed_is_in_the_file(lab: Lab) -> None:
 
 
 def test_a_pause_interrupts_writing_and_loses_nothing(lab: Lab) -> None:
-    lab.guest.type(
-        f"(dd if=/dev/urandom of=/dev/vdb bs=32k count={DATA_MIB * 32} oflag=direct; echo $? >/tmp/dd) 2>&- &"
-    )
+    dd = f"dd if=/dev/urandom of=/dev/vdb bs=32k count={DATA_MIB * 32} oflag=direct 2>/tmp/dd"
+    lab.guest.type(f"(until [ -e /tmp/enough ]; do {dd} || exit; done; echo 0 >/tmp/status) &")
     lab.guest.kvmpy("pause", "disk")
     paused = lab.guest.device("data")
     assert paused["under-way"] == 0
     assert lab.guest.device("data")["requests"] == paused["requests"]
     lab.guest.kvmpy("resume", "disk")
-    assert lab.guest.type("wait; cat /tmp/dd").endswith("0")
+    assert lab.guest.type("touch /tmp/enough; wait; cat /tmp/status").endswith("0")
     assert lab.guest.device("data")["requests"]["out"] > paused["requests"]["out"]
     assert lab.guest_sum("/dev/vdb") == lab.host_sum(DATA)
 

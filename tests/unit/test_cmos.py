@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from kvmpy.devices import cmos
 from kvmpy.devices.cmos import Cmos
 from kvmpy.state import load, save
 from tests.fakes.host import Clock, Line
@@ -232,6 +233,22 @@ def test_alarm_with_an_impossible_byte_never_comes() -> None:
     b.set_alarm(ANY, ANY, 0x7A)
     b.write(B, HOURS_24 | AIE)
     assert b.timer.due is None
+
+
+@pytest.mark.parametrize("alarm", [(0x7F, ANY, ANY), (ANY, 0x7F, ANY), (ANY, ANY, 0x7F), (0x00, 0x00, 0x00)])
+def test_the_next_alarm_is_found_in_few_steps(alarm: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    b, compared = Bench(), 0
+
+    def match(one: int, other: int) -> bool:
+        nonlocal compared
+        compared += 1
+        return matches(one, other)
+
+    matches = cmos._matches
+    monkeypatch.setattr(cmos, "_matches", match)
+    b.set_alarm(*alarm)
+    b.write(B, HOURS_24 | AIE)
+    assert compared <= 5 * (24 + 60 + 60)
 
 
 def test_alarm_follows_the_time_when_it_is_set() -> None:

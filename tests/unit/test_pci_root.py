@@ -16,7 +16,7 @@ from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.host import Clock
 from tests.fakes.interrupts import FakeSink
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, Inbox
 from tests.fakes.pci import CONFIG_ADDRESS, CONFIG_DATA, ECAM, WINDOWS, Board, Card
 
 EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
@@ -242,6 +242,15 @@ def test_configuration_bars_and_resets_from_many_threads_never_stand_still() -> 
     assert not any(thread.is_alive() for thread in threads)
     assert failed == []
     board.close()
+
+
+def test_who_is_there_can_be_asked_while_a_configuration_access_waits(board: Board) -> None:
+    card, answers = Card(), Inbox[list[str]]()
+    board.add(card, 3)
+    with board.root.lock:
+        threading.Thread(target=lambda: answers.put([f.name for *_, f in board.root.functions()])).start()
+        (names,) = answers.wait()
+    assert card.name in names
 
 
 def test_root_port_slots_have_possible_numbers() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import pytest
 
@@ -26,8 +28,30 @@ from kvmpy.kvm.exits import (
 )
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.machine.vcpu import FAULTS_LOGGED, Gate, VcpuThread
+from tests.counts import count
 from tests.fakes.loop import BOUND, Inbox, each
 from tests.fakes.vcpu import FakeVcpu
+
+# More threads than glibc keeps the stacks of, so that those of ended ones are unmapped.
+ENDING: Final = f"""
+import sys, types
+from kvmpy.bus import Bus
+from kvmpy.kvm.vcpu import Vcpu, accept_kicks
+from kvmpy.machine.vcpu import Gate, VcpuThread
+class Idle:
+    def __init__(self, index): self.index, self._kvm_run = index, types.SimpleNamespace()
+    def accept(self): pass
+    kick = Vcpu.kick
+sys.setswitchinterval(1e-5)
+accept_kicks()
+for _ in range({count(100, 2000)}):
+    gate, bus = Gate(), Bus("pio")
+    threads = [VcpuThread(Idle(index), gate, bus, bus, None) for index in range(48)]
+    for thread in threads: thread.start()
+    gate.wait_parked(threads)
+    gate.end(threads)
+    for thread in threads: thread.join()
+"""
 
 
 class Port:
@@ -265,3 +289,8 @@ def test_kvm_that_fails_to_complete_a_failed_devices_access_is_fatal_and_the_thr
     assert rig.fatal.wait() == [("vcpu0", vcpu.complete_error)]
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert rig.threads[0].is_alive()
+
+
+def test_many_threads_end_while_they_are_kicked() -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

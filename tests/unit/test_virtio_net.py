@@ -458,6 +458,37 @@ def test_info_names_tap_address_link_path_and_queues(rig: NetRig) -> None:
     assert [queue["name"] for queue in info["queues"]] == ["rx0", "tx0", "control"]
 
 
+def test_pairs_that_the_tap_refuses_to_change_go_on_as_they_were(pairs: NetRig) -> None:
+    pairs.start(MULTI)
+    assert pairs.command(Class.MQ, 0, b"\2\0") == OK
+    pairs.tap.refuses = HostError("TUNSETQUEUE: EIO")
+    assert pairs.command(Class.MQ, 0, b"\1\0") == ERR
+    pairs.tap.refuses = None
+    pairs.lend(BUFFER, queue=2)
+    pairs.tap.send(FRAME, queue=1)
+    pairs.loop.run()
+    assert pairs.received(2) == [FRAME]
+
+
+def test_frame_that_waits_for_buffers_keeps_the_kernel_out_and_is_delivered(vhost: FakeVhost) -> None:
+    with net_rig(vhost=vhost) as rig:
+        vhost.refuses = HostError("not yet")
+        rig.start(MERGEABLE)
+        rig.lend(64)
+        rig.tap.send(FRAME)
+        rig.loop.run()
+        vhost.refuses = None
+        rig.guest.device.pause()
+        rig.guest.device.resume()
+        assert vhost.taken == {}
+        rig.lend(BUFFER, count=2)
+        rig.loop.run()
+        assert rig.received() == [FRAME]
+        rig.guest.device.pause()
+        rig.guest.device.resume()
+        assert list(vhost.taken) == [0]
+
+
 def test_a_tap_that_refuses_makes_no_device_and_loses_no_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
     before = open_descriptors()
     tap = SilentTap()

@@ -2,7 +2,7 @@
 
 Models PCI Express Base 5.0 (with PCI Local Bus 3.0 for INTx and the header, PCI-to-PCI Bridge 1.2 for windows).
 
-Locks, always taken in this order and never across anything that waits:
+Locks, always taken in this order and never across anything that waits, but for a disk's requests (docs/adr/0007):
 
     PciRoot.lock        which function has which number; held during a configuration access
     PciFunction.lock    the function's registers; the bus holds it during a BAR access (a port's, then that behind it)

@@ -7,7 +7,7 @@ Bus 0 is ours; buses behind root ports have the numbers the guest (or we as firm
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvmpy.bus import Bus, Target
@@ -49,7 +49,7 @@ class PciRoot:
         self.ports = ConfigPorts("pci-config-ports", self, reset_register)
         self._lines = [SharedLine(line) for line in lines]
         self._decoder = Decoder(mmio, pio, doorbells, windows, is_ram)
-        self._bus0: dict[int, Function] = {}
+        self._bus0: Mapping[int, Function] = {}  # swapped whole
 
     def add(self, function: Function, device: int, function_number: int = 0) -> None:
         """Put ``function`` on bus 0. Raises ValueError where that place is taken or none."""
@@ -59,7 +59,7 @@ class PciRoot:
         with self.lock:
             if devfn in self._bus0:
                 raise ValueError(f"{function.name}: {self._bus0[devfn].name} is at {device:02x}.{function_number:x}")
-            self._bus0[devfn] = function
+            self._bus0 = {**self._bus0, devfn: function}
             self._mark_multi_function(device)
             if isinstance(function, RootPort):
                 function.seats = Seats(self, function, device)
@@ -82,7 +82,7 @@ class PciRoot:
         function.intx.wire = Unconnected()
 
     def find(self, bus: int, devfn: int) -> Function | None:
-        """The function with that number now, None where there is none. With the lock."""
+        """The function with that number now, None where there is none. With the lock, if the answer is to last."""
         if bus == 0:
             return self._bus0.get(devfn)
         for port in self._ports():
@@ -106,11 +106,13 @@ class PciRoot:
                 function.config_write(offset, size, value)
 
     def functions(self) -> Iterator[tuple[int, int, int, Function]]:
-        """Bus, device, function number and function of all that can be reached by the numbers programmed now."""
-        with self.lock:
-            places = [(0, devfn) for devfn in sorted(self._bus0)]
-            places += sorted({(port.header.secondary, 0) for port in self._ports() if port.header.secondary})
-            found = [(bus, devfn, self.find(bus, devfn)) for bus, devfn in places]
+        """Bus, device, function number and function of all that can be reached by the numbers programmed now.
+
+        Without the lock: an operator who looks is not kept waiting by an access that waits for a disk.
+        """
+        places = [(0, devfn) for devfn in sorted(self._bus0)]
+        places += sorted({(port.header.secondary, 0) for port in self._ports() if port.header.secondary})
+        found = [(bus, devfn, self.find(bus, devfn)) for bus, devfn in places]
         return iter([(bus, devfn >> 3, devfn & 7, function) for bus, devfn, function in found if function is not None])
 
     def _ports(self) -> Iterator[RootPort]:

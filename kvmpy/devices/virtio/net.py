@@ -299,7 +299,12 @@ class VirtioNet(VirtioDevice[NetState]):
             raise GuestError(f"{self.name}: {pairs} pairs of queues")
         for pair in range(pairs, before):
             self._withdraw_pair(pair)
-        self.tap.set_queues(pairs)
+        try:
+            self.tap.set_queues(pairs)
+        except HostError:
+            for pair in range(pairs, before):
+                self._serve_pair(pair)
+            raise
         self.state.pairs = pairs
         for pair in range(before, pairs):
             self._serve_pair(pair)
@@ -365,6 +370,8 @@ class VirtioNet(VirtioDevice[NetState]):
         rx, tx = self._pairs[index].queues
         if self._vhost is None or not (rx.state.enabled and tx.state.enabled):
             return False
+        if self._pairs[index].receiver.holding:  # a frame out of the tap: vhost could not deliver it
+            return False
         rx.stop()
         tx.stop()
         try:
@@ -381,7 +388,6 @@ class VirtioNet(VirtioDevice[NetState]):
             self._refused = str(e)
         else:
             self._refused = ""
-            self._pairs[index].receiver.forget()
         if trace_path:
             trace_path(self.name, index, "userspace" if self._refused else "vhost", self._refused)
         return not self._refused

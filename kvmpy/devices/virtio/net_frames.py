@@ -172,6 +172,11 @@ class Receiver:
         self._buffers.clear()
         self._room = 0
 
+    @property
+    def holding(self) -> bool:
+        """Whether a frame is held."""
+        return self._held is not None
+
     def forget(self) -> None:
         """Drop the frame that is held."""
         if self._held is not None:
