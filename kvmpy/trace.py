@@ -46,9 +46,13 @@ class Tracepoint(list[Sink]):
 
 
 def enable(glob: str, sink: Sink) -> list[str]:
-    """Send every tracepoint whose name matches ``glob`` to ``sink``; returns the names it matched now."""
-    _enabled.append((glob, sink))
+    """Send every tracepoint whose name matches ``glob`` to ``sink``; returns the names it matched now.
+
+    Those declared later obey it too, unless it matched none now.
+    """
     matched = [point for name, point in _all.items() if fnmatch.fnmatchcase(name, glob)]
+    if matched and (glob, sink) not in _enabled:
+        _enabled.append((glob, sink))
     for point in matched:
         if sink not in point:
             point.append(sink)

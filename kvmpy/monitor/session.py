@@ -117,6 +117,9 @@ class Session:
 
     def _begin(self, request: Any) -> None:
         """Answer ``request``, or have a thread do it."""
+        if isinstance(request, CommandError):  # not to be raised: with its traceback it would hold itself for ever
+            self._send(protocol.error(request, None))
+            return
         try:
             command, arguments = self._understand(request)
             if command.slow:
@@ -145,8 +148,6 @@ class Session:
 
     def _understand(self, request: Any) -> tuple[Command, Any]:
         """The command and its arguments. Raises CommandError as QEMU words it."""
-        if isinstance(request, CommandError):
-            raise request
         if unknown := request.keys() - MEMBERS:
             raise CommandError(f"QMP input member '{min(unknown)}' is unexpected")
         if "execute" not in request:

@@ -38,7 +38,9 @@ class TraceFeed:
         """Feed nothing more."""
         trace.disable(self.take)
         self._timer.cancel()
-        self._send = _nowhere  # it holds whoever holds us
+        # Both hold whoever holds us, and nobody collects circles while a machine runs.
+        self._timer.callback = _nothing
+        self._send = _nowhere
 
     def take(self, line: str) -> None:
         """One traced line. Any thread."""
@@ -62,6 +64,10 @@ class TraceFeed:
         if self._lines:
             self._armed = True
             self._timer.arm(BATCH_SECONDS)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _nowhere(_: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec.structs import fields
 
 from kvmpy import __version__
-from kvmpy.errors import HostError
+from kvmpy.errors import CommandError, HostError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.monitor import schema
@@ -73,6 +73,25 @@ def test_id_of_any_type_comes_back_with_replies_and_errors(connect: Connect, id_
     assert client.ask({"execute": "query-name", "id": id_}) == {"return": {"name": "web1"}, "id": id_}
     assert client.ask({"execute": "absent", "id": id_})["id"] == id_
     assert client.ask({"execute": 1, "id": id_})["id"] == id_
+
+
+def command_errors() -> int:
+    return sum(isinstance(thing, CommandError) for thing in gc.get_objects())
+
+
+def test_refusals_leave_no_circles(connect: Connect) -> None:
+    client = connect()
+    client.ask(b"{garbage}")
+    gc.collect()
+    before = command_errors()
+    gc.disable()  # as a running machine has it
+    try:
+        for request in (b"{garbage}", b'"text"', {}, {"execute": "absent"}, {"execute": "stop", "arguments": {"x": 1}}):
+            client.ask(request)
+        client.ask({"execute": "query-name"})
+        assert command_errors() == before
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -59,10 +59,16 @@ def test_enable_takes_a_glob_and_says_what_it_matched(listener: Listener) -> Non
 
 
 def test_tracepoint_declared_later_obeys(listener: Listener) -> None:
+    Tracepoint("test.later.early", "value")
     trace.enable("test.later*", listener.hear)
     point = Tracepoint("test.later", "value")
     point(1)
     assert listener.said == ["test.later value=0x1"]
+
+
+def test_glob_that_matches_nothing_is_not_kept(listener: Listener) -> None:
+    assert trace.enable("test.nothing", listener.hear) == []
+    assert not Tracepoint("test.nothing", "")
 
 
 def test_two_globs_that_match_give_one_line(listener: Listener) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,3 +87,17 @@ def test_a_closed_feed_costs_nothing_and_sends_nothing(feed: TraceFeed, client: 
     assert not point
     assert "test.feed" in trace.names()
     assert not client.batches.items
+
+
+def test_a_closed_feed_is_in_no_circle(reactor: Reactor, client: Client) -> None:
+    feed = TraceFeed(reactor, client.send)
+    feed.enable("test.feed")
+    gone = weakref.ref(feed)
+    gc.collect()
+    gc.disable()  # as a running machine has it
+    try:
+        feed.close()
+        del feed
+        assert gone() is None
+    finally:
+        gc.enable()
