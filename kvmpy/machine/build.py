@@ -36,7 +36,6 @@ from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
 
 if TYPE_CHECKING:
-    from kvmpy.devices.virtio.device import VirtioDevice
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.host.network import Network
 
@@ -65,7 +64,7 @@ class Board:
         return self.inventory.devices
 
     @property
-    def by_id(self) -> Mapping[str, VirtioDevice[Any]]:
+    def by_id(self) -> Mapping[str, Device[Any]]:
         """The devices of the configuration, and those added since."""
         return self.inventory.by_id
 

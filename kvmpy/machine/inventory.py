@@ -16,16 +16,18 @@ from kvmpy.devices.base import Device
 from kvmpy.devices.pci.function import PciFunction
 
 if TYPE_CHECKING:
-    from kvmpy.devices.virtio.device import VirtioDevice
     from kvmpy.devices.virtio.net import VirtioNet
 
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
-    """A device of the configuration: its table, its function, and what it has of the host."""
+    """A device of the configuration: its table, its function, and what it has of the host.
+
+    ``device`` is what is behind the function: one that is all of the device is that itself.
+    """
 
     table: DeviceTable
-    device: VirtioDevice[Any]
+    device: Device[Any]
     function: PciFunction[Any]
     resources: ExitStack = field(default_factory=ExitStack)
 
@@ -37,7 +39,7 @@ class Plugged:
     @property
     def parts(self) -> tuple[Device[Any], ...]:
         """What is reset and saved of it, in this order."""
-        return self.device, self.function
+        return (self.function,) if self.device is self.function else (self.device, self.function)
 
 
 class Inventory:
@@ -51,7 +53,7 @@ class Inventory:
         self.fixed: tuple[Device[Any], ...] = ()
         self.plugged: Mapping[str, Plugged] = {}
         self.devices: tuple[Device[Any], ...] = ()
-        self.by_id: Mapping[str, VirtioDevice[Any]] = {}
+        self.by_id: Mapping[str, Device[Any]] = {}
         self.nics: Mapping[str, VirtioNet] = {}
 
     def fix(self, devices: Sequence[Device[Any]]) -> None:

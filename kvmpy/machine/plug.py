@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never
 
 from kvmpy.config.schema import (
@@ -208,7 +209,7 @@ class Plugger:
         from kvmpy.devices.virtio.console import VirtioConsole
 
         console = Console(self._host.io)
-        resources.callback(console.close)
+        resources.callback(self._in_io, console.close)
         try:
             place = console.open(table.chardev.kind, table.chardev.path)
         except HostError as e:
@@ -218,6 +219,23 @@ class Plugger:
         )
         console.connect(device.receive, device.drained)
         return device
+
+    def _in_io(self, call: Callable[[], object]) -> None:
+        """Have the io thread make a call, and wait for it; while it does not run, make it here."""
+        made = threading.Event()
+
+        def make() -> None:
+            try:
+                call()
+            finally:
+                made.set()
+
+        if self._host.io.thread is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._host.io.post(make)
+                made.wait()
+        if not made.is_set():
+            make()
 
     def _chosen_mac(self, device: str) -> bytes:
         """Always the same for a device of a machine, and hardly another's."""

@@ -14,6 +14,7 @@ import pytest
 
 from kvmpy.config.schema import load
 from kvmpy.devices.pci import slot
+from kvmpy.devices.virtio.blk import VirtioBlk
 from kvmpy.errors import CommandError
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
@@ -311,7 +312,9 @@ def test_a_device_that_cannot_be_is_refused_and_leaves_nothing(rig: Rig, table: 
 
 def test_flags_and_numbers_may_be_text_as_in_qmp(rig: Rig) -> None:
     rig.add(BLK | {"num-queues": "2"})
-    assert len(rig.machine.board.by_id["vd1"].queues) == 2
+    device = rig.machine.board.by_id["vd1"]
+    assert isinstance(device, VirtioBlk)
+    assert len(device.queues) == 2
 
 
 def test_what_is_in_use_is_refused_until_its_user_has_left(rig: Rig) -> None:
