@@ -370,13 +370,12 @@ def main(arguments: list[str]) -> int:
         try:
             serve(control, helper)
         finally:
-            if left := helper.close():
-                _say_left(control, left)
+            _say_left(control, helper.close())
     return 0
 
 
 def _say_left(control: socket.socket, left: list[str]) -> None:
-    """To the VMM; where that has been killed, to whoever reads its standard error."""
+    """To the VMM, also where it is nothing; where that has been killed, to whoever reads its standard error."""
     try:
         control.sendall(_line({"left": left}))
     except OSError:

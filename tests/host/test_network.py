@@ -513,6 +513,21 @@ def test_helper_that_was_killed_is_told_of_and_its_leftovers_go_at_the_next_star
         assert netns.interfaces() == ["br0", "tap0"]  # the mark is that of a machine that runs
 
 
+def test_helper_that_was_killed_is_told_of_at_the_end(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Vm(netns) as vm:
+        vm.attach()
+        os.kill(vm.network.pid, signal.SIGKILL)
+        vm.network.close()
+        assert caplog.text.endswith("code -9; may be left as they are: br0, tap0\n")
+        assert netns.interfaces() == ["br0", "tap0"]
+
+
+def test_end_of_which_there_is_nothing_to_tell_is_silent(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Vm(netns) as vm:
+        vm.attach()
+    assert caplog.messages == []
+
+
 def test_next_start_clears_what_the_machine_left(netns: Namespace) -> None:
     leftover(netns, "web1")
     assert netns.interfaces() == ["br0"]
