@@ -191,7 +191,10 @@ class Network:
         self._socket = None
         deadline = time.monotonic() + REAP_LIMIT
         while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # who started us ignores SIGCHLD, so do we, and the kernel has reaped it
+                return ""
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 advice = ": standard error says why" if code > 0 else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -281,3 +282,14 @@ def test_helper_that_hangs_up_on_a_request_is_told_of_by_its_errno(script: list[
         os.waitid(os.P_PID, helper.pid, os.WEXITED | os.WNOWAIT)
         with pytest.raises(HostError, match=r"failed: EPIPE; may be left as they are: br0, tap0$"):
             ask(helper)
+
+
+def test_parent_that_ignores_its_children_does_not_matter(script: list[str]) -> None:
+    script += [f"echo '{json.dumps({'ok': FACTS})}' >&3", "read line <&3", """echo '{"left": []}' >&3"""]
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        helper = Network("web1")
+        ask(helper)
+        helper.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
