@@ -14,7 +14,7 @@ import tty
 from collections.abc import Callable
 from typing import Final
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.stream import Listener, Stream
 
@@ -118,7 +118,7 @@ class Console:
         try:
             fd = os.open(path, FILE_FLAGS, 0o600)
         except OSError as e:
-            raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written") from e
+            raise HostError(f"{path}: {refusal(e.errno, 'cannot be written')}") from e
         self.attach(-1, fd)
 
     def listen(self, path: str) -> None:
@@ -126,7 +126,7 @@ class Console:
         try:
             self._listeners.append(Listener(self._reactor, path, self._admit))
         except OSError as e:
-            raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot listen there") from e
+            raise HostError(f"{path}: {refusal(e.errno, 'cannot listen there')}") from e
 
     def close(self) -> None:
         """Close every stream and socket."""

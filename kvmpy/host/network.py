@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, errno_name, refusal
 from kvmpy.host.ownership import process_start
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Network:
                 self.pid = _spawn(theirs.fileno(), self._name, str(pid), str(process_start(pid)))
             except OSError as e:
                 ours.close()
-                raise HostError(f"{sys.executable}: {errno_name(e.errno or 0)}: the network helper cannot start") from e
+                raise HostError(f"{sys.executable}: {refusal(e.errno, 'the network helper cannot start')}") from e
         ours.settimeout(ANSWER_LIMIT)
         self._socket, self._unread = ours, b""
 

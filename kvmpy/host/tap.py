@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from kvmpy.abi import tun
-from kvmpy.errors import HostError, IoctlError, errno_name
+from kvmpy.errors import HostError, IoctlError, refusal
 from kvmpy.host.interface import ADVICE, Interface, check_name, telling
 from kvmpy.host.visit import inside
 
@@ -40,7 +40,6 @@ OPEN_ADVICE: Final = {
     errno.ENOENT: "the kernel has no taps; `modprobe tun`",
     errno.ENODEV: "the kernel has no taps; `modprobe tun`",
     errno.EACCES: "run as root, or as a user who may open it",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 ATTACH_ADVICE: Final = ADVICE | {
     errno.EPERM: "needs CAP_NET_ADMIN to create it, or to be the user it was made for: run as root",
@@ -186,7 +185,7 @@ class Tap:
             self.fds.append(os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as e:
             number = e.errno or 0
-            raise HostError(f"{DEVICE}: {errno_name(number)}: {OPEN_ADVICE.get(number, 'cannot open it')}") from e
+            raise HostError(f"{DEVICE}: {refusal(number, OPEN_ADVICE.get(number, 'cannot open it'))}") from e
 
     def _refusal(self, e: IoctlError, queues: int) -> HostError:
         """Why the kernel did not let us attach: it says only EINVAL where the interface is of the wrong kind."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from kvmpy import trace
-from kvmpy.errors import CommandError, HostError, KvmpyError, errno_name
+from kvmpy.errors import CommandError, HostError, KvmpyError, refusal
 from kvmpy.host.stream import Listener, Stream
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
@@ -36,7 +36,7 @@ class MonitorServer:
         try:
             self._listener = Listener(machine.control, path, self._accept)
         except OSError as e:
-            raise HostError(f"monitor.qmp: {path}: {errno_name(e.errno or 0)}: cannot listen there") from e
+            raise HostError(f"monitor.qmp: {path}: {refusal(e.errno, 'cannot listen there')}") from e
         machine.listeners.append(self._on_event)
 
     def close(self) -> None:
