@@ -220,8 +220,8 @@ class Namespace:
 
     # What came of it
 
-    def _facts(self, port: Link, bridge: Link | None) -> dict[str, Any]:
-        port, bridge = self._forwarding(port, bridge)
+    def _facts(self, port: Link, joined: Link | None) -> dict[str, Any]:
+        port, bridge = self._forwarding(port, joined)
         return {
             "mtu": port.mtu,
             "mac": port.mac,
@@ -229,6 +229,7 @@ class Namespace:
             "bridge_mac": bridge.mac if bridge else "",
             "bridge_up": bridge.up if bridge else False,
             "bridge_owned": bool(bridge and Mark.parse(bridge.alias)),
+            "bridge_changed": _changed(joined, bridge, port) if joined and bridge else [],
         }
 
     def _forwarding(self, port: Link, bridge: Link | None) -> tuple[Link, Link | None]:
@@ -268,6 +269,17 @@ class Helper:
             except HostError as e:
                 raise Refused("netns", e) from e
         return self._namespaces[path]
+
+
+def _changed(before: Link, now: Link, port: Link) -> list[str]:
+    """What a port has done to a bridge of the operator's: whatever that was not given, it has of its ports."""
+    pairs = (("address", before.mac, now.mac), ("mtu", before.mtu, now.mtu))
+    return [
+        f"{now.name}: its {what} went from {old} to {new} with the port {port.name}; "
+        f"to keep it: ip link set {now.name} {what} {old}"
+        for what, old, new in pairs
+        if old != new and not Mark.parse(now.alias)
+    ]
 
 
 def _is_name(value: object) -> bool:

@@ -45,6 +45,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
     ``state`` is what its bridge does with it, such as "forwarding", or "learning" for the first half minute in a bridge
     that runs STP; empty without a bridge. ``bridge_owned``: it is kvmpy's, and goes with the last of its machines.
+    ``bridge_changed`` is, a sentence each, what became of another's because it has this port.
     """
 
     mtu: int
@@ -53,6 +54,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     bridge_mac: str
     bridge_up: bool
     bridge_owned: bool
+    bridge_changed: list[str] = []
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -107,6 +109,8 @@ class Network:
                 self._changed = before
         if answer.ok is None:
             raise HostError(f"netdev.{netdev}.{answer.key or 'bridge'}: {answer.error}")
+        for change in answer.ok.bridge_changed:
+            log.warning("netdev.%s.bridge: %s", netdev, change)
         if bridge is not None and answer.ok.state != "forwarding":
             _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
         return answer.ok
