@@ -16,11 +16,26 @@ that escapes is a bug of ours and shows a traceback.
 from __future__ import annotations
 
 import errno
+from typing import Final
+
+# What to do about an errno that can come from anywhere.
+ADVICE: Final = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the host's limit of open files (sysctl fs.file-max)",
+    errno.ENOMEM: "free some of the host's memory, or give the guest less",
+    errno.ENOSPC: "make room on that file system",
+}
 
 
 def errno_name(number: int) -> str:
     """The symbol of an errno: 13 is "EACCES"; an unknown one is its number."""
     return errno.errorcode.get(number, str(number))
+
+
+def refusal(number: int | None, what: str, advice: str = "") -> str:
+    """How an errno is told: its name, ``what`` cannot be, and what to do. ``advice`` is for those not in ADVICE."""
+    advice = ADVICE.get(number or 0, advice)
+    return f"{errno_name(number or 0)}: {what}" + (f"; {advice}" if advice else "")
 
 
 class KvmpyError(Exception):

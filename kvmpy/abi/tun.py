@@ -48,6 +48,10 @@ TUNGETVNETHDRSZ = GetNumber("TUNGETVNETHDRSZ", "int")
 TUNSETVNETHDRSZ = PutNumber("TUNSETVNETHDRSZ", "int")
 TUNSETQUEUE = Put("TUNSETQUEUE", Ifreq)
 
+# On a tap's descriptor as well as on a socket.
+SIOCGIFHWADDR = Put("SIOCGIFHWADDR", Ifreq)
+SIOCSIFHWADDR = Put("SIOCSIFHWADDR", Ifreq)
+
 # On any socket of the interface's network namespace.
 SIOCGIFFLAGS = Put("SIOCGIFFLAGS", Ifreq)
 SIOCSIFFLAGS = Put("SIOCSIFFLAGS", Ifreq)
@@ -77,6 +81,7 @@ ETHTOOL_GDRVINFO: Final[int] = lib.ETHTOOL_GDRVINFO
 ETHTOOL_GTXCSUM: Final[int] = lib.ETHTOOL_GTXCSUM
 ETHTOOL_GTSO: Final[int] = lib.ETHTOOL_GTSO
 
+ETH_ALEN: Final = 6
 _FLAGS_MASK: Final = 0xFFFF
 
 
@@ -103,6 +108,12 @@ def mtu_of(request: Ifreq) -> int:
     """The MTU in ``request``, in bytes."""
     value: Any = request.ifr_ifru
     return int(value.ifru_mtu)
+
+
+def hwaddr_of(request: Ifreq) -> memoryview:
+    """The Ethernet address in ``request``, to be read or changed."""
+    value: Any = request.ifr_ifru
+    return memoryview(ffi.buffer(value.ifru_hwaddr.sa_data, ETH_ALEN))
 
 
 def ethtool_value(fd: int, name: str, command: int) -> int:

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import ConfigError, KvmpyError, VcpuError, errno_name
+from kvmpy.errors import ADVICE, ConfigError, KvmpyError, VcpuError, errno_name
 
 HOST_ERROR: Final = 1
 CONFIG_ERROR: Final = 2
 LONGEST_LIMIT: Final = 86400.0  # a guest that takes more than a day to power off never will
-# What to do about an errno that can come from anywhere.
-ADVICE: Final = {
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the host's limit of open files (sysctl fs.file-max)",
-    errno.ENOMEM: "free some of the host's memory, or give the guest less",
-    errno.ENOSPC: "make room on that file system",
-}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -40,11 +40,13 @@ _POINTER: Final = ffi.typeof("uintptr_t")
 class Disk:
     """An open image. ``sectors`` are of 512 bytes, all other sizes in bytes."""
 
-    def __init__(self, path: str, *, readonly: bool, direct: bool) -> None:
-        """Open ``path``, without locking it. Raises HostError, saying what to do."""
+    def __init__(self, path: str, *, readonly: bool, direct: bool, locked: bool = False) -> None:
+        """Open ``path``, and lock it only where it is to be ``locked``. Raises HostError, saying what to do."""
         self.path, self.readonly, self.direct = path, readonly, direct
         self._fd = open_image(path, readonly=readonly, direct=direct)
         try:
+            if locked:
+                self.lock()  # first: whether space can be given back is tried behind an end that others may move
             self.geometry = examine(self._fd, path, readonly=readonly, direct=direct)
         except BaseException:
             self.close()
@@ -58,13 +60,7 @@ class Disk:
     @classmethod
     def open(cls, path: str, *, readonly: bool, direct: bool) -> Self:
         """Open ``path`` and lock it. Raises HostError, saying what to do."""
-        disk = cls(path, readonly=readonly, direct=direct)
-        try:
-            disk.lock()
-        except BaseException:
-            disk.close()
-            raise
-        return disk
+        return cls(path, readonly=readonly, direct=direct, locked=True)
 
     def lock(self) -> None:
         """Keep others from writing, or if we do, from opening it. Raises HostError that says who has it."""

@@ -6,18 +6,18 @@ import contextlib
 import os
 from typing import Self
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 
 
 class EventFd:
     """A non-blocking, close-on-exec eventfd."""
 
     def __init__(self) -> None:
-        """Raises HostError where the host has no more descriptors."""
+        """Raises HostError where the host has no descriptors left."""
         try:
             self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError as e:
-            raise HostError(f"eventfd: {errno_name(e.errno or 0)}: raise the limit of open files (ulimit -n)") from e
+            raise HostError(f"eventfd: {refusal(e.errno, 'none can be made')}") from e
 
     def fileno(self) -> int:
         """The descriptor; it stays ours."""

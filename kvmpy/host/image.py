@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import Final
 
 from kvmpy.abi import block as abi
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 
 SECTOR: Final = 512
 # Where nobody says how O_DIRECT wants offsets aligned, these are tried.
 ALIGNMENTS: Final = (512, 1024, 2048, 4096)
 ADVICE: Final = {
-    errno.ENOENT: "; make it first, such as with `truncate -s 8G`",
-    errno.EACCES: "; run as a user who may open it",
-    errno.EPERM: "; run as a user who may open it",
-    errno.EROFS: "; set readonly = true",
-    errno.ENXIO: "; the device behind it is gone",
-    errno.ENOMEDIUM: "; there is no medium in it",
+    errno.ENOENT: "make it first, such as with `truncate -s 8G`",
+    errno.EACCES: "run as a user who may open it",
+    errno.EPERM: "run as a user who may open it",
+    errno.EROFS: "set readonly = true",
+    errno.ENXIO: "the device behind it is gone",
+    errno.ENOMEDIUM: "there is no medium in it",
 }
 
 
@@ -59,8 +59,8 @@ def open_image(path: str, *, readonly: bool, direct: bool) -> int:
     except OSError as e:
         if e.errno == errno.EINVAL and direct:
             raise HostError(_no_direct(path)) from e
-        advice = ADVICE.get(e.errno or 0, "")
-        raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be opened{advice}") from e
+        why = refusal(e.errno, "cannot be opened", ADVICE.get(e.errno or 0, ""))
+        raise HostError(f"{path}: {why}") from e
     if stat.S_ISBLK(kind) and not readonly and _is_claimed(fd):
         os.close(fd)
         raise HostError(f"{path}: EBUSY: the host itself uses it: mounted, or part of LVM, RAID or the like")
@@ -76,7 +76,7 @@ def examine(fd: int, path: str, *, readonly: bool, direct: bool) -> Geometry:
         else:
             geometry = _examine_file(fd, status, path, readonly=readonly, direct=direct)
     except OSError as e:
-        raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be examined") from e
+        raise HostError(f"{path}: {refusal(e.errno, 'cannot be examined')}") from e
     size, block = geometry.size, geometry.alignment.offset
     if not size:
         raise HostError(f"{path}: it is empty; give it a size, such as with `truncate -s 8G`")

@@ -14,7 +14,7 @@ from typing import Final
 
 from kvmpy.abi import tun
 from kvmpy.abi.ioctl import Put
-from kvmpy.errors import HostError, IoctlError, errno_name
+from kvmpy.errors import HostError, IoctlError, refusal
 
 LONGEST_NAME: Final = 15  # bytes
 
@@ -54,7 +54,7 @@ class Interface:
             # Any socket will do, and this kind is never left out of a kernel.
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         except OSError as e:
-            raise HostError(f"socket: {errno_name(e.errno or 0)}: raise the limit of open files (ulimit -n)") from e
+            raise HostError(f"socket: {refusal(e.errno, 'none can be made')}") from e
 
     @property
     def mtu(self) -> int:

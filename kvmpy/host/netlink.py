@@ -229,8 +229,8 @@ class Namespace:
 
     # What came of it
 
-    def _facts(self, port: Link, bridge: Link | None) -> dict[str, Any]:
-        port, bridge = self._forwarding(port, bridge)
+    def _facts(self, port: Link, joined: Link | None) -> dict[str, Any]:
+        port, bridge = self._forwarding(port, joined)
         return {
             "mtu": port.mtu,
             "mac": port.mac,
@@ -238,6 +238,7 @@ class Namespace:
             "bridge_mac": bridge.mac if bridge else "",
             "bridge_up": bridge.up if bridge else False,
             "bridge_owned": bool(bridge and Mark.parse(bridge.alias)),
+            "bridge_changed": _changed(joined, bridge, port) if joined and bridge else [],
         }
 
     def _forwarding(self, port: Link, bridge: Link | None) -> tuple[Link, Link | None]:
@@ -282,6 +283,17 @@ class Helper:
             except HostError as e:
                 raise Refused("netns", e) from e
         return self._namespaces[path]
+
+
+def _changed(before: Link, now: Link, port: Link) -> list[str]:
+    """What a port has done to a bridge of the operator's: whatever that was not given, it has of its ports."""
+    pairs = (("address", before.mac, now.mac), ("mtu", before.mtu, now.mtu))
+    return [
+        f"{now.name}: its {what} went from {old} to {new} with the port {port.name}; "
+        f"to keep it: ip link set {now.name} {what} {old}"
+        for what, old, new in pairs
+        if old != new and not Mark.parse(now.alias)
+    ]
 
 
 def _is_name(value: object) -> bool:
@@ -388,13 +400,12 @@ def main(arguments: list[str]) -> int:
         try:
             serve(control, helper)
         finally:
-            if left := helper.close():
-                _say_left(control, left)
+            _say_left(control, helper.close())
     return 0
 
 
 def _say_left(control: socket.socket, left: list[str]) -> None:
-    """To the VMM; where that has been killed, to whoever reads its standard error."""
+    """To the VMM, also where it is nothing; where that has been killed, to whoever reads its standard error."""
     try:
         control.sendall(_line({"left": left}))
     except OSError:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 
 OWN: Final = "/proc/self/ns/net"
 # Seconds. Another helper holds the lock for some ten requests to the kernel; on a busy emulated host, for seconds.
@@ -35,9 +35,8 @@ class NetworkNamespace:
         try:
             self._fd = os.open(path or OWN, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as e:
-            raise HostError(
-                f"{path}: {errno_name(e.errno or 0)}: no such network namespace can be opened; ip netns add makes one"
-            ) from e
+            why = refusal(e.errno, "no such network namespace can be opened", "ip netns add makes one")
+            raise HostError(f"{path}: {why}") from e
 
     @property
     def inode(self) -> int:

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import msgspec
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, errno_name, refusal
 from kvmpy.host.ownership import process_start
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
     ``state`` is what its bridge does with it, such as "forwarding", or "learning" for the first half minute in a bridge
     that runs STP; empty without a bridge. ``bridge_owned``: it is kvmpy's, and goes with the last of its machines.
+    ``bridge_changed`` is, a sentence each, what became of another's because it has this port.
     """
 
     mtu: int
@@ -53,15 +54,16 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     bridge_mac: str
     bridge_up: bool
     bridge_owned: bool
+    bridge_changed: list[str] = []
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A line from the helper."""
+    """A line from the helper. ``left`` is in its last: what it could not take back."""
 
     ok: Port | None = None
     error: str = ""
     key: str = ""
-    left: list[str] = []
+    left: list[str] | None = None
 
 
 class Network:
@@ -75,6 +77,8 @@ class Network:
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self.pid = 0
+        # What the helper that runs now was asked to change, for a message.
+        self._changed: set[str] = set()
         self._unread = b""
         # Made now: nothing is built, and nothing imported, beside running vCPUs.
         self._decode = msgspec.json.Decoder(Answer).decode
@@ -96,11 +100,17 @@ class Network:
         with self._lock:
             try:
                 self._start()
+                before = self._changed
+                self._changed = before | {name for name in (bridge, ifname) if name}
                 answer = self._ask({"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns})
             except HostError as e:
                 raise HostError(f"netdev.{netdev}.bridge: {e}") from e
+            if answer.ok is None:
+                self._changed = before
         if answer.ok is None:
             raise HostError(f"netdev.{netdev}.{answer.key or 'bridge'}: {answer.error}")
+        for change in answer.ok.bridge_changed:
+            log.warning("netdev.%s.bridge: %s", netdev, change)
         if bridge is not None and answer.ok.state != "forwarding":
             _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
         return answer.ok
@@ -122,15 +132,32 @@ class Network:
         with self._lock:
             if self._socket is None:
                 return
-            try:
-                self._socket.shutdown(socket.SHUT_WR)
-                self._socket.settimeout(CLOSE_LIMIT)
-                while line := self._line():
-                    for problem in self._decode(line).left:
-                        log.warning("network: %s", problem)
-            except (OSError, HostError, msgspec.DecodeError) as e:
-                log.warning("network: bridges and taps may still be there: process %d: %s", self.pid, e)
-            self._abandon()
+            why = self._dismiss()
+            if why := why + self._abandon():
+                log.warning("network: the helper, process %d%s%s", self.pid, why, self._left())
+            self._changed = set()
+
+    def _dismiss(self) -> str:
+        """Have the helper take everything back, and log what it could not; returns why we do not know, if so."""
+        assert self._socket is not None
+        left = None
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.settimeout(CLOSE_LIMIT)
+            while line := self._line():
+                left = self._decode(line).left
+        except TimeoutError:
+            return f", not done in {CLOSE_LIMIT:g} s"
+        except (OSError, HostError, msgspec.DecodeError) as e:
+            return f": {_reason(e)}"
+        for problem in left or ():
+            log.warning("network: %s", problem)
+        return ", ended without a word" if left is None else ""
+
+    def _left(self) -> str:
+        """What may still be as the helper made it, for it is gone; the end of a sentence."""
+        names, self._changed = ", ".join(sorted(self._changed)), set()
+        return names and f"; may be left as they are: {names}"
 
     def _start(self) -> None:
         if self._socket is not None:
@@ -142,7 +169,7 @@ class Network:
                 self.pid = _spawn(theirs.fileno(), self._name, str(pid), str(process_start(pid)))
             except OSError as e:
                 ours.close()
-                raise HostError(f"{sys.executable}: {errno_name(e.errno or 0)}: the network helper cannot start") from e
+                raise HostError(f"{sys.executable}: {refusal(e.errno, 'the network helper cannot start')}") from e
         ours.settimeout(ANSWER_LIMIT)
         self._socket, self._unread = ours, b""
 
@@ -157,9 +184,9 @@ class Network:
         except TimeoutError:
             why = f"it has not answered in {ANSWER_LIMIT:g} s"
         except (OSError, HostError, msgspec.DecodeError) as e:
-            why = str(e)
-        pid = self.pid
-        raise HostError(f"the network helper, process {pid}, failed: {why}{self._abandon()}")
+            why = _reason(e)
+        why += self._abandon()
+        raise HostError(f"the network helper, process {self.pid}, failed: {why}{self._left()}")
 
     def _line(self) -> bytes:
         """The next line, without its end; empty where the helper has closed the socket."""
@@ -180,12 +207,20 @@ class Network:
         self._socket = None
         deadline = time.monotonic() + REAP_LIMIT
         while time.monotonic() < deadline:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+            except ChildProcessError:  # who started us ignores SIGCHLD, so do we, and the kernel has reaped it
+                return ""
             if pid:
                 code = os.waitstatus_to_exitcode(status)
-                return f", exit code {code}: standard error says why" if code else ""
+                advice = ": standard error says why" if code > 0 else ""
+                return f", exit code {code}{advice}" if code else ""
             time.sleep(REAP_POLL)
         return ""
+
+
+def _reason(e: Exception) -> str:
+    return errno_name(e.errno or 0) if isinstance(e, OSError) else str(e)
 
 
 def _warn(bridge: str, port: Port) -> None:

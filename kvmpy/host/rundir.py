@@ -14,7 +14,7 @@ import stat
 import struct
 from typing import Final, NamedTuple, NoReturn
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 
 OVERRIDE: Final = "KVMPY_RUNTIME_DIR"
 PID: Final = "pid"
@@ -23,6 +23,8 @@ CONSOLE_SOCKET: Final = "console.sock"
 OURS: Final = frozenset({PID, QMP_SOCKET, CONSOLE_SOCKET})
 # sun_path of a unix socket (man 7 unix), less the terminating zero
 LONGEST_SOCKET_PATH: Final = 107
+# Of a pid file in a base that users share: another's machine, or no machine at all
+STRANGERS: Final = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP})
 # Machines of one name that come and go while we make its directory
 MOST_TRIES: Final = 100
 # fcntl.h: locks of an open file description, which Python does not name; struct flock for a write lock on all of it
@@ -62,10 +64,11 @@ class RuntimeDirectory:
             self._take()
         except OSError as e:
             self._let_go()
-            raise HostError(
-                f"{e.filename or self.path}: {errno_name(e.errno or 0)}: the runtime directory cannot be written; "
-                f"run as root, or set {OVERRIDE} to a directory of yours"
-            ) from e
+            with contextlib.suppress(OSError):  # one that we have just made, or that is as good as new
+                os.rmdir(self.path)
+            advice = f"run as root, or set {OVERRIDE} to a directory of yours"
+            why = refusal(e.errno, "the runtime directory cannot be written", advice)
+            raise HostError(f"{e.filename or self.path}: {why}") from e
 
     def _take(self) -> None:
         self._lock = self._open_pid_file()
@@ -75,8 +78,12 @@ class RuntimeDirectory:
                 self._refuse()
             self._let_go()
             self._lock = self._open_pid_file()
-        os.ftruncate(self._lock, 0)
-        os.write(self._lock, f"{os.getpid()}\n".encode())
+        try:
+            os.ftruncate(self._lock, 0)
+            os.write(self._lock, f"{os.getpid()}\n".encode())
+        except OSError:
+            self.close()
+            raise
         self._clear()
 
     def _open_pid_file(self) -> int:
@@ -160,20 +167,31 @@ def running() -> list[Running]:
         names = sorted(os.listdir(base()))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    return [machine for name in names if (machine := find(name))]
+    found = []
+    for name in names:
+        try:
+            found.append(_probe(name))
+        except OSError as e:
+            if e.errno not in STRANGERS:
+                raise
+    return [machine for machine in found if machine]
 
 
 def find(name: str) -> Running | None:
     """Machine ``name``, if it runs now. Raises HostError where its directory may not be read."""
+    try:
+        return _probe(name)
+    except OSError as e:
+        why = refusal(e.errno, "not permitted", "run as the user who started it")
+        raise HostError(f"{os.path.join(base(), name)}: {why}") from e
+
+
+def _probe(name: str) -> Running | None:
     directory = os.path.join(base(), name)
     try:
         fd = os.open(os.path.join(directory, PID), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except OSError as e:
-        raise HostError(
-            f"{directory}: {errno_name(e.errno or 0)}: not permitted; run as the user who started it"
-        ) from e
     with os.fdopen(fd) as file:
         if not _is_locked(fd):
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -12,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Final
 
-from kvmpy.errors import errno_name
+from kvmpy.errors import refusal
 from kvmpy.host.reactor import Reactor
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ class Stream:
         self._reading = False
         self._ended = False
         self._in_turn = False
+        self._losing = False
 
     @property
     def unsent(self) -> bool:
@@ -105,11 +107,21 @@ class Stream:
     def _send(self, data: bytes) -> int:
         """How many bytes went; all of them where the far side is gone, for then nobody waits for them."""
         try:
-            return os.write(self._write_fd, data)
+            sent = os.write(self._write_fd, data)
         except BlockingIOError:
             return 0
-        except OSError:
+        except OSError as e:
+            self._lose(e)
             return len(data)
+        self._losing = False
+        return sent
+
+    def _lose(self, e: OSError) -> None:
+        """Say that a file takes no more, such as on a full disk: once, until it does again."""
+        if not self._losing and stat.S_ISREG(os.fstat(self._write_fd).st_mode):
+            path = os.readlink(f"/proc/self/fd/{self._write_fd}")
+            log.warning("%s: %s", path, refusal(e.errno, "output is lost"))
+        self._losing = True
 
     def _watch(self) -> None:
         """Ask the reactor for what is of interest now. Under the lock."""
@@ -224,6 +236,8 @@ class Listener:
     def __init__(self, reactor: Reactor, path: str, on_client: Callable[[SocketStream], object]) -> None:
         """Raises OSError where ``path`` cannot be bound; a socket there that nobody listens at any more is replaced."""
         self._reactor, self._path, self._on_client = reactor, path, on_client
+        self._spare = -1
+        self._starving = False
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
             if _is_abandoned(path):
@@ -239,6 +253,7 @@ class Listener:
             raise
         self._strangers: set[int] = set()
         self._again = reactor.timer(self._watch)
+        self._keep_spare()
         self._watch()
 
     def close(self) -> None:
@@ -246,6 +261,7 @@ class Listener:
         self._again.cancel()
         self._reactor.unwatch(self._socket.fileno())
         self._socket.close()
+        self._drop_spare()
         if os.path.lexists(self._path):
             os.unlink(self._path)
 
@@ -255,11 +271,10 @@ class Listener:
         except BlockingIOError:
             return
         except OSError as e:
-            # The client stays in the queue, so the socket stays readable: asking again at once would never end.
-            log.warning("%s: %s: a client has to wait", self._path, errno_name(e.errno or 0))
-            self._reactor.unwatch(self._socket.fileno())
-            self._again.arm(ACCEPT_AGAIN)
+            self._starve(e)
             return
+        self._starving = False
+        self._keep_spare()
         if self._is_welcome(client):
             client.setblocking(False)
             self._on_client(SocketStream(self._reactor, client))
@@ -274,6 +289,39 @@ class Listener:
             self._strangers.add(uid)
             log.warning("%s: turned away a client of uid %d: only root and our own are let in", self._path, uid)
         return False
+
+    def _starve(self, e: OSError) -> None:
+        """There is no descriptor for a client: hang up on it, else let it wait; say so once, until there is one."""
+        gone = self._turn_away()
+        if not self._starving:
+            what = "clients are turned away" if gone else "clients have to wait"
+            log.warning("%s: %s", self._path, refusal(e.errno, what))
+        self._starving = True
+        if not gone:
+            # It stays in the queue, so the socket stays readable: asking again at once would never end.
+            self._reactor.unwatch(self._socket.fileno())
+            self._again.arm(ACCEPT_AGAIN)
+
+    def _turn_away(self) -> bool:
+        """Whether it could be done, with the descriptor that is kept for this."""
+        self._drop_spare()
+        try:
+            self._socket.accept()[0].close()
+        except OSError:
+            return False
+        finally:
+            self._keep_spare()
+        return True
+
+    def _keep_spare(self) -> None:
+        if self._spare < 0:
+            with contextlib.suppress(OSError):
+                self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _drop_spare(self) -> None:
+        if self._spare >= 0:
+            os.close(self._spare)
+            self._spare = -1
 
     def _watch(self) -> None:
         self._reactor.watch(self._socket.fileno(), readable=self._accept)

@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Self
 
 from kvmpy.abi import tun
-from kvmpy.errors import HostError, IoctlError, errno_name
+from kvmpy.errors import HostError, IoctlError, refusal
 from kvmpy.host.interface import ADVICE, Interface, check_name, telling
 from kvmpy.host.visit import inside
 
@@ -34,13 +34,15 @@ USO: Final = tun.TUN_F_USO4 | tun.TUN_F_USO6
 # From the most that a kernel can do to the least; USO came with Linux 6.2.
 OFFLOADS: Final = (tun.TUN_F_CSUM | TSO | tun.TUN_F_TSO_ECN | USO, tun.TUN_F_CSUM | TSO | tun.TUN_F_TSO_ECN, 0)
 
+# The first byte of the address that a tap of ours has in the host: of one station, locally administered, and above what
+# hardware has. A bridge that was given no address has the lowest of its ports', which must stay the host's own.
+HIGH: Final = 0xFE
 NOBODY: Final = bytes(6)  # no frame has this address: a filter with it alone lets nothing pass
 
 OPEN_ADVICE: Final = {
     errno.ENOENT: "the kernel has no taps; `modprobe tun`",
     errno.ENODEV: "the kernel has no taps; `modprobe tun`",
     errno.EACCES: "run as root, or as a user who may open it",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
 }
 ATTACH_ADVICE: Final = ADVICE | {
     errno.EPERM: "needs CAP_NET_ADMIN to create it, or to be the user it was made for: run as root",
@@ -77,6 +79,8 @@ class Tap:
             self.interface = Interface(ifname)
             rollback.callback(self.close)
             self._attach(queues)
+            if self.created:
+                self._raise_address()
             self._set_header()
             self.offloads = self._probe()
             rollback.pop_all()
@@ -186,7 +190,7 @@ class Tap:
             self.fds.append(os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
         except OSError as e:
             number = e.errno or 0
-            raise HostError(f"{DEVICE}: {errno_name(number)}: {OPEN_ADVICE.get(number, 'cannot open it')}") from e
+            raise HostError(f"{DEVICE}: {refusal(number, OPEN_ADVICE.get(number, 'cannot open it'))}") from e
 
     def _refusal(self, e: IoctlError, queues: int) -> HostError:
         """Why the kernel did not let us attach: it says only EINVAL where the interface is of the wrong kind."""
@@ -199,6 +203,14 @@ class Tap:
                 else "it is another kind of interface; choose another ifname"
             )
         return HostError(f"tap {self.name}: {e}: {advice}")
+
+    def _raise_address(self) -> None:
+        """Keep the kernel's random address, but for the first byte."""
+        request = tun.ifreq(self.name)
+        with telling(f"tap {self.name}: its address"):
+            tun.SIOCGIFHWADDR(self.fds[0], request)
+            tun.hwaddr_of(request)[0] = HIGH
+            tun.SIOCSIFHWADDR(self.fds[0], request)
 
     def _set_header(self) -> None:
         fd = self.fds[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from kvmpy.abi import vhost as abi
-from kvmpy.errors import HostError, IoctlError, errno_name
+from kvmpy.errors import HostError, IoctlError, refusal
 from kvmpy.host.eventfd import EventFd
 
 log = logging.getLogger(__name__)
@@ -160,6 +160,10 @@ def _open(path: str) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
         raise HostError(
-            f"{path}: {errno_name(e.errno or 0)}: load vhost_net (modprobe vhost_net) and run as who may open it, "
-            "or set vhost = false"
+            f"{path}: "
+            + refusal(
+                e.errno,
+                "cannot be opened",
+                "load vhost_net (modprobe vhost_net) and run as who may open it, or set vhost = false",
+            )
         ) from e

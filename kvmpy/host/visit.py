@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from kvmpy._native import lib
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 
 T = TypeVar("T")
 
@@ -73,4 +73,4 @@ def _enter(netns: str) -> None:
 
 def _refusal(netns: str, number: int) -> HostError:
     advice = ADVICE.get(number, "cannot enter it")
-    return HostError(f"network namespace {path_of(netns)}: {errno_name(number)}: {advice}")
+    return HostError(f"network namespace {path_of(netns)}: {refusal(number, advice)}")

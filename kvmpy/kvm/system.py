@@ -8,7 +8,7 @@ from typing import Final, NamedTuple, Self
 
 from kvmpy.abi import kvm as abi
 from kvmpy.abi.ioctl import Put
-from kvmpy.errors import HostError, IoctlError, MissingCapability, errno_name
+from kvmpy.errors import HostError, IoctlError, MissingCapability, refusal
 
 # A KVM that wants a bigger array says E2BIG; no KVM has been seen to want a quarter of this.
 MOST_ENTRIES: Final = 4096
@@ -70,7 +70,7 @@ class System:
         try:
             self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as e:
-            raise HostError(f"{path}: {errno_name(e.errno or 0)}: {_open_advice(e.errno)}") from e
+            raise HostError(f"{path}: {refusal(e.errno, _open_advice(e.errno))}") from e
         try:
             version = abi.KVM_GET_API_VERSION(self.fd)
         except IoctlError as e:

@@ -11,7 +11,7 @@ import resource
 import threading
 from typing import Any, Final
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.errors import HostError, refusal
 from kvmpy.host.descriptors import Allowance, DescriptorSets
 from kvmpy.host.stream import Listener, SocketStream
 from kvmpy.machine.machine import Machine
@@ -42,7 +42,7 @@ class MonitorServer:
         try:
             self._listener = Listener(machine.control, path, self._accept)
         except OSError as e:
-            raise HostError(f"monitor.qmp: {path}: {errno_name(e.errno or 0)}: cannot listen there") from e
+            raise HostError(f"monitor.qmp: {path}: {refusal(e.errno, 'cannot listen there')}") from e
         machine.listeners.append(self._on_event)
 
     def close(self) -> None:

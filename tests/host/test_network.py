@@ -32,6 +32,7 @@ BOUND: Final = 60.0  # seconds that something may take on a busy machine
 CYCLES: Final = count(12, soak=128)
 KILLS: Final = count(8, soak=100)
 FOREIGN_MAC: Final = "00:00:5e:00:53:01"
+HIGHEST_MAC: Final = "fc:ff:ff:ff:ff:ff"  # that hardware has
 
 # A VMM: attaches a tap to a bridge, says so, and lives until its standard input closes.
 VMM: Final = """
@@ -252,8 +253,43 @@ def test_bridge_that_existed_is_as_it_was(netns: Namespace, stp: str, caplog: py
     assert ("nothing passes until it is forwarding" in caplog.text) is (stp == "1")
 
 
-def test_bridge_that_is_down_stays_down_and_that_is_told(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+def bridge_with_eth0(netns: Namespace) -> str:
+    """A bridge that has its address from the host's only port, up; returns that address."""
     netns.ip("link", "add", "br0", "type", "bridge")
+    netns.ip("tuntap", "add", "dev", "eth0", "mode", "tap")
+    netns.ip("link", "set", "eth0", "address", HIGHEST_MAC, "master", "br0")
+    netns.ip("link", "set", "br0", "up")
+    mac: str = links(netns)["br0"]["address"]
+    return mac
+
+
+def test_tap_of_ours_does_not_change_the_address_of_a_bridge_that_follows_its_ports(
+    netns: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert bridge_with_eth0(netns) == HIGHEST_MAC
+    with Vm(netns) as vm:
+        assert vm.attach().bridge_mac == HIGHEST_MAC
+        assert links(netns)["br0"]["address"] == HIGHEST_MAC
+    assert links(netns)["br0"]["address"] == HIGHEST_MAC
+    assert caplog.messages == []
+
+
+def test_tap_that_existed_keeps_its_address_and_what_that_does_to_a_bridge_is_told(
+    netns: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge_with_eth0(netns)
+    persistent(netns, "tap0", "address", FOREIGN_MAC)
+    with Vm(netns) as vm:
+        assert vm.attach().bridge_mac == links(netns)["tap0"]["address"] == FOREIGN_MAC
+    assert caplog.messages == [
+        f"netdev.n1.bridge: br0: its address went from {HIGHEST_MAC} to {FOREIGN_MAC} with the port tap0; to keep it: "
+        f"ip link set br0 address {HIGHEST_MAC}"
+    ]
+    assert links(netns)["br0"]["address"] == HIGHEST_MAC
+
+
+def test_bridge_that_is_down_stays_down_and_that_is_told(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    netns.ip("link", "add", "br0", "address", FOREIGN_MAC, "type", "bridge")
     with Vm(netns) as vm:
         port = vm.attach()
         assert (port.bridge_up, port.state) == (False, "disabled")
@@ -294,6 +330,32 @@ def test_mtu_that_the_tap_cannot_have_leaves_nothing_behind(netns: Namespace) ->
             vm.attach(mtu=65535)
         assert links(netns) == before
         assert vm.attach().mtu == 1500  # and the next request is served
+
+
+def test_mtu_below_that_of_a_bridge_lowers_it_while_it_lasts_and_that_is_told(
+    netns: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge_with_eth0(netns)
+    with Vm(netns) as vm:
+        assert vm.attach(mtu=1400).mtu == 1400
+        assert links(netns)["br0"]["mtu"] == 1400
+        assert caplog.messages == [
+            "netdev.n1.bridge: br0: its mtu went from 1500 to 1400 with the port tap0; to keep it: "
+            "ip link set br0 mtu 1500"
+        ]
+    assert links(netns)["br0"]["mtu"] == 1500
+
+
+def test_mtu_below_that_of_a_bridge_that_was_given_one_is_the_taps_alone(
+    netns: Namespace, caplog: pytest.LogCaptureFixture
+) -> None:
+    bridge_with_eth0(netns)
+    for mtu in ("1400", "1500"):  # what it has already is no setting to the kernel
+        netns.ip("link", "set", "br0", "mtu", mtu)
+    with Vm(netns) as vm:
+        assert vm.attach(mtu=1400).mtu == 1400
+        assert links(netns)["br0"]["mtu"] == 1500
+    assert caplog.messages == []
 
 
 # A tap that existed
@@ -511,6 +573,21 @@ def test_helper_that_was_killed_is_told_of_and_its_leftovers_go_at_the_next_star
         assert vm.attach("br1").state == "forwarding"  # by another helper
         vm.network.close()
         assert netns.interfaces() == ["br0", "tap0"]  # the mark is that of a machine that runs
+
+
+def test_helper_that_was_killed_is_told_of_at_the_end(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Vm(netns) as vm:
+        vm.attach()
+        os.kill(vm.network.pid, signal.SIGKILL)
+        vm.network.close()
+        assert caplog.text.endswith("code -9; may be left as they are: br0, tap0\n")
+        assert netns.interfaces() == ["br0", "tap0"]
+
+
+def test_end_of_which_there_is_nothing_to_tell_is_silent(netns: Namespace, caplog: pytest.LogCaptureFixture) -> None:
+    with Vm(netns) as vm:
+        vm.attach()
+    assert caplog.messages == []
 
 
 def test_next_start_clears_what_the_machine_left(netns: Namespace) -> None:

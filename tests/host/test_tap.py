@@ -91,6 +91,15 @@ def test_tap_that_is_not_there_is_created_and_vanishes_with_us(netns: Namespace)
     assert netns.interfaces() == []
 
 
+def test_tap_that_we_create_has_an_address_above_those_of_hardware(netns: Namespace) -> None:
+    one, two = Tap.open(NAME, netns=netns.path), Tap.open("other", netns=netns.path)
+    shown = [netns.ip("-o", "link", "show", name).split("link/ether ")[1][:17] for name in (NAME, "other")]
+    one.close()
+    two.close()
+    assert [mac[:3] for mac in shown] == ["fe:", "fe:"]
+    assert shown[0] != shown[1]
+
+
 def shown(netns: Namespace) -> str:
     """What stays as it was: whoever attaches chooses the header, and being up chooses the queueing discipline."""
     return re.sub(r"qdisc \w+|vnet_hdr \w+", "", netns.ip("-d", "link", "show", NAME))

@@ -400,7 +400,7 @@ def test_too_few_descriptors_are_an_error_that_says_how_to_have_more(here: Path)
     command = f"ulimit -n 8; exec {sys.executable} -m kvmpy run m.toml"
     ended = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert ended.returncode == 1
-    assert ended.stderr.splitlines()[-1].endswith(": raise the limit of open files (ulimit -n)")
+    assert ended.stderr.splitlines()[-1].endswith("; raise the limit of open files (ulimit -n)")
     assert "Traceback" not in ended.stderr
     assert os.listdir(here / "run") == []
 

@@ -198,6 +198,15 @@ def test_other_process_is_named(image: Path) -> None:
     assert f"(pid {other.pid}); " in said
 
 
+def test_image_of_another_is_refused_before_anything_is_tried_on_it(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(image):
+        asked = kernel_that_lacks(monkeypatch)
+        assert "locked by" in refusal(image)
+    assert asked == []
+
+
 def test_lock_can_be_handed_over(image: Path) -> None:
     with opened(image) as ours:
         theirs = Disk(str(image), readonly=False, direct=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from kvmpy.host.ownership import LONGEST, Before, Mark, process_start
 ME = Mark("web1", os.getpid(), process_start(os.getpid()))
 GOOD = {"do": "attach", "ifname": "tap0", "bridge": "br0", "mtu": None, "netns": None}
 PORT = Port(mtu=1500, mac="02:00:00:00:00:01", state="forwarding", bridge_mac="", bridge_up=True, bridge_owned=True)
+FACTS = {name: getattr(PORT, name) for name in PORT.__struct_fields__}
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}", fullmatch=True)
 numbers = st.integers(0, 2**31 - 1)
@@ -183,8 +185,7 @@ def ask(helper: Network) -> Port:
 
 
 def test_facts_are_the_helpers_and_what_it_left_is_logged(script: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    fields = {name: getattr(PORT, name) for name in PORT.__struct_fields__}
-    script += [f"echo '{json.dumps({'ok': fields})}' >&3", "read line <&3", """echo '{"left": ["br0: EBUSY"]}' >&3"""]
+    script += [f"echo '{json.dumps({'ok': FACTS})}' >&3", "read line <&3", """echo '{"left": ["br0: EBUSY"]}' >&3"""]
     helper = Network("web1")
     assert ask(helper) == PORT
     helper.close()
@@ -233,7 +234,7 @@ def test_close_does_not_wait_for_ever(
     helper = Network("web1")
     helper.start()
     helper.close()
-    assert f"process {helper.pid}: timed out" in caplog.text
+    assert f"process {helper.pid}, not done in 0.05 s" in caplog.text
     os.kill(helper.pid, 9)
     os.waitpid(helper.pid, 0)
 
@@ -251,3 +252,44 @@ def test_helper_that_is_started_and_never_asked_ends_with_its_machine() -> None:
     helper.close()
     with pytest.raises(ProcessLookupError):
         process_start(helper.pid)
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("kill -9 $$", "ended without a word, exit code -9"),
+        ("exit 0", "ended without a word"),
+        ("""echo '{"left": []}' >&3; exit 1""", "exit code 1: standard error says why"),
+    ],
+)
+def test_helper_that_does_not_end_well_is_told_of_with_what_may_be_left(
+    script: list[str], caplog: pytest.LogCaptureFixture, end: str, said: str
+) -> None:
+    script += ["""echo '{"error": "tap9: busy", "key": "ifname"}' >&3""", "read line <&3"]
+    script += [f"echo '{json.dumps({'ok': FACTS})}' >&3", "read line <&3", end]
+    helper = Network("web1")
+    with pytest.raises(HostError, match="busy"):
+        helper.attach("n1", "tap9", bridge="br9")
+    ask(helper)
+    helper.close()
+    assert caplog.messages == [f"network: the helper, process {helper.pid}, {said}; may be left as they are: br0, tap0"]
+
+
+def test_helper_that_hangs_up_on_a_request_is_told_of_by_its_errno(script: list[str]) -> None:
+    script[:] = ["exec 3>&-; sleep 0"]
+    with closing(Network("web1")) as helper:
+        helper.start()
+        os.waitid(os.P_PID, helper.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(HostError, match=r"failed: EPIPE; may be left as they are: br0, tap0$"):
+            ask(helper)
+
+
+def test_parent_that_ignores_its_children_does_not_matter(script: list[str]) -> None:
+    script += [f"echo '{json.dumps({'ok': FACTS})}' >&3", "read line <&3", """echo '{"left": []}' >&3"""]
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        helper = Network("web1")
+        ask(helper)
+        helper.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)

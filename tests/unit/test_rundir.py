@@ -124,6 +124,28 @@ def test_no_base_is_no_machines() -> None:
     assert find("web") is None
 
 
+def test_machine_of_another_user_is_not_listed_and_does_not_hide_ours(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (base / "trap").mkdir(parents=True)
+    (base / "trap" / "pid").symlink_to("/dev/null")
+    ours, theirs = RuntimeDirectory("ours"), RuntimeDirectory("theirs")
+    opened = os.open
+
+    def refused(path: str, flags: int, *rest: int) -> int:
+        if path == theirs.file("pid"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refused)
+        assert [machine.name for machine in running()] == ["ours"]
+        with pytest.raises(HostError, match="theirs: EACCES: not permitted; run as the user who started it"):
+            find("theirs")
+    ours.close()
+    theirs.close()
+
+
 def test_name_that_comes_and_goes_in_many_threads_is_never_anothers() -> None:
     holders = 0
     most = 0
@@ -213,16 +235,20 @@ def test_file_in_the_place_of_a_directory_is_named_with_what_to_do(tmp_path: Pat
     assert open_descriptors() == before
 
 
-def test_full_disk_is_a_host_error_and_the_name_stays_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, data: bytes) -> int:
+@pytest.mark.parametrize("call", ["write", "open", "mkdir"])
+def test_full_disk_is_a_host_error_that_leaves_nothing(base: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, "no space")
 
+    base.mkdir()
     before = open_descriptors()
+    said = "ENOSPC: the runtime directory cannot be written; make room on that file system$"
     with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
-        with pytest.raises(HostError, match="ENOSPC: the runtime directory cannot be written"):
+        patch.setattr(os, call, full)
+        with pytest.raises(HostError, match=said):
             RuntimeDirectory("web")
     assert open_descriptors() == before
+    assert os.listdir(base) == []
     RuntimeDirectory("web").close()
 
 

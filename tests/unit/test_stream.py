@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import errno
 import os
 import random
 import resource
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.stream import BACKLOG, CHUNK, Listener, Stream
 from tests.counts import count
-from tests.fakes.loop import BOUND, Inbox, open_descriptors, read_exactly, running, settle
+from tests.fakes.loop import BOUND, Inbox, each, open_descriptors, read_exactly, running, settle
 
 
 @pytest.fixture
@@ -299,6 +299,36 @@ def test_output_to_a_file_that_cannot_grow_is_dropped_and_does_not_stall(reactor
     assert (tmp_path / "output").read_bytes()[-11:] == b"grows again"
 
 
+def test_output_that_a_file_does_not_take_is_told_of_once_and_again_after_it_has(
+    reactor: Reactor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "console.log"
+    stream = Stream(reactor, -1, os.open(path, os.O_WRONLY | os.O_CREAT))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said = f"{path}: ENOSPC: output is lost; make room on that file system"
+    for times in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "write", full)
+            for _ in range(3):
+                stream.write(b"lost")
+        stream.write(b"kept")
+        assert caplog.messages == [said] * times
+    stream.close()
+    assert path.read_bytes() == b"keptkept"
+
+
+def test_reader_that_goes_away_is_nothing_to_tell_of(reactor: Reactor, caplog: pytest.LogCaptureFixture) -> None:
+    stream, reader = pipe_to(reactor)
+    os.close(reader)
+    stream.write(b"for nobody")
+    assert not stream.unsent
+    stream.close()
+    assert caplog.messages == []
+
+
 def test_close_sends_all_that_waits_where_the_descriptor_blocks(reactor: Reactor) -> None:
     stream, reader = pipe_to(reactor)
     sent = fill(stream)
@@ -361,21 +391,57 @@ def test_listener_whose_path_is_taken_leaves_nothing_open(reactor: Reactor, tmp_
     assert (tmp_path / "taken").exists()
 
 
-def test_client_waits_while_there_are_no_descriptors_and_is_served_later(
-    reactor: Reactor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_client_for_whom_there_is_no_descriptor_is_turned_away_and_told_of_once(
+    reactor: Reactor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("kvmpy.host.stream.ACCEPT_AGAIN", 0.01)
     clients: Inbox[Stream] = Inbox()
     path = str(tmp_path / "socket")
+    before = open_descriptors()
     listener = Listener(reactor, path, clients.put)
-    with socket.socket(socket.AF_UNIX) as client, caplog.at_level(logging.WARNING):
+    for _ in range(2):
+        callers = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        caplog.clear()
         with no_descriptors_left():
+            for caller in callers:
+                caller.settimeout(BOUND)
+                caller.connect(path)
+                assert caller.recv(1) == b""  # hung up
+        assert caplog.messages == [
+            f"{path}: EMFILE: clients are turned away; raise the limit of open files (ulimit -n)"
+        ]
+        assert not clients.items
+        with socket.socket(socket.AF_UNIX) as client:
             client.connect(path)
-            settle(reactor, 20)
-            assert not clients.items
+            clients.wait()[0].close()
+            clients.items.clear()
+        for caller in callers:
+            caller.close()
+    listener.close()
+    assert open_descriptors() == before
+
+
+def test_client_that_cannot_even_be_turned_away_waits_and_is_served_later(
+    reactor: Reactor, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpy.host.stream.ACCEPT_AGAIN", 0.001)
+    clients: Inbox[Stream] = Inbox()
+    tries: Inbox[None] = Inbox()
+    path = str(tmp_path / "socket")
+    listener = Listener(reactor, path, clients.put)
+    again = listener._accept
+    monkeypatch.setattr(listener, "_accept", lambda: each(again, lambda: tries.put(None))())
+    reactor.post(listener._watch)
+    settle(reactor)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as client:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            client.connect(path)
+            tries.wait(5)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         clients.wait()[0].close()
-    assert "EMFILE: a client has to wait" in caplog.text
-    assert len(caplog.records) < 10
+    assert caplog.messages == [f"{path}: EMFILE: clients have to wait; raise the limit of open files (ulimit -n)"]
     listener.close()
 
 

@@ -140,7 +140,9 @@ def test_descriptor_is_owned_before_anything_else_and_only_once(kernel: VhostKer
 
 
 def test_host_without_vhost_net_is_told_what_to_do(io: Reactor) -> None:
-    with pytest.raises(HostError, match=r"^/dev/nowhere: ENOENT: load vhost_net .*, or set vhost = false$"):
+    with pytest.raises(
+        HostError, match=r"^/dev/nowhere: ENOENT: cannot be opened; load vhost_net .*, or set vhost = false$"
+    ):
         VhostNet(GuestMemory(), io, 1, "/dev/nowhere")
 
 

@@ -320,7 +320,7 @@ def test_a_host_out_of_descriptors_makes_no_device_and_loses_none(
         return make(*arguments)
 
     monkeypatch.setattr(os, "eventfd", make_some)
-    with pytest.raises(HostError, match="eventfd: EMFILE: raise the limit of open files"):
+    with pytest.raises(HostError, match="eventfd: EMFILE: none can be made; raise the limit of open files"):
         Echo("echo", memory, loop, queues=8)
     assert open_descriptors() == before
 
