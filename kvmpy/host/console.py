@@ -8,6 +8,7 @@ operator types at the backend's terminal: that is always read, since the key tha
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import tty
@@ -27,7 +28,8 @@ OFFER: Final = 4096
 # Who attaches may never read, or go away while the guest takes no input: they do not use up our descriptors.
 MOST_CLIENTS: Final = 16
 # A regular file never blocks; a named pipe or a terminal must not, and we want no controlling terminal.
-FILE_FLAGS: Final = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+FILE_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+FILE_ADVICE: Final = {errno.ELOOP: "it is a symbolic link to what is not there; make that first"}
 
 
 class Console:
@@ -114,11 +116,19 @@ class Console:
         return os.ttyname(theirs)
 
     def open_file(self, path: str) -> None:
-        """Append the guest's output to ``path``. Raises HostError."""
+        """Append the guest's output to ``path``. Raises HostError.
+
+        A symbolic link is followed, but no file is made through one: in /tmp it could be anybody's.
+        """
         try:
-            fd = os.open(path, FILE_FLAGS, 0o600)
+            try:
+                fd = os.open(path, FILE_FLAGS)
+            except FileNotFoundError:
+                fd = os.open(path, FILE_FLAGS | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as e:
-            raise HostError(f"{path}: {refusal(e.errno, 'cannot be written')}") from e
+            raise HostError(
+                f"{path}: {refusal(e.errno, 'cannot be written', FILE_ADVICE.get(e.errno or 0, ''))}"
+            ) from e
         self.attach(-1, fd)
 
     def listen(self, path: str) -> None:

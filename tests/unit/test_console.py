@@ -450,6 +450,20 @@ def test_file_backend_that_cannot_be_opened_is_named(console: Console, tmp_path:
         console.open_file(f"{tmp_path}/no/log")
 
 
+def test_file_backend_follows_a_link_to_what_is_there_and_makes_nothing_through_one(
+    console: Console, tmp_path: Path
+) -> None:
+    (tmp_path / "log").touch()
+    (tmp_path / "link").symlink_to("log")
+    console.open_file(str(tmp_path / "link"))
+    console.write(b"now\n")
+    assert (tmp_path / "log").read_bytes() == b"now\n"
+    (tmp_path / "trap").symlink_to("victim")
+    with pytest.raises(HostError, match=r"trap: ELOOP: cannot be written; it is a symbolic link to what is not there"):
+        console.open_file(str(tmp_path / "trap"))
+    assert not (tmp_path / "victim").exists()
+
+
 def test_named_pipe_that_nobody_reads_is_refused_and_not_waited_for(console: Console, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(HostError, match="fifo: ENXIO: cannot be written"):
