@@ -27,6 +27,7 @@ from kvmpy.host.reactor import Reactor
 from kvmpy.kvm.cpuid import address_bits, guest_cpuid
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu
+from kvmpy.kvm.vfio import VfioGroups
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, located, mmio64, placed
@@ -34,7 +35,6 @@ from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
 
 if TYPE_CHECKING:
-    from kvmpy.devices.virtio.device import VirtioDevice
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.host.network import Network
 
@@ -55,7 +55,7 @@ class Board:
     debug_port: DebugPort
     pci: PciRoot
     pci_windows: PciWindows
-    by_id: Mapping[str, VirtioDevice[Any]]
+    by_id: Mapping[str, Device[Any]]
     nics: Mapping[str, VirtioNet]
     """Network devices by their id and by their netdev's. ``by_id`` has all devices of the configuration."""
 
@@ -106,7 +106,9 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
     platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
     for device in platform:
         resources.callback(device.close)
-    plugger = Plugger(config, pci, Host(memory, io, vm, network, report), resources)
+    groups = VfioGroups(vm)
+    resources.callback(groups.close)
+    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, groups), resources)
     plugger.plug_all()
     return Board(
         system=system,

@@ -37,6 +37,7 @@ from kvmpy.memory import GuestMemory
 
 # What a machine has none of is not imported: it would start later for nothing.
 if TYPE_CHECKING:
+    from kvmpy.devices.vfio.container import GroupListener
     from kvmpy.devices.vhost import VhostNet
     from kvmpy.devices.virtio.blk import VirtioBlk
     from kvmpy.devices.virtio.console import VirtioConsole
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.devices.virtio.rng import VirtioRng
     from kvmpy.host.network import Network
+    from kvmpy.machine.passthrough import Passthrough
 
 log = logging.getLogger(__name__)
 
@@ -57,13 +59,17 @@ class Report(Protocol):
 
 
 class Host(NamedTuple):
-    """What devices are given of the machine around them; ``network`` where some netdev has a bridge."""
+    """What devices are given of the machine around them; ``network`` where some netdev has a bridge.
+
+    ``groups`` is KVM, as far as it must know of devices passed through.
+    """
 
     memory: GuestMemory
     io: Reactor
     sink: MsiSink
     network: Network | None
     report: Report
+    groups: GroupListener
 
 
 class Plugger:
@@ -75,11 +81,12 @@ class Plugger:
 
     def __init__(self, config: Config, pci: PciRoot, host: Host, resources: ExitStack) -> None:
         self.devices: list[Device[Any]] = []
-        self.by_id: dict[str, VirtioDevice[Any]] = {}
+        self.by_id: dict[str, Device[Any]] = {}
         self.nics: dict[str, VirtioNet] = {}
         self._config, self._pci, self._host, self._resources = config, pci, host, resources
         self._ports: dict[str, RootPort] = {}
         self._free = itertools.count()
+        self._passthrough: Passthrough | None = None
 
     def plug_all(self) -> None:
         """Raises HostError, with its place in the configuration, where this host cannot."""
@@ -93,6 +100,14 @@ class Plugger:
             self._plug(table)
 
     def _plug(self, table: DeviceTable) -> None:
+        function = self._vfio(table) if isinstance(table, VfioPci) else self._virtio_pci(table)
+        if table.bus is None:
+            self._on_root_bus(function)
+        else:
+            self._keep(function)
+            self._ports[table.bus].plug(function)
+
+    def _virtio_pci(self, table: DeviceTable) -> PciFunction[Any]:
         from kvmpy.devices.virtio.pci import VirtioPci
 
         device = self._make(table)
@@ -101,11 +116,17 @@ class Plugger:
         with self._located(f"device.{table.id}"):
             function = VirtioPci(table.id, device, self._host.sink)
         self.by_id[table.id] = device
-        if table.bus is None:
-            self._on_root_bus(function)
-        else:
-            self._keep(function)
-            self._ports[table.bus].plug(function)
+        return function
+
+    def _vfio(self, table: VfioPci) -> PciFunction[Any]:
+        from kvmpy.machine.passthrough import Passthrough
+
+        if self._passthrough is None:
+            self._passthrough = Passthrough(self._host)
+        with self._located():
+            function = self._passthrough.make(table)
+        self.by_id[table.id] = function
+        return function
 
     def _make(self, table: DeviceTable) -> VirtioDevice[Any]:
         match table:
@@ -118,7 +139,7 @@ class Plugger:
             case VirtioSerialPci():
                 return self._console(table)
             case VfioPci():
-                raise AssertionError("check_devices refuses it")
+                raise AssertionError("is no virtio device")
             case other:
                 assert_never(other)
 

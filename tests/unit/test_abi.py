@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from kvmpy._native import ffi, lib
-from kvmpy.abi import block, ioctl, tun, vhost
+from kvmpy.abi import block, ioctl, tun, vfio, vhost
 from kvmpy.abi import kvm as abi
-from kvmpy.abi.block import Unsized
-from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request
+from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request, Unsized
 from kvmpy.errors import HostError, IoctlError
 from kvmpy.kvm.system import REQUIRED, WELCOME
 from tests.conftest import skip_or_fail
@@ -24,15 +23,15 @@ from tests.fakes.kernel import Kernel
 
 ABI = Path(abi.__file__).parent
 LAYOUTS = sorted(Layout.__subclasses__(), key=lambda layout: layout.__name__)
-MODULES = (abi, vhost, block, tun)
-CDEFS = ("kvm.cdef", "vhost.cdef", "block.cdef", "tun.cdef")
+MODULES = (abi, vhost, vfio, block, tun)
+CDEFS = ("kvm.cdef", "vhost.cdef", "vfio.cdef", "block.cdef", "tun.cdef")
 REQUESTS = {name: each for module in MODULES for name, each in vars(module).items() if isinstance(each, Request)}
 # The numbers of tun's requests say "an int" whatever they take, and those for interfaces say nothing.
 HONEST = {name: request for name, request in REQUESTS.items() if name not in vars(tun)}
 CONSTANTS = [
     name for cdef in CDEFS for name in re.findall(r"^#define (\w+) \.\.\.", (ABI / cdef).read_text(), re.MULTILINE)
 ]
-STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "tun_", "ethtool_", "if"))]
+STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "vfio_", "tun_", "ethtool_", "if"))]
 
 
 def fields_of(struct: str) -> dict[str, Any]:

@@ -85,18 +85,27 @@ class MsiCapability(Capability, size=0x18):
 
 
 class Msi:
-    """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call."""
+    """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call.
+
+    ``on_change`` is told after the guest has switched or masked it, or changed the message.
+    """
 
     def __init__(self, name: str, capability: MsiCapability, vector: MsiVector) -> None:
         self._capability, self._vector, self._routed = capability, vector, RoutedVector(name, 0, vector)
         self.bus_master = False
-        capability.on_change = self.update
+        self.on_change: Callable[[], object] = lambda: None
+        capability.on_change = self._changed
         capability.is_pending = lambda: vector.pending
 
     @property
     def enabled(self) -> bool:
         """Whether the guest has chosen MSI rather than INTx."""
         return bool(self._capability.control & MsiControl.ENABLE)
+
+    @property
+    def fd(self) -> int:
+        """The eventfd that anybody may signal as `signal` does."""
+        return self._vector.fd
 
     def signal(self) -> None:
         """Send the message, or keep it while that is masked."""
@@ -128,3 +137,7 @@ class Msi:
     def close(self) -> None:
         """Give the vector back."""
         self._vector.close()
+
+    def _changed(self) -> None:
+        self.update()
+        self.on_change()
