@@ -38,27 +38,41 @@ class Surroundings(Protocol):
     def report(self) -> Callable[..., None]: ...
 
 
+class Claimed(Protocol):
+    """A function of the host that is ours until `close`."""
+
+    @property
+    def group(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class Passthrough:
     """Makes the passed-through functions of one machine."""
 
-    def __init__(self, host: Surroundings) -> None:
-        self._host = host
+    def __init__(self, host: Surroundings, claim: Callable[[str], Claimed] | None = None) -> None:
+        """``claim`` takes a function from the host's driver; by default it must have been taken already."""
+        self._host, self._claim = host, claim or BoundFunction
         self._container = Container(host.memory, host.groups)
 
-    def make(self, table: VfioPciTable) -> VfioPci:
-        """The function of ``table``, reset, and its RAM mapped: seconds. By a thread that no vCPU waits for.
+    def make(self, table: VfioPciTable, resources: ExitStack) -> VfioPci:
+        """The function of ``table``, reset, and all RAM mapped: seconds. By a thread that no vCPU waits for.
 
-        Raises HostError, beginning with the key it concerns, with nothing left behind.
+        `close` of it is the caller's; what ``resources`` gets is to be closed after that. Raises HostError, beginning
+        with the key it concerns, with nothing left behind.
         """
         name, host = str(table.id), self._host
         try:
-            group = bound_group(str(table.host))
             with ExitStack() as undo:
-                device = VfioDevice(str(table.host), group, self._container)
-                undo.callback(device.close)
-                device.reset()
-                function = VfioPci(name, device, host.sink, host.io)
-                undo.pop_all()
+                claimed = self._claim(str(table.host))
+                undo.callback(claimed.close)
+                device = VfioDevice(str(table.host), claimed.group, self._container)
+                with ExitStack() as failed:
+                    failed.callback(device.close)
+                    device.reset()
+                    function = VfioPci(name, device, host.sink, host.io)
+                    failed.pop_all()
+                resources.push(undo.pop_all())
         except HostError as e:
             raise HostError(f"device.{name}.host: {e}") from e
         function.on_broken = lambda why: host.report("DEVICE_BROKEN", device=name, reason=why)
@@ -66,7 +80,18 @@ class Passthrough:
         return function
 
 
-def bound_group(address: str, sysfs: Path = SYSFS) -> int:
+class BoundFunction:
+    """A function that vfio-pci has already, and keeps (a `Claimed`)."""
+
+    def __init__(self, address: str, sysfs: Path = SYSFS) -> None:
+        """Raises HostError where vfio-pci has it not."""
+        self.group = bound_group(address, sysfs)
+
+    def close(self) -> None:
+        """Nothing was changed."""
+
+
+def bound_group(address: str, sysfs: Path) -> int:
     """The IOMMU group of a function that vfio-pci has. Raises HostError where it has not."""
     function = sysfs / address
     if not function.exists():

@@ -124,7 +124,7 @@ class Plugger:
         if self._passthrough is None:
             self._passthrough = Passthrough(self._host)
         with self._located():
-            function = self._passthrough.make(table)
+            function = self._passthrough.make(table, self._resources)
         self.by_id[table.id] = function
         return function
 

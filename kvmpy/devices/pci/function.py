@@ -169,13 +169,13 @@ class PciFunction(Device[F]):
         """The link above went down: all is as at power-on, while the machine runs. With the lock."""
         self.reset()
 
-    def on_released(self) -> None:
-        """The guest has given it up for good: powered its slot off and let it go, or lost it by surprise. With the lock.
+    def release(self) -> None:
+        """The function leaves its slot: from here on it reaches neither memory nor an interrupt. With the lock.
 
-        Called once its link is down, after `bus_reset`, and it must not take long. What is left is `close`, which may
-        take as long as a reset of real hardware: by a thread that may block, and before anything is put in its place
-        that uses the same hardware.
+        By a vCPU's thread: what takes long, such as the reset of a real device, is for `close`.
         """
+        self._follow_bus_master(False)
+        self.bus_reset()
 
     def reset(self) -> None:
         self.state = type(self.state)()

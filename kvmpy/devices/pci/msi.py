@@ -87,7 +87,7 @@ class MsiCapability(Capability, size=0x18):
 class Msi:
     """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call.
 
-    ``on_change`` is told after the guest has switched or masked it, or changed the message.
+    ``on_change`` is told after the guest has changed a register of it.
     """
 
     def __init__(self, name: str, capability: MsiCapability, vector: MsiVector) -> None:

@@ -162,8 +162,10 @@ class VfioPci(PciFunction[VfioPciState]):
         self._quiesce()
         self._resetter.start(self._after_bus_reset)
 
-    def on_released(self) -> None:
-        """R26. The guest has it no more, for good: what remains is `close`."""
+    def release(self) -> None:
+        """R26, in this order: no DMA, no interrupts, no answers, a reset on a thread of its own. What remains is
+        `close`, which waits for that.
+        """
         if not self._released:
             self._released = True
             self.bus_reset()
