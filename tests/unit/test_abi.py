@@ -31,7 +31,9 @@ HONEST = {name: request for name, request in REQUESTS.items() if name not in var
 CONSTANTS = [
     name for cdef in CDEFS for name in re.findall(r"^#define (\w+) \.\.\.", (ABI / cdef).read_text(), re.MULTILINE)
 ]
-STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "vfio_", "tun_", "ethtool_", "if"))]
+STRUCTS = [
+    kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "vfio_", "tun_", "ethtool_", "if"))
+]
 
 
 def fields_of(struct: str) -> dict[str, Any]:

@@ -80,8 +80,8 @@ class Type1:
             return CHUNK
         if not self._available:
             raise HostError("vfio: this host's IOMMU takes no more maps; raise dma_entry_limit of vfio_iommu_type1")
-        least = -(-block.size // self._available)
-        return max(CHUNK, -(-least // HUGE_PAGE) * HUGE_PAGE)
+        least = -(-block.size // max(self._available // 2, 1))  # half of them, so that the next block has some too
+        return CHUNK if least <= CHUNK else -(-least // HUGE_PAGE) * HUGE_PAGE
 
     def _map(self, hva: int, iova: int, size: int) -> None:
         abi.VFIO_IOMMU_MAP_DMA(self._fd, flags=abi.DMA_READ | abi.DMA_WRITE, vaddr=hva, iova=iova, size=size)
