@@ -390,6 +390,7 @@ def test_close_waits_for_the_reset(rig: NicRig) -> None:
 def test_fifty_come_and_go_and_leave_nothing(rig: NicRig) -> None:
     rig.port.unplug()
     rig.function.close()
+    rig.nic.close()
     before, threads = open_descriptors(), threading.active_count()
     for _ in range(50):
         rig.function = rig.make()
@@ -401,6 +402,7 @@ def test_fifty_come_and_go_and_leave_nothing(rig: NicRig) -> None:
         rig.port.unplug()
         rig.function.close()
         assert rig.kernel.maps == {}
+    rig.nic.close()
     assert threading.active_count() == threads
     assert open_descriptors() == before
 
