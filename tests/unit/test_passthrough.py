@@ -1,0 +1,149 @@
+"""Functions of the host for a machine: found, taken, opened, and given back whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from kvmpy.abi import ioctl
+from kvmpy.config.schema import VfioPci as VfioPciTable
+from kvmpy.config.values import Id, PciAddress
+from kvmpy.devices.vfio.container import Container
+from kvmpy.errors import HostError
+from kvmpy.host.memory import Mapping
+from kvmpy.host.reactor import Reactor
+from kvmpy.irq import MsiSink
+from kvmpy.machine import passthrough
+from kvmpy.machine.passthrough import BoundFunction, Passthrough
+from kvmpy.memory import GuestMemory, Ram
+from tests.fakes.interrupts import FakeSink
+from tests.fakes.loop import open_descriptors
+from tests.fakes.vfio import ADDRESS, ERROR, GROUP, REQUEST, VfioKernel
+from tests.fakes.vfio_rig import reset_by
+
+TABLE = VfioPciTable(id=Id("host0"), host=PciAddress(ADDRESS))
+
+
+class Machine(NamedTuple):
+    memory: GuestMemory
+    io: Reactor
+    sink: MsiSink
+    groups: VfioKernel
+    report: Any
+
+
+class Claim:
+    """What takes a function from the host's driver; ``taken`` says whether it has it now."""
+
+    group = GROUP
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def __call__(self, address: str) -> Claim:
+        self.taken.append(address)
+        return self
+
+    def close(self) -> None:
+        self.taken.pop()
+
+
+class Rig:
+    def __init__(self, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.kernel = VfioKernel(directory)
+        monkeypatch.setattr(ioctl, "sys_ioctl", self.kernel)
+        monkeypatch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
+        monkeypatch.setattr(passthrough, "Container", lambda memory, groups: Container(memory, groups, str(directory)))
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        sink, self.io, memory = FakeSink(), Reactor("io"), GuestMemory()
+        mapping = Mapping(1 << 20)
+        for closing in (mapping.close, memory.close, sink.close, self.io.close, self.kernel.nic.close):
+            resources.callback(closing)
+        memory.add(Ram(0, 1 << 20, mapping))
+        self.claim = Claim()
+        machine = Machine(memory, self.io, sink, self.kernel, lambda event, **data: self.events.append((event, data)))
+        self.passthrough = Passthrough(machine, self.claim)
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rig]:
+    with ExitStack() as resources:
+        yield Rig(resources, monkeypatch, tmp_path)
+
+
+def test_a_function_is_taken_reset_and_given_back(rig: Rig) -> None:
+    with ExitStack() as resources:
+        function = rig.passthrough.make(TABLE, resources)
+        resources.callback(function.close)
+        assert rig.claim.taken == [ADDRESS]
+        assert rig.kernel.nic.resets == ["function"], "of what the host's driver left in it"
+        assert function.name == "host0"
+    assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "request_name", ["VFIO_GROUP_GET_DEVICE_FD", "VFIO_DEVICE_RESET", "VFIO_DEVICE_SET_IRQS", "VFIO_IOMMU_MAP_DMA"]
+)
+def test_whatever_fails_is_located_and_undone(rig: Rig, request_name: str) -> None:
+    before = open_descriptors()
+    rig.kernel.fail(request_name, errno.EIO)
+    with ExitStack() as resources:
+        with pytest.raises(HostError, match=rf"^device\.host0\.host: .*{request_name}: EIO"):
+            rig.passthrough.make(TABLE, resources)
+        assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+        rig.kernel.nic.close()
+        assert open_descriptors() == before
+    rig.kernel.recover(request_name)
+    with ExitStack() as resources:
+        resources.callback(rig.passthrough.make(TABLE, resources).close)
+
+
+def test_what_the_host_says_of_a_device_becomes_an_event(rig: Rig) -> None:
+    with ExitStack() as resources:
+        resources.callback(rig.passthrough.make(TABLE, resources).close)
+        rig.kernel.nic.signal(REQUEST)
+        rig.kernel.nic.signal(ERROR)
+        rig.io.start()
+        rig.io.stop()
+    assert sorted(rig.events, key=lambda event: event[0]) == [
+        (
+            "DEVICE_BROKEN",
+            {"device": "host0", "reason": rig.events[[e[0] for e in rig.events].index("DEVICE_BROKEN")][1]["reason"]},
+        ),
+        ("DEVICE_WANTED_BACK", {"device": "host0", "host": ADDRESS}),
+    ]
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> Path:
+    (tmp_path / ADDRESS).mkdir()
+    for name in ("vfio-pci", "igbvf", "groups/12"):
+        (tmp_path / name).mkdir(parents=True)
+    return tmp_path
+
+
+def test_a_function_that_vfio_has_is_known_by_its_group(sysfs: Path) -> None:
+    (sysfs / ADDRESS / "driver").symlink_to(sysfs / "vfio-pci")
+    (sysfs / ADDRESS / "iommu_group").symlink_to(sysfs / "groups/12")
+    assert BoundFunction(ADDRESS, sysfs).group == 12
+
+
+@pytest.mark.parametrize(
+    ("driver", "address", "problem"),
+    [
+        ("igbvf", ADDRESS, "has the driver igbvf, not vfio-pci; bind it"),
+        (None, ADDRESS, "has no driver, not vfio-pci; bind it"),
+        ("vfio-pci", ADDRESS, "is in no IOMMU group"),
+        (None, "0000:00:00.7", "no such PCI function"),
+    ],
+)
+def test_a_function_that_vfio_has_not_is_refused(sysfs: Path, driver: str | None, address: str, problem: str) -> None:
+    if driver:
+        (sysfs / ADDRESS / "driver").symlink_to(sysfs / driver)
+    with pytest.raises(HostError, match=f"^{address}: .*{problem}"):
+        BoundFunction(address, sysfs)
