@@ -32,8 +32,13 @@ ip addr add "$bridge_address/24" dev "$bridge"
 ip link set "$bridge" up
 ip link set "$uplink" master "$bridge" up
 if [ "$vfs" != 0 ]; then
-    echo "$vfs" >"/sys/class/net/$uplink/device/sriov_numvfs"
-    until_there all_functions "/sys/class/net/$uplink/device" >/dev/null
+    pf=/sys/class/net/$uplink/device
+    # A virtual function's driver asks the PF's for its address, and gets no answer before that has a link.
+    echo 0 >"$pf/sriov_drivers_autoprobe"
+    echo "$vfs" >"$pf/sriov_numvfs"
+    until_there grep 1 "/sys/class/net/$uplink/carrier" >/dev/null
+    echo 1 >"$pf/sriov_drivers_autoprobe"
+    for function in $(until_there all_functions "$pf"); do echo "$function" >/sys/bus/pci/drivers_probe; done
 fi
 
 name=$(until_there interface "$station_mac")
