@@ -291,8 +291,10 @@ def test_function_whose_driver_is_gone_is_kept_for_the_next_start(
         b"",
         b"\xff",
         b"[]",
-        b'{"boot": "", "machine": "", "pid": 1, "started": 1, "records": [{"address": "../../x", "rebound": true}]}',
-        b'{"boot": "", "machine": "", "pid": 1, "started": 1, "records":[{"address": "0000:03:00.0", "driver": "../x"}]}',
+        *(
+            b'{"boot": "", "machine": "", "pid": 1, "started": 1, "records": [%b]}' % record
+            for record in (b'{"address": "../../x"}', b'{"address": "0000:03:00.0", "driver": "../x"}', b"{}")
+        ),
     ],
 )
 def test_journal_that_kvmpy_did_not_write_is_named_and_changes_nothing(
