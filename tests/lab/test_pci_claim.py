@@ -21,24 +21,26 @@ SLOW: Final = 120
 # What a machine does at its start and its end: ADDRESS [MAC VLAN]
 MACHINE: Final = """
 import sys
+from contextlib import ExitStack
 from kvmpy.errors import HostError
 from kvmpy.host.network import Network
 from kvmpy.host.pci import HostFunction, recover
 from kvmpy.host.rundir import RuntimeDirectory
 address, *settings = sys.argv[1:]
-directory, network = RuntimeDirectory("web1"), Network("web1")
-recover(directory.path)
-try:
-    function = HostFunction.claim(address, directory.path)
-    if settings:
-        function.assign(network, mac=settings[0], vlan=int(settings[1]))
-    print("claimed", function.group, "helper", network.pid, flush=True)
-    sys.stdin.read()
-    function.close()
-except HostError as e:
-    print(e)
-network.close()
-directory.close()
+with ExitStack() as stack:
+    directory, network = RuntimeDirectory("web1"), Network("web1")
+    stack.callback(directory.close)
+    stack.callback(network.close)
+    recover(directory.path)
+    try:
+        function = HostFunction.claim(address, directory.path)
+        stack.callback(function.close)
+        if settings:
+            function.assign(network, mac=settings[0], vlan=int(settings[1]))
+        print("claimed", function.group, "helper", network.pid, flush=True)
+        sys.stdin.read()
+    except HostError as e:
+        print(e)
 """
 HOLDER: Final = "import os, sys; os.open(sys.argv[1], os.O_RDWR); print('open', flush=True); sys.stdin.read()"
 
@@ -167,6 +169,7 @@ def test_whole_nic_is_taken_and_given_back(e1000e_host: NicHost) -> None:
 def test_whole_nic_takes_no_settings_and_is_given_back(e1000e_host: NicHost) -> None:
     function = e1000e_host.functions[0]
     assert "it is no virtual function" in refusal(e1000e_host, function, MAC, "0")
+    assert is_as_before(e1000e_host, function, "e1000e")
 
 
 def test_shared_group_is_refused_with_the_member_named_until_that_is_given_up(e1000e_host: NicHost) -> None:
