@@ -3,7 +3,8 @@
     network = Network("web1")
     network.start()                                 # the helper starts while we do something else
     port = network.attach("hostnet1", "tap-web1", bridge="br0")
-    network.close()                                 # bridges and interfaces as they were
+    network.set_vf("enp94s0f0", 2, mac="52:54:00:6f:55:cc")
+    network.close()                                 # bridges, interfaces and virtual functions as they were
 
 The work is netlink's, by pyroute2, and that is not for a process with vCPUs (`kvmpy.host.netlink` says why). The helper
 is no child of the terminal: Ctrl-C and a signal to our group pass it by. It lives as long as our end of its socket, so
@@ -19,9 +20,11 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host.ownership import process_start
@@ -40,6 +43,9 @@ REAP_POLL: Final = 0.002
 BLOCKED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
+MacText = Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")]
+
+
 class Port(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel says of an interface that was attached. All of it was read back.
 
@@ -55,10 +61,28 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     bridge_owned: bool
 
 
-class Answer(msgspec.Struct, frozen=True):
+class VfSettings(msgspec.Struct, frozen=True):
+    """What a PF holds one of its virtual functions to. A MAC of zeros leaves it to the function, VLAN 0 is none."""
+
+    mac: MacText
+    vlan: Annotated[int, Meta(ge=0, le=4095)] = 0
+    qos: Annotated[int, Meta(ge=0, le=7)] = 0
+
+
+class VfChange(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a virtual function before a request, and as they were read back after it."""
+
+    before: VfSettings
+    after: VfSettings
+
+
+T = TypeVar("T")
+
+
+class Answer(msgspec.Struct, Generic[T], frozen=True):
     """A line from the helper."""
 
-    ok: Port | None = None
+    ok: T | None = None
     error: str = ""
     key: str = ""
     left: list[str] = []
@@ -77,7 +101,8 @@ class Network:
         self.pid = 0
         self._unread = b""
         # Made now: nothing is built, and nothing imported, beside running vCPUs.
-        self._decode = msgspec.json.Decoder(Answer).decode
+        self._decode_port = msgspec.json.Decoder(Answer[Port]).decode
+        self._decode_vf = msgspec.json.Decoder(Answer[VfChange]).decode
         self._encode = msgspec.json.Encoder().encode
 
     def start(self) -> None:
@@ -96,13 +121,36 @@ class Network:
         with self._lock:
             try:
                 self._start()
-                answer = self._ask({"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns})
+                request = {"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns}
+                answer = self._ask(request, self._decode_port)
             except HostError as e:
                 raise HostError(f"netdev.{netdev}.bridge: {e}") from e
         if answer.ok is None:
             raise HostError(f"netdev.{netdev}.{answer.key or 'bridge'}: {answer.error}")
         if bridge is not None and answer.ok.state != "forwarding":
             _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
+        return answer.ok
+
+    def set_vf(self, interface: str, number: int, *, mac: str | None = None, vlan: int | None = None) -> VfChange:
+        """Have the PF with that interface hold its virtual function ``number`` to a MAC, to a VLAN; None leaves it.
+
+        It is put back on close, or when we are killed. Raises HostError, with everything as it was.
+        """
+        return self._change_vf({"do": "set-vf", "interface": interface, "number": number, "mac": mac, "vlan": vlan})
+
+    def put_vf_back(self, interface: str, number: int, change: VfChange) -> None:
+        """Undo ``change``, unless somebody else has changed it since. Raises HostError."""
+        request: dict[str, Any] = {"do": "put-vf-back", "interface": interface, "number": number}
+        for when, settings in (("ours", change.after), ("was", change.before)):
+            request |= {f"{when}_{name}": getattr(settings, name) for name in settings.__struct_fields__}
+        self._change_vf(request)
+
+    def _change_vf(self, request: dict[str, Any]) -> VfChange:
+        with self._lock:
+            self._start()
+            answer = self._ask(request, self._decode_vf)
+        if answer.ok is None:
+            raise HostError(answer.error)
         return answer.ok
 
     def close(self) -> None:
@@ -114,7 +162,7 @@ class Network:
                 self._socket.shutdown(socket.SHUT_WR)
                 self._socket.settimeout(CLOSE_LIMIT)
                 while line := self._line():
-                    for problem in self._decode(line).left:
+                    for problem in self._decode_port(line).left:
                         log.warning("network: %s", problem)
             except (OSError, HostError, msgspec.DecodeError) as e:
                 log.warning("network: bridges and taps may still be there: process %d: %s", self.pid, e)
@@ -134,13 +182,13 @@ class Network:
         ours.settimeout(ANSWER_LIMIT)
         self._socket, self._unread = ours, b""
 
-    def _ask(self, request: dict[str, Any]) -> Answer:
+    def _ask(self, request: dict[str, Any], decode: Callable[[bytes], Answer[T]]) -> Answer[T]:
         """The helper's answer. Raises HostError where there is none; then it takes everything back, and is done."""
         assert self._socket is not None
         try:
             self._socket.sendall(self._encode(request) + b"\n")
             if line := self._line():
-                return self._decode(line)
+                return decode(line)
             why = "it has ended"
         except TimeoutError:
             why = f"it has not answered in {ANSWER_LIMIT:g} s"

@@ -20,9 +20,11 @@ from kvmpy import __version__
 from kvmpy._native import ffi
 from kvmpy.abi import ioctl
 from kvmpy.abi import kvm as abi
-from kvmpy.cli.doctor import FAIL, Finding, Host, examine, report
+from kvmpy.cli.doctor import examine, report
+from kvmpy.cli.finding import FAIL, Finding
 from kvmpy.cli.main import main
 from kvmpy.errors import IoctlError
+from kvmpy.host.tree import Host
 from kvmpy.kvm.system import REQUIRED, System
 from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
 from tests.unit.test_boot_bzimage import bzimage
@@ -521,10 +523,12 @@ def rich(bare: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
         (dev / name).parent.mkdir(parents=True, exist_ok=True)
         (dev / name).touch()
     (sys_ / "kernel/iommu_groups/0").mkdir(parents=True)
+    (sys_ / "bus/pci/drivers/vfio-pci").mkdir(parents=True)
     (sys_ / "kernel/mm/hugepages/hugepages-2048kB").mkdir(parents=True)
     (sys_ / "kernel/mm/hugepages/hugepages-2048kB/free_hugepages").write_text("7\n")
     Path(bare.proc).mkdir()
     Path(bare.proc, "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu vmx sse\n")
+    Path(bare.proc, "interrupts").write_text("  2:  1  IR-IO-APIC  2-edge  timer\n")
     Path(bare.proc, "self").mkdir()
     Path(bare.proc, "self/status").write_text("Name:\tkvmpy\nCapEff:\t0000000000001000\n")
     answering(monkeypatch)
@@ -550,6 +554,7 @@ def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
         f"{bare.dev}/vhost-net": "warn",
         "CAP_NET_ADMIN": "warn",
         f"{bare.dev}/vfio/vfio": "warn",
+        "vfio-pci": "warn",
         "IOMMU": "warn",
         "locked memory": "ok",
     }
