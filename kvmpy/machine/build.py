@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
-from kvmpy.config.schema import Config
+from kvmpy.config.schema import Config, VfioPci
+from kvmpy.config.schema import Device as DeviceTable
 from kvmpy.devices.acpi_pm import AcpiPm
 from kvmpy.devices.base import Device, Power
 from kvmpy.devices.cmos import Cmos
@@ -21,6 +23,7 @@ from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
 from kvmpy.errors import ConfigError, HostError
+from kvmpy.host import rundir
 from kvmpy.host.console import Console
 from kvmpy.host.memory import Mapping as HostMemory
 from kvmpy.host.reactor import Reactor
@@ -108,7 +111,8 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
         resources.callback(device.close)
     groups = VfioGroups(vm)
     resources.callback(groups.close)
-    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, groups), resources)
+    directory = os.path.join(rundir.base(), config.name)
+    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, groups, directory), resources)
     plugger.plug_all()
     return Board(
         system=system,
@@ -169,8 +173,8 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
 
 
 def _start_network(config: Config, resources: ExitStack) -> Network | None:
-    """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile."""
-    if not any(netdev.bridge for netdev in config.netdev):
+    """The helper process, where it is needed. It takes a moment to start, and the machine is made meanwhile."""
+    if not any(netdev.bridge for netdev in config.netdev) and not any(map(_is_assigned, config.device)):
         return None
     from kvmpy.host.network import Network
 
@@ -178,6 +182,11 @@ def _start_network(config: Config, resources: ExitStack) -> Network | None:
     resources.callback(network.close)
     network.start()
     return network
+
+
+def _is_assigned(table: DeviceTable) -> bool:
+    """Whether a device is a virtual function whose PF is told something."""
+    return isinstance(table, VfioPci) and (table.mac is not None or table.vlan is not None)
 
 
 def _build_vcpus(config: Config, vm: Vm, resources: ExitStack) -> tuple[Vcpu, ...]:

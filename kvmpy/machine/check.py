@@ -78,8 +78,6 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
             if device.failover_pair_id:
                 problem = "this version of kvmpy has no failover pairs yet; leave it out"
                 yield f"{key}.failover_pair_id", f"{key}.failover_pair_id: {problem}"
-            if device.mac:
-                yield f"{key}.mac", f"{key}.mac: this version of kvmpy sets no address of a VF yet; leave it out"
         elif isinstance(device, VirtioNetPci) and device.failover:
             yield f"{key}.failover", f"{key}.failover: this version of kvmpy has no failover pairs yet; leave it out"
     on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)

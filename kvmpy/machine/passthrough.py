@@ -1,4 +1,4 @@
-"""Functions of the host's PCI bus for the guest: found, opened, and made into devices.
+"""Functions of the host's PCI bus for the guest: taken from the host, opened, and made into devices.
 
 All of them share one container, in which the guest's RAM is mapped for DMA while there is any.
 """
@@ -7,25 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvmpy.config.schema import VfioPci as VfioPciTable
 from kvmpy.devices.vfio.container import Container, GroupListener
 from kvmpy.devices.vfio.device import VfioDevice
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
+from kvmpy.host.pci import HostFunction
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
 from kvmpy.memory import GuestMemory
 
-SYSFS: Final = Path("/sys/bus/pci/devices")
-DRIVER: Final = "vfio-pci"
+if TYPE_CHECKING:
+    from kvmpy.host.network import Network
 
 
 class Surroundings(Protocol):
     """What a passed-through function needs of the machine: part of `kvmpy.machine.plug.Host`."""
 
+    @property
+    def directory(self) -> str: ...
+    @property
+    def network(self) -> Network | None: ...
     @property
     def memory(self) -> GuestMemory: ...
     @property
@@ -39,10 +43,12 @@ class Surroundings(Protocol):
 
 
 class Claimed(Protocol):
-    """A function of the host that is ours until `close`."""
+    """A function of the host that is ours until `close`: `kvmpy.host.pci.HostFunction` is one."""
 
     @property
     def group(self) -> int: ...
+
+    def assign(self, network: Network, *, mac: str | None = None, vlan: int | None = None) -> None: ...
 
     def close(self) -> None: ...
 
@@ -50,9 +56,9 @@ class Claimed(Protocol):
 class Passthrough:
     """Makes the passed-through functions of one machine."""
 
-    def __init__(self, host: Surroundings, claim: Callable[[str], Claimed] | None = None) -> None:
-        """``claim`` takes a function from the host's driver; by default it must have been taken already."""
-        self._host, self._claim = host, claim or BoundFunction
+    def __init__(self, host: Surroundings, claim: Callable[[str, str], Claimed] = HostFunction.claim) -> None:
+        """``claim`` takes a function from the host's driver, and notes in a directory how to give it back."""
+        self._host, self._claim = host, claim
         self._container = Container(host.memory, host.groups)
 
     def make(self, table: VfioPciTable, resources: ExitStack) -> VfioPci:
@@ -64,8 +70,11 @@ class Passthrough:
         name, host = str(table.id), self._host
         try:
             with ExitStack() as undo:
-                claimed = self._claim(str(table.host))
+                claimed = self._claim(str(table.host), host.directory)
                 undo.callback(claimed.close)
+                if table.mac is not None or table.vlan is not None:
+                    assert host.network is not None, "build.py makes one for this"
+                    claimed.assign(host.network, mac=table.mac and str(table.mac), vlan=table.vlan)
                 device = VfioDevice(str(table.host), claimed.group, self._container)
                 with ExitStack() as failed:
                     failed.callback(device.close)
@@ -78,35 +87,3 @@ class Passthrough:
         function.on_broken = lambda why: host.report("DEVICE_BROKEN", device=name, reason=why)
         function.on_wanted_back = lambda: host.report("DEVICE_WANTED_BACK", device=name, host=str(table.host))
         return function
-
-
-class BoundFunction:
-    """A function that vfio-pci has already, and keeps (a `Claimed`)."""
-
-    def __init__(self, address: str, sysfs: Path = SYSFS) -> None:
-        """Raises HostError where vfio-pci has it not."""
-        self.group = bound_group(address, sysfs)
-
-    def close(self) -> None:
-        """Nothing was changed."""
-
-
-def bound_group(address: str, sysfs: Path) -> int:
-    """The IOMMU group of a function that vfio-pci has. Raises HostError where it has not."""
-    function = sysfs / address
-    if not function.exists():
-        raise HostError(f"{address}: this host has no such PCI function; see lspci -D")
-    driver = (function / "driver").resolve().name if (function / "driver").exists() else None
-    if driver != DRIVER:
-        bound = f"has the driver {driver}" if driver else "has no driver"
-        raise HostError(
-            f"{address}: {bound}, not {DRIVER}; bind it: echo {DRIVER} >{function}/driver_override; "
-            f"echo {address} >{function}/driver/unbind; echo {address} >/sys/bus/pci/drivers_probe"
-        )
-    group = function / "iommu_group"
-    if not group.exists():
-        raise HostError(
-            f"{address}: is in no IOMMU group, so this host uses no IOMMU; switch it on in the firmware, and with "
-            "intel_iommu=on on the kernel's command line where that is needed"
-        )
-    return int(group.resolve().name)

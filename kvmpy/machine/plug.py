@@ -59,9 +59,9 @@ class Report(Protocol):
 
 
 class Host(NamedTuple):
-    """What devices are given of the machine around them; ``network`` where some netdev has a bridge.
+    """What devices are given of the machine around them; ``network`` where one of them needs it.
 
-    ``groups`` is KVM, as far as it must know of devices passed through.
+    ``groups`` is KVM, as far as it must know of devices passed through; ``directory`` the machine's runtime directory.
     """
 
     memory: GuestMemory
@@ -70,6 +70,7 @@ class Host(NamedTuple):
     network: Network | None
     report: Report
     groups: GroupListener
+    directory: str
 
 
 class Plugger:

@@ -157,11 +157,12 @@ CONFIG_MISTAKES: Final = (
     refusals(
         "devices of a later version",
         GOOD
-        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n'
+        + '[[root_port]]\nid = "r"\n'
+        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\nbus = "r"\nfailover_pair_id = "n"\n'
         + '[[netdev]]\ntype = "tap"\nid = "t"\nifname = "t"\n'
         + '[[device]]\ndriver = "virtio-net-pci"\nid = "n"\nnetdev = "t"\nfailover = true\n',
-        "m.toml:6: device[0].driver: this version of kvmpy does not pass devices through yet",
-        "m.toml:17: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
+        "m.toml:12: device[0].failover_pair_id: this version of kvmpy has no failover pairs yet; leave it out",
+        "m.toml:21: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
     ),
     refusals(
         "more devices than the root bus has places",
@@ -181,10 +182,10 @@ CONFIG_MISTAKES: Final = (
     ),
     refusals(
         "boot and devices in one go",
-        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n',
+        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[machine]\ndirty_ring = true\n',
         "m.toml:2: boot.kernel: {here}/absent: cannot be opened: No such file or directory (ENOENT)",
         "m.toml:3: boot.initrd: {here}/gone: cannot be opened: No such file or directory (ENOENT)",
-        "m.toml:5: device[0].driver: this version of kvmpy does not pass devices through yet",
+        "m.toml:5: machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out",
     ),
 )
 

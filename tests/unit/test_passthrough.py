@@ -8,18 +8,19 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 import pytest
 
 from kvmpy.abi import ioctl
 from kvmpy.config.schema import VfioPci as VfioPciTable
-from kvmpy.config.values import Id, PciAddress
+from kvmpy.config.values import Id, Mac, PciAddress
 from kvmpy.devices.vfio.container import Container
 from kvmpy.errors import HostError
 from kvmpy.host.memory import Mapping
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
 from kvmpy.machine import passthrough
-from kvmpy.machine.passthrough import BoundFunction, Passthrough
+from kvmpy.machine.passthrough import Passthrough
 from kvmpy.memory import GuestMemory, Ram
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.loop import open_descriptors
@@ -30,6 +31,8 @@ TABLE = VfioPciTable(id=Id("host0"), host=PciAddress(ADDRESS))
 
 
 class Machine(NamedTuple):
+    directory: str
+    network: Any
     memory: GuestMemory
     io: Reactor
     sink: MsiSink
@@ -44,10 +47,16 @@ class Claim:
 
     def __init__(self) -> None:
         self.taken: list[str] = []
+        self.assigned: list[tuple[object, str | None, int | None]] = []
 
-    def __call__(self, address: str) -> Claim:
+    def __call__(self, address: str, journal_dir: str) -> Claim:
+        assert journal_dir == "/run/kvmpy/m"
         self.taken.append(address)
         return self
+
+    def assign(self, network: object, *, mac: str | None = None, vlan: int | None = None) -> None:
+        assert self.taken
+        self.assigned.append((network, mac, vlan))
 
     def close(self) -> None:
         self.taken.pop()
@@ -66,8 +75,11 @@ class Rig:
             resources.callback(closing)
         memory.add(Ram(0, 1 << 20, mapping))
         self.claim = Claim()
-        machine = Machine(memory, self.io, sink, self.kernel, lambda event, **data: self.events.append((event, data)))
+        machine = Machine("/run/kvmpy/m", "the helper", memory, self.io, sink, self.kernel, self._report)
         self.passthrough = Passthrough(machine, self.claim)
+
+    def _report(self, event: str, **data: Any) -> None:
+        self.events.append((event, data))
 
 
 @pytest.fixture
@@ -110,40 +122,17 @@ def test_what_the_host_says_of_a_device_becomes_an_event(rig: Rig) -> None:
         rig.kernel.nic.signal(ERROR)
         rig.io.start()
         rig.io.stop()
-    assert sorted(rig.events, key=lambda event: event[0]) == [
-        (
-            "DEVICE_BROKEN",
-            {"device": "host0", "reason": rig.events[[e[0] for e in rig.events].index("DEVICE_BROKEN")][1]["reason"]},
-        ),
+    reasons = [data.pop("reason") for _, data in rig.events if "reason" in data]
+    assert "AER" in reasons[0]
+    assert sorted(rig.events, key=str) == [
+        ("DEVICE_BROKEN", {"device": "host0"}),
         ("DEVICE_WANTED_BACK", {"device": "host0", "host": ADDRESS}),
     ]
 
 
-@pytest.fixture
-def sysfs(tmp_path: Path) -> Path:
-    (tmp_path / ADDRESS).mkdir()
-    for name in ("vfio-pci", "igbvf", "groups/12"):
-        (tmp_path / name).mkdir(parents=True)
-    return tmp_path
-
-
-def test_a_function_that_vfio_has_is_known_by_its_group(sysfs: Path) -> None:
-    (sysfs / ADDRESS / "driver").symlink_to(sysfs / "vfio-pci")
-    (sysfs / ADDRESS / "iommu_group").symlink_to(sysfs / "groups/12")
-    assert BoundFunction(ADDRESS, sysfs).group == 12
-
-
-@pytest.mark.parametrize(
-    ("driver", "address", "problem"),
-    [
-        ("igbvf", ADDRESS, "has the driver igbvf, not vfio-pci; bind it"),
-        (None, ADDRESS, "has no driver, not vfio-pci; bind it"),
-        ("vfio-pci", ADDRESS, "is in no IOMMU group"),
-        (None, "0000:00:00.7", "no such PCI function"),
-    ],
-)
-def test_a_function_that_vfio_has_not_is_refused(sysfs: Path, driver: str | None, address: str, problem: str) -> None:
-    if driver:
-        (sysfs / ADDRESS / "driver").symlink_to(sysfs / driver)
-    with pytest.raises(HostError, match=f"^{address}: .*{problem}"):
-        BoundFunction(address, sysfs)
+def test_a_virtual_function_is_given_its_address_and_network_before_it_is_opened(rig: Rig) -> None:
+    table = msgspec.structs.replace(TABLE, mac=Mac("52:54:00:12:34:56"), vlan=7)
+    with ExitStack() as resources:
+        resources.callback(rig.passthrough.make(table, resources).close)
+        resources.callback(rig.passthrough.make(TABLE, resources).close)
+    assert rig.claim.assigned == [("the helper", "52:54:00:12:34:56", 7)], "and no other is touched"

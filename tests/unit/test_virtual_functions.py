@@ -22,8 +22,15 @@ PF, INDEX = "enp94s0f0", 7
 MAC, OTHER, ZEROS = "52:54:00:6f:55:cc", "52:54:00:00:00:02", "00:00:00:00:00:00"
 SET = {"do": "set-vf", "interface": PF, "number": 1, "mac": MAC, "vlan": 7}
 BACK = {
-    "do": "put-vf-back", "interface": PF, "number": 1,
-    "ours_mac": MAC, "ours_vlan": 7, "ours_qos": 0, "was_mac": ZEROS, "was_vlan": 0, "was_qos": 0,
+    "do": "put-vf-back",
+    "interface": PF,
+    "number": 1,
+    "ours_mac": MAC,
+    "ours_vlan": 7,
+    "ours_qos": 0,
+    "was_mac": ZEROS,
+    "was_vlan": 0,
+    "was_qos": 0,
 }
 
 

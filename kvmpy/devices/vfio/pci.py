@@ -139,8 +139,14 @@ class VfioPci(PciFunction[VfioPciState]):
             super().config_write(offset, size, value)
 
     def info(self) -> dict[str, Any]:
-        facts = {"host": self.device.address, "reset": self.device.resets.name, "broken": self.broken}
-        return super().info() | facts
+        facts = super().info()
+        ids = facts.pop("id")  # of a device of the configuration that is its name
+        return facts | {
+            "host": self.device.address,
+            "ids": ids,
+            "reset": self.device.resets.name,
+            "broken": self.broken,
+        }
 
     # Its life
 
@@ -158,17 +164,17 @@ class VfioPci(PciFunction[VfioPciState]):
             self.broken, self._answers = None, True
 
     def bus_reset(self) -> None:
-        """The link above went down. It answers again when its reset has ended, by which time a driver looks."""
-        self._quiesce()
-        self._resetter.start(self._after_bus_reset)
+        """The link above went down. It answers again when its reset has ended, for which a driver waits."""
+        if self._answers:  # else it is being reset, or broken, and is as at power-on to the guest
+            self._quiesce()
+            self._resetter.start(self._after_bus_reset)
 
     def release(self) -> None:
         """R26, in this order: no DMA, no interrupts, no answers, a reset on a thread of its own. What remains is
         `close`, which waits for that.
         """
-        if not self._released:
-            self._released = True
-            self.bus_reset()
+        self._released = True
+        self.bus_reset()
 
     def close(self) -> None:
         """Wait for a reset under way, and give the device back."""

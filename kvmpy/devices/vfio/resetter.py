@@ -19,7 +19,7 @@ class Resetter:
 
     def __init__(self, name: str, reset: Callable[[], None]) -> None:
         self._name, self._reset = name, reset
-        self._running: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._over.set()
@@ -36,9 +36,11 @@ class Resetter:
             if not self._over.is_set():
                 return
             self._over.clear()
-            self._running = threading.Thread(target=self._run, args=(then,), name=f"reset-{self._name}", daemon=True)
+            thread = threading.Thread(target=self._run, args=(then,), name=f"reset-{self._name}", daemon=True)
+            # One before may still be at what came after it.
+            self._threads = [earlier for earlier in self._threads if earlier.is_alive()] + [thread]
         try:
-            self._running.start()
+            thread.start()
         except RuntimeError as e:  # "can't start new thread"
             self._end(HostError(f"{self._name}: no thread to reset it: {e}"))
             then()
@@ -49,9 +51,9 @@ class Resetter:
 
     def join(self) -> None:
         """Until none is under way and what ran after it has ended too."""
-        thread = self._running
-        if thread is not None and thread.ident is not None and thread is not threading.current_thread():
-            thread.join()
+        for thread in self._threads:
+            if thread.ident is not None and thread is not threading.current_thread():
+                thread.join()
 
     def _run(self, then: Callable[[], object]) -> None:
         error = None

@@ -1,6 +1,6 @@
 """Run on an emulated host: writes a register of an e1000e, resets the function in each way, and says what is left.
 
-    python -m tests.lab.programs.vfio_reset ADDRESS      the function, bound to vfio-pci
+python -m tests.lab.programs.vfio_reset ADDRESS      the function, bound to vfio-pci
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from kvmpy.abi import vfio as abi
 from kvmpy.devices.pci.config import Command
 from kvmpy.devices.vfio.container import Container
 from kvmpy.devices.vfio.device import VfioDevice
-from kvmpy.machine.passthrough import bound_group
 from kvmpy.memory import GuestMemory
 
 SCRATCH = 0x3828  # transmit absolute interrupt delay: 16 bits that do nothing while nothing is sent
@@ -28,7 +27,8 @@ class Nobody:
 
 def main(address: str) -> None:
     memory = GuestMemory()
-    device = VfioDevice(address, bound_group(address, Path("/sys/bus/pci/devices")), Container(memory, Nobody()))
+    group = int(Path("/sys/bus/pci/devices", address, "iommu_group").resolve().name)
+    device = VfioDevice(address, group, Container(memory, Nobody()))
     registers = device.bars[0]
 
     def written() -> int:
