@@ -12,6 +12,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
+from kvmpy.abi import ioctl
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
 from kvmpy.devices.acpi_pm import AcpiPm
@@ -28,6 +31,9 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
+from kvmpy.devices.vfio.container import Container
+from kvmpy.devices.vfio.device import VfioDevice
+from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.devices.virtio.blk import VirtioBlk
 from kvmpy.devices.virtio.console import VirtioConsole
 from kvmpy.devices.virtio.device import VirtioDevice
@@ -45,6 +51,8 @@ from tests.fakes.interrupts import FakeDoorbells, FakeSink
 from tests.fakes.net_rig import MAC
 from tests.fakes.pci import Card
 from tests.fakes.tap import FakeTap
+from tests.fakes.vfio import ADDRESS, GROUP, VfioKernel
+from tests.fakes.vfio_rig import reset_by
 
 LOW_RAM: Final = 16 << 20
 HIGH_RAM: Final = 2 << 20
@@ -161,6 +169,22 @@ class FuzzMachine:
             "card", bars={0: (0x1000, BarKind.MEM32), 1: (0x20, BarKind.IO), 2: (0x10000, BarKind.MEM64_PREFETCHABLE)}
         )
         self._plug(self.ports[2], self.card)
+        self._plug(self.ports[3], self._make_nic(resources, directory))
+
+    def _make_nic(self, resources: ExitStack, directory: Path) -> VfioPci:
+        """One of a host whose kernel is a fake, but for the descriptors."""
+        vfio = directory / "vfio"
+        vfio.mkdir()
+        patch = resources.enter_context(pytest.MonkeyPatch.context())
+        kernel = VfioKernel(vfio)
+        patch.setattr(ioctl, "sys_ioctl", kernel)
+        patch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
+        self.host_nic = kernel.nic
+        resources.callback(self.host_nic.close)
+        device = VfioDevice(ADDRESS, GROUP, Container(self.memory, kernel, str(vfio)))
+        resources.callback(device.close)
+        self.nic = VfioPci("nic0", device, self.sink, self.io)
+        return self.nic
 
     def _virtio_pci(self, device: VirtioDevice[Any]) -> VirtioPci:
         self.devices.append(device)

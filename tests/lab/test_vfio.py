@@ -1,0 +1,195 @@
+"""A NIC of the host in a guest: a virtual function (FLR, no INTx) and a whole one (ports, INTx, bus reset only)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from scripts.lab.hardware import STATION_ADDRESS
+from scripts.lab.images import Images
+from scripts.lab.process import Process
+from tests.lab import tables
+from tests.lab.guest import Guest, root_disk
+from tests.lab.nics import NicHost
+
+NAME, DEVICE, MAC = "vfio", "host0", "52:54:00:6f:55:cc"
+ADDRESS: Final = "10.77.0.20"
+DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
+RESETS: Final = {"igb": "flr", "e1000e": "bus"}
+WORDS: Final = "root=/dev/vda modules=e1000e,igbvf"
+SLOW: Final = 120.0
+EXITS: Final = 200  # of a NIC whose interrupts and registers exit there were thousands
+
+
+@dataclass
+class Lab:
+    """A guest with the NIC, and who answers it: a station on the wire outside of the host."""
+
+    guest: Guest
+    host: NicHost
+    model: str
+    function: str
+
+    def set_up(self) -> None:
+        """Give the guest its address, and wait until it is heard."""
+        up = f"ip addr add {ADDRESS}/24 dev eth0; ip link set eth0 up"
+        assert self.guest.type(f"{up}; busybox ping -c 1 -w 60 {STATION_ADDRESS} >&-; echo $?", SLOW) == "0"
+
+    def pings(self) -> str:
+        """The line that says what was lost."""
+        return self.guest.type(f"busybox ping -q -i 0.2 -c 10 -W 20 {STATION_ADDRESS} | grep loss", SLOW)
+
+    def interrupts(self) -> int:
+        """How many of the NIC's the guest has had."""
+        lines = self.guest.type("grep eth0 /proc/interrupts").splitlines()
+        return sum(int(line.split()[1]) for line in lines)
+
+    def serve(self) -> Process:
+        """An iperf3 at the station."""
+        server = self.host.spawn(["ip", "netns", "exec", "station", "iperf3", "-s", "--forceflush"])
+        server.expect("listening")
+        return server
+
+    def iperf(self, options: str = "", seconds: int = 3) -> float:
+        """What the receiver got, in Mbit/s. The guest is the client."""
+        text = self.guest.type(
+            f"iperf3 -c {STATION_ADDRESS} -t {seconds} -f m {options} | grep -E 'receiver|error'", SLOW
+        )
+        found = re.search(r"([\d.]+) Mbits/sec.*receiver", text)
+        assert found, text
+        return float(found[1])
+
+
+def devices(host: NicHost, model: str, root: str) -> str:
+    mac = MAC if model == "igb" else None
+    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=host.functions[0], bus="rp1", mac=mac)
+    return tables.root_ports("rp1") + vfio + tables.disk("root", root)
+
+
+@pytest.fixture(scope="module", params=["igb", "e1000e"])
+def lab(request: pytest.FixtureRequest, lab_images: Images) -> Iterator[Lab]:
+    model: str = request.param
+    host: NicHost = request.getfixturevalue(f"{model}_host")
+    function = host.functions[0]
+    driver = host.driver(function)
+    with root_disk(host, lab_images, NAME) as root:
+        config = devices(host, model, root)
+        with Guest(host, NAME, kernel="generic", tables=config, words=WORDS) as guest:
+            guest.wait_shell()
+            lab = Lab(guest, host, model, function)
+            lab.set_up()
+            server = lab.serve()
+            yield lab
+            server.signal(15)
+            server.wait()
+            guest.process.send("poweroff\n")
+            assert guest.wait_end() == 0
+    assert host.driver(function) == driver, "the host has it back"
+    assert host.override(function) == ""
+
+
+def test_the_guests_own_driver_has_the_device(lab: Lab) -> None:
+    assert lab.guest.type("basename $(readlink /sys/class/net/eth0/device/driver)") == DRIVERS[lab.model]
+    assert lab.host.driver(lab.function) == "vfio-pci"
+    if lab.model == "igb":
+        assert lab.guest.type("cat /sys/class/net/eth0/address") == MAC
+
+
+def test_status_says_what_it_is_and_how_it_is_reset(lab: Lab) -> None:
+    device = lab.guest.device(DEVICE)
+    assert (device["driver"], device["host"], device["reset"]) == ("vfio-pci", lab.function, RESETS[lab.model])
+    assert (device["interrupts"], device["broken"]) == ("msix", None)
+
+
+def test_frames_reach_a_station_on_the_wire(lab: Lab) -> None:
+    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+@pytest.mark.parametrize("options", ["", "-R"], ids=["from the guest", "to the guest"])
+def test_traffic_flows_and_neither_interrupts_nor_registers_visit_kvmpy(lab: Lab, options: str) -> None:
+    lab.guest.type(f"(sleep 1; iperf3 -c {STATION_ADDRESS} -t 4 {options}) >/tmp/iperf 2>&1 &")
+    exits, interrupts = lab.guest.status()["exits"], lab.interrupts()
+    lab.guest.type("wait", SLOW)
+    assert lab.interrupts() - interrupts > 200
+    assert lab.guest.status()["exits"]["mmio"] - exits["mmio"] < EXITS
+    assert "receiver" in lab.guest.type("tail -n 4 /tmp/iperf")
+
+
+def test_lspci_makes_sense_of_it(lab: Lab) -> None:
+    shown = lab.guest.type("lspci -vvn -s 01:00.0", SLOW)
+    host = lab.host.run(["lspci", "-vvn", "-s", lab.function], check=True).stdout
+    size = re.compile(r"Region (\d): .*?(\[size=\w+\])")
+    assert size.findall(shown) == size.findall(host)
+    assert re.findall(r"01:00\.0 (\w+: \w+:\w+)", shown) == re.findall(r"^\S+ (\w+: \w+:\w+)", host)
+    assert re.search(r"MSI-X: Enable\+ Count=\d+ Masked-", shown)
+    assert re.search(r"Status: D0 NoSoftRst\+", shown)
+    assert "DevSta:\tCorrErr- NonFatalErr- FatalErr-" in shown
+    assert not re.search(r"unknown|broken|!!!|Expansion ROM", shown, re.IGNORECASE)
+
+
+def test_the_guest_turns_its_slot_off_and_on(lab: Lab) -> None:
+    power = "/sys/bus/pci/slots/1/power"
+    assert lab.guest.type(f"echo 0 >{power}; ls /sys/class/net") == "lo"
+    lab.guest.type(f"sleep 2; echo 1 >{power}; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done", SLOW)
+    lab.set_up()
+    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_a_driver_that_comes_again_finds_the_device_in_order(lab: Lab) -> None:
+    driver = f"/sys/bus/pci/drivers/{DRIVERS[lab.model]}"
+    lab.guest.type(f"echo 0000:01:00.0 >{driver}/unbind; echo 0000:01:00.0 >{driver}/bind", SLOW)
+    lab.set_up()
+    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_a_system_reset_resets_it_too(lab: Lab) -> None:
+    lab.guest.kvmpy("reset", NAME)
+    lab.guest.wait_shell()
+    lab.set_up()
+    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_a_function_left_by_a_crash_is_taken_again_and_given_back(e1000e_host: NicHost, lab_images: Images) -> None:
+    function = e1000e_host.functions[1]
+    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=function, bus="rp1")
+    config = tables.root_ports("rp1") + vfio
+    with Guest(e1000e_host, "crash", kernel="generic", tables=config, words="modules=e1000e") as guest:
+        guest.wait_shell()
+        e1000e_host.run(["kill", "-9", str(guest.status()["pid"])], check=True)
+        guest.process.wait()
+    with Guest(e1000e_host, "crash", kernel="generic", tables=config, words="modules=e1000e") as guest:
+        guest.wait_shell()
+        assert guest.type("ls /sys/class/net").split() == ["eth0", "lo"]
+        guest.process.send("poweroff -f\n")
+        assert guest.wait_end() == 0
+    assert e1000e_host.driver(function) == "e1000e"
+
+
+def test_intx_works_by_irqfd_and_resample(e1000e_host: NicHost, lab_images: Images) -> None:
+    with root_disk(e1000e_host, lab_images, "intx") as root:
+        config = devices(e1000e_host, "e1000e", root)
+        with Guest(e1000e_host, "intx", kernel="generic", tables=config, words=f"{WORDS} pci=nomsi") as guest:
+            guest.wait_shell()
+            lab = Lab(guest, e1000e_host, "e1000e", e1000e_host.functions[0])
+            lab.set_up()
+            assert guest.device(DEVICE)["interrupts"] == "intx"
+            assert "IO-APIC" in guest.type("grep eth0 /proc/interrupts")
+            before, exits = lab.interrupts(), guest.status()["exits"]["mmio"]
+            assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+            assert lab.interrupts() - before >= 10
+            assert guest.status()["exits"]["mmio"] - exits < EXITS
+            guest.process.send("poweroff\n")
+            assert guest.wait_end() == 0
+
+
+def test_a_reset_clears_the_devices_registers_where_the_kernels_own_choice_does_not(e1000e_host: NicHost) -> None:
+    function = e1000e_host.functions[1]
+    driver = e1000e_host.driver(function)
+    e1000e_host.bind(function, "vfio-pci")
+    done = e1000e_host.run(["python", "-m", "tests.lab.programs.vfio_reset", function], check=True)
+    e1000e_host.bind(function, driver)
+    assert done.stdout.splitlines() == ["before 0x1234", "kernel's 0x1234", "again 0x1234", "bus 0x0"]
