@@ -56,14 +56,15 @@ class Resetter:
                 thread.join()
 
     def _run(self, then: Callable[[], object]) -> None:
-        error = None
+        error: HostError | None = HostError(f"{self._name}: its reset has not been finished")
         try:
             self._reset()
+            error = None
         except HostError as e:
             error = e
         finally:
             self._end(error)
-        then()
+            then()
 
     def _end(self, error: HostError | None) -> None:
         self.error = error
