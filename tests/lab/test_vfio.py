@@ -17,7 +17,7 @@ from tests.lab.guest import Guest, root_disk
 from tests.lab.nics import NicHost
 
 NAME, DEVICE, MAC = "vfio", "host0", "52:54:00:6f:55:cc"
-ADDRESS: Final = "10.77.0.20"
+ADDRESS, OTHER_ADDRESS = "10.77.0.20", "10.77.0.21"
 DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
 RESETS: Final = {"igb": "flr", "e1000e": "bus"}
 WORDS: Final = "root=/dev/vda modules=e1000e,igbvf"
@@ -33,10 +33,11 @@ class Lab:
     host: NicHost
     model: str
     function: str
+    address: str = ADDRESS
 
     def set_up(self) -> None:
         """Give the guest its address, and wait until it is heard."""
-        up = f"ip addr add {ADDRESS}/24 dev eth0; ip link set eth0 up"
+        up = f"ip addr add {self.address}/24 dev eth0; ip link set eth0 up"
         assert self.guest.type(f"{up}; busybox ping -c 1 -w 60 {STATION_ADDRESS} >&-; echo $?", SLOW) == "0"
 
     def pings(self) -> str:
@@ -57,10 +58,10 @@ class Lab:
         server.wait(SLOW)
 
 
-def devices(host: NicHost, model: str, root: str) -> str:
-    mac = MAC if model == "igb" else None
-    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=host.functions[0], bus="rp1", mac=mac)
-    return tables.root_ports("rp1") + vfio + tables.disk("root", root)
+def passed(function: str, mac: str | None = None) -> str:
+    """A root port, and the function behind it."""
+    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=function, bus="rp1", mac=mac)
+    return tables.root_ports("rp1") + vfio
 
 
 @pytest.fixture(scope="module", params=["igb", "e1000e"])
@@ -70,7 +71,7 @@ def lab(request: pytest.FixtureRequest, lab_images: Images) -> Iterator[Lab]:
     function = host.functions[0]
     driver = host.driver(function)
     with root_disk(host, lab_images, NAME) as root:
-        config = devices(host, model, root)
+        config = passed(function, MAC if model == "igb" else None) + tables.disk("root", root)
         with Guest(host, NAME, kernel="generic", tables=config, words=WORDS) as guest:
             guest.wait_shell()
             lab = Lab(guest, host, model, function)
@@ -147,8 +148,7 @@ def test_a_system_reset_resets_it_too(lab: Lab) -> None:
 
 def test_a_function_left_by_a_crash_is_taken_again_and_given_back(e1000e_host: NicHost, lab_images: Images) -> None:
     function = e1000e_host.functions[1]
-    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=function, bus="rp1")
-    config = tables.root_ports("rp1") + vfio
+    config = passed(function)
     with Guest(e1000e_host, "crash", kernel="generic", tables=config, words="modules=e1000e") as guest:
         guest.wait_shell()
         e1000e_host.run(["kill", "-9", str(guest.status()["pid"])], check=True)
@@ -163,10 +163,11 @@ def test_a_function_left_by_a_crash_is_taken_again_and_given_back(e1000e_host: N
 
 def test_intx_works_by_irqfd_and_resample(e1000e_host: NicHost, lab_images: Images) -> None:
     with root_disk(e1000e_host, lab_images, "intx") as root:
-        config = devices(e1000e_host, "e1000e", root)
+        function = e1000e_host.functions[1]  # another guest may have the first
+        config = passed(function) + tables.disk("root", root)
         with Guest(e1000e_host, "intx", kernel="generic", tables=config, words=f"{WORDS} pci=nomsi") as guest:
             guest.wait_shell()
-            lab = Lab(guest, e1000e_host, "e1000e", e1000e_host.functions[0])
+            lab = Lab(guest, e1000e_host, "e1000e", function, OTHER_ADDRESS)
             lab.set_up()
             assert guest.device(DEVICE)["interrupts"] == "intx"
             assert "IO-APIC" in guest.type("grep eth0 /proc/interrupts")

@@ -387,6 +387,17 @@ def test_close_waits_for_the_reset(rig: NicRig) -> None:
     assert rig.kernel.maps == {}
 
 
+def test_a_device_in_use_is_stopped_and_reset_before_the_host_has_it_back(rig: NicRig) -> None:
+    rig.enable()
+    rig.nic.poke(0, 0x40, 4, 0x55)
+    rig.function.close()
+    rig.function.close()
+    assert rig.nic.resets == ["function"]
+    assert rig.nic.command & ON == 0
+    assert rig.nic.peek(0, 0x40, 4) == 0
+    assert rig.slots == {}
+
+
 def test_fifty_come_and_go_and_leave_nothing(rig: NicRig) -> None:
     rig.port.unplug()
     rig.function.close()

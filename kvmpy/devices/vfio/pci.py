@@ -107,7 +107,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.on_broken: Callable[[str], object] = lambda why: None
         self.on_wanted_back: Callable[[], object] = lambda: None
         self._passed = 0
-        self._answers = True
+        self._answers = False
         self._released = False
         self._irqs = Interrupts(name, device, self.intx)
         self._resetter = Resetter(name, device.reset)
@@ -119,6 +119,7 @@ class VfioPci(PciFunction[VfioPciState]):
             self._watch(abi.ERROR_IRQ, self._failed)
             self._watch(abi.REQUEST_IRQ, self._wanted_back)
             device.set_command(0)
+            self._answers = True
         except BaseException:
             self.close()
             raise
@@ -177,12 +178,12 @@ class VfioPci(PciFunction[VfioPciState]):
         self.bus_reset()
 
     def close(self) -> None:
-        """Wait for a reset under way, and give the device back."""
+        """Give the device back, reset: it takes as long as that. Nothing happens if it is closed."""
+        with self.lock:
+            self.release()  # unless it has been
         self._resetter.join()
         for event in self._watched:
             self._io.unwatch(event.fd)
-        with self.lock:
-            self._stop()
         super().close()
         self.device.close()
         for event in self._watched:
