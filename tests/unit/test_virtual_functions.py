@@ -22,8 +22,15 @@ PF, INDEX = "enp94s0f0", 7
 MAC, OTHER, ZEROS = "52:54:00:6f:55:cc", "52:54:00:00:00:02", "00:00:00:00:00:00"
 SET = {"do": "set-vf", "interface": PF, "number": 1, "mac": MAC, "vlan": 7}
 BACK = {
-    "do": "put-vf-back", "interface": PF, "number": 1,
-    "ours_mac": MAC, "ours_vlan": 7, "ours_qos": 0, "was_mac": ZEROS, "was_vlan": 0, "was_qos": 0,
+    "do": "put-vf-back",
+    "interface": PF,
+    "number": 1,
+    "ours_mac": MAC,
+    "ours_vlan": 7,
+    "ours_qos": 0,
+    "was_mac": ZEROS,
+    "was_vlan": 0,
+    "was_qos": 0,
 }
 
 
@@ -106,6 +113,13 @@ def test_refusal_of_the_kernel_says_what_to_do(
     links.refuses = number
     with pytest.raises(Refused, match=f"{PF}: virtual function 1: .*{errno.errorcode[number]}: .*{advice}"):
         functions.change(PF, 1, MAC, None)
+    assert links.functions[1] == Vf(ZEROS, 0, 3)
+
+
+def test_half_a_change_is_undone(links: FakeLinks, functions: VirtualFunctions) -> None:
+    links.takes = lambda wanted: wanted if wanted.vlan == 0 else wanted._replace(vlan=1)
+    with pytest.raises(Refused):
+        functions.change(PF, 1, MAC, 7)
     assert links.functions[1] == Vf(ZEROS, 0, 3)
 
 
