@@ -53,8 +53,8 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(lossy_stderr())
         directory = _runtime_directory(config)
         stack.callback(directory.close)
-        _give_back_leftovers(directory)
         with signals.ending():
+            _give_back_leftovers(directory)
             machine = stack.enter_context(Machine(config))
         stack.callback(_serve_monitor(machine, directory).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))

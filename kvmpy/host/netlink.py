@@ -268,13 +268,13 @@ class VirtualFunctions:
         pf, before = self._find(interface, number)
         wanted = Vf(mac or before.mac, *((before.vlan, before.qos) if vlan is None else (vlan, 0)))
         if wanted != before:
-            earlier, _ = self._changed.setdefault((pf.ifindex, number), (before, before))
-            self._changed[pf.ifindex, number] = earlier, wanted
             try:
                 self._set(pf, number, before, wanted)
             except HostError:
-                _attempt(partial(self._put_back, pf.ifindex, number, wanted, before))
+                _attempt(partial(self._set, pf, number, wanted, before))  # all of it: how far it came is not known
                 raise
+            first, _ = self._changed.get((pf.ifindex, number), (before, wanted))
+            self._changed[pf.ifindex, number] = first, wanted
         return {"before": before._asdict(), "after": wanted._asdict()}
 
     def put_back(self, interface: str, number: int, **settings: Any) -> dict[str, Any]:

@@ -84,9 +84,9 @@ class HostFunction:
             why = "its PF has no network interface here" if self.vf else "it is no virtual function"
             raise HostError(f"{self.address}: MAC and VLAN cannot be set: {why}; leave them out")
         interface, number = self.vf.interface, self.vf.number
+        self._network = network
         self.withdraw()
         try:
-            self._network = network
             now = network.set_vf(interface, number).after
             wanted = msgspec.structs.replace(now, mac=mac or now.mac)
             if vlan is not None:
@@ -113,7 +113,7 @@ class HostFunction:
         try:
             self.withdraw()
             _give_back(self._function, self._record)
-            pci_journal.drop(self._directory, self.address)
+            self._note(rebound=False, driver="", override="")
         except HostError as e:
             log.warning("%s; the next start of this machine tries it again", e)
         finally:
@@ -135,7 +135,7 @@ class HostFunction:
         except BaseException:  # a signal that ends us among them
             with contextlib.suppress(HostError):  # what cannot be given back stays in the journal
                 _give_back(function, self._record)
-                pci_journal.drop(self._directory, self.address)
+                self._note(rebound=False, driver="", override="")
             raise
 
     def _note(self, **changes: object) -> None:

@@ -15,7 +15,7 @@ from scripts.lab.host import EmulatedHost
 from scripts.lab.process import Process
 from tests.lab.nics import NicHost
 
-MAC, ZEROS = "52:54:00:6f:55:cc", "00:00:00:00:00:00"
+MAC: Final = "52:54:00:6f:55:cc"
 SLOW: Final = 120
 
 # What a machine does at its start and its end: ADDRESS [MAC VLAN]
@@ -89,24 +89,26 @@ def is_as_before(host: NicHost, address: str, driver: str) -> bool:
 
 def test_virtual_function_is_taken_with_its_settings_and_given_back(igb_host: NicHost) -> None:
     function = igb_host.functions[1]
+    before = [vf(igb_host, number) for number in (0, 1)]
     process = machine(igb_host, function, MAC, "7")
     claimed(process)
     assert igb_host.driver(function) == "vfio-pci"
     assert vf(igb_host, 1) == (MAC, 7)
-    assert vf(igb_host, 0) == (ZEROS, 0)
+    assert vf(igb_host, 0) == before[0]
     end(process)
     assert is_as_before(igb_host, function, "igbvf")
-    assert vf(igb_host, 1) == (ZEROS, 0)
+    assert [vf(igb_host, number) for number in (0, 1)] == before
     assert igb_host.run(["ls", "/run/kvmpy"]).stdout == ""
 
 
 def test_killed_machines_function_is_given_back_by_its_next_start(igb_host: NicHost) -> None:
     first, second = igb_host.functions
+    mac, _ = vf(igb_host, 0)
     process = machine(igb_host, first, MAC, "0")
     claimed(process)
     process.signal(signal.SIGKILL)
     process.wait()
-    igb_host.run(["sh", "-c", f"until ip link show {igb_host.uplink} | grep -q 'vf 0 .*{ZEROS}'; do sleep 0.1; done"])
+    igb_host.run(["sh", "-c", f"until ip link show {igb_host.uplink} | grep -q 'vf 0 .*{mac}'; do sleep 0.1; done"])
     assert igb_host.driver(first) == "vfio-pci"
     successor = machine(igb_host, second)
     claimed(successor)
@@ -117,6 +119,7 @@ def test_killed_machines_function_is_given_back_by_its_next_start(igb_host: NicH
 
 def test_next_start_puts_the_settings_back_where_the_helper_was_killed_too(igb_host: NicHost) -> None:
     first, second = igb_host.functions
+    before = vf(igb_host, 0)
     process = machine(igb_host, first, MAC, "9")
     helper = claimed(process)
     igb_host.run(["kill", "-STOP", str(helper)], check=True)
@@ -126,7 +129,7 @@ def test_next_start_puts_the_settings_back_where_the_helper_was_killed_too(igb_h
     assert vf(igb_host, 0) == (MAC, 9)
     successor = machine(igb_host, second)
     claimed(successor)
-    assert vf(igb_host, 0) == (ZEROS, 0)
+    assert vf(igb_host, 0) == before
     assert is_as_before(igb_host, first, "igbvf")
     end(successor)
 

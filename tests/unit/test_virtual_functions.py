@@ -116,6 +116,13 @@ def test_refusal_of_the_kernel_says_what_to_do(
     assert links.functions[1] == Vf(ZEROS, 0, 3)
 
 
+def test_half_a_change_is_undone(links: FakeLinks, functions: VirtualFunctions) -> None:
+    links.takes = lambda wanted: wanted if wanted.vlan == 0 else wanted._replace(vlan=1)
+    with pytest.raises(Refused):
+        functions.change(PF, 1, MAC, 7)
+    assert links.functions[1] == Vf(ZEROS, 0, 3)
+
+
 def test_driver_that_takes_less_than_it_says_is_noticed(links: FakeLinks, functions: VirtualFunctions) -> None:
     links.takes = lambda wanted: wanted._replace(vlan=0)
     with pytest.raises(Refused, match="after it was made"):
