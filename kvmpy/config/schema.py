@@ -104,6 +104,7 @@ class RootPort(Table, frozen=True, kw_only=True):
     id: Id  # what a device's `bus` says
     chassis: Annotated[int, Meta(ge=0, le=255)] | None = None  # its chassis; default: by the order of the ports
     slot: Annotated[int, Meta(ge=1, le=0x1FFF)] | None = None  # its physical slot; default: by the order of the ports
+    power_controller: bool = True  # the guest switches its power; without, Linux lets a device go a second sooner
 
 
 class NetdevBase(Table, frozen=True, kw_only=True, tag_field="type"):

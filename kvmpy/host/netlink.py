@@ -105,6 +105,15 @@ class Namespace:
                 raise
         return self._facts(port, joined)
 
+    def detach(self, ifname: str) -> list[str]:
+        """Take back what `attach` did for ``ifname``, and leave bridges without a port of ours."""
+        with self._namespace.locked():
+            mine = [pair for pair in self._ports if pair[0].name == ifname]
+            self._ports = [pair for pair in self._ports if pair not in mine]
+            left = self._bridges - {wanted.master for _, wanted in self._ports}
+            self._bridges -= left
+            return self._take_back(mine, left)
+
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
         try:
@@ -333,6 +342,11 @@ class Helper:
         """See Namespace.attach; ``netns`` is the path of the namespace, None for our own. Raises HostError."""
         return self._namespace(netns).attach(ifname, bridge, mtu)
 
+    def detach(self, *, ifname: str, netns: str | None) -> None:
+        """See Namespace.detach. Raises HostError with what could not be taken back."""
+        if left := self._namespace(netns).detach(ifname):
+            raise HostError("; ".join(left))
+
     def set_vf(self, *, interface: str, number: int, mac: str | None, vlan: int | None) -> dict[str, Any]:
         """See VirtualFunctions.change. Raises HostError."""
         return self._virtual_functions().change(interface, number, mac, vlan)
@@ -406,8 +420,10 @@ PUT_VF_BACK: Final[Fields] = FUNCTION | {
     }.items()
 }
 OPTIONAL: Final = frozenset({"bridge", "mtu", "netns", "mac", "vlan"})  # may be null
-REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any]], Fields]]] = {
+DETACH: Final[Fields] = {"ifname": ATTACH["ifname"], "netns": ATTACH["netns"]}
+REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any] | None], Fields]]] = {
     "attach": (Helper.attach, ATTACH),
+    "detach": (Helper.detach, DETACH),
     "set-vf": (Helper.set_vf, SET_VF),
     "put-vf-back": (Helper.put_vf_back, PUT_VF_BACK),
 }

@@ -131,6 +131,18 @@ class Network:
             _warn(f"netdev.{netdev}.bridge: {bridge}", answer.ok)
         return answer.ok
 
+    def detach(self, ifname: str, *, netns: str | None = None) -> None:
+        """Take back what `attach` did for ``ifname``, and its bridge if nobody needs that. Failures are logged."""
+        with self._lock:
+            if self._socket is None:
+                return
+            try:
+                problem = self._ask({"do": "detach", "ifname": ifname, "netns": netns}, self._decode_port).error
+            except HostError as e:
+                problem = str(e)
+        if problem:
+            log.warning("network: %s: %s", ifname, problem)
+
     def set_vf(self, interface: str, number: int, *, mac: str | None = None, vlan: int | None = None) -> VfChange:
         """Have the PF with that interface hold its virtual function ``number`` to a MAC, to a VLAN; None leaves it.
 

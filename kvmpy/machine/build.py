@@ -19,6 +19,7 @@ from kvmpy.devices.debug_port import DebugPort
 from kvmpy.devices.i8042 import I8042
 from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.devices.pci.root import PciRoot
+from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
@@ -34,6 +35,7 @@ from kvmpy.kvm.vfio import VfioGroups
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, located, mmio64, placed
+from kvmpy.machine.inventory import Inventory
 from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
 
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Board:
-    """The parts of one machine. ``devices`` is the order in which they are reset, and saved."""
+    """The parts of one machine. What is plugged in can change; the properties say what it is now."""
 
     system: System
     vm: Vm
@@ -52,22 +54,48 @@ class Board:
     pio: Bus
     mmio: Bus
     vcpus: tuple[Vcpu, ...]
-    devices: tuple[Device[Any], ...]
     serial: Serial16550
     acpi_pm: AcpiPm
     debug_port: DebugPort
     pci: PciRoot
     pci_windows: PciWindows
-    by_id: Mapping[str, Device[Any]]
-    nics: Mapping[str, VirtioNet]
-    """Network devices by their id and by their netdev's. ``by_id`` has all devices of the configuration."""
+    inventory: Inventory
+    plugger: Plugger
+
+    @property
+    def devices(self) -> tuple[Device[Any], ...]:
+        """The order in which they are reset, and saved."""
+        return self.inventory.devices
+
+    @property
+    def by_id(self) -> Mapping[str, Device[Any]]:
+        """The devices of the configuration, and those added since."""
+        return self.inventory.by_id
+
+    @property
+    def nics(self) -> Mapping[str, VirtioNet]:
+        """Network devices by their id and by their netdev's."""
+        return self.inventory.nics
+
+    @property
+    def ports(self) -> Mapping[str, RootPort]:
+        """The root ports by their id."""
+        return self.plugger.ports
 
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
         pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
 
 
-def build(config: Config, power: Power, console: Console, io: Reactor, report: Report, resources: ExitStack) -> Board:
+def build(
+    config: Config,
+    power: Power,
+    console: Console,
+    io: Reactor,
+    control: Reactor,
+    report: Report,
+    resources: ExitStack,
+) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
@@ -109,10 +137,13 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
     platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
     for device in platform:
         resources.callback(device.close)
+    inventory = Inventory()
+    inventory.fix(platform)
     groups = VfioGroups(vm)
     resources.callback(groups.close)
     directory = os.path.join(rundir.base(), config.name)
-    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, groups, directory), resources)
+    host = Host(memory, io, vm, network, report, control.timer, groups, directory)
+    plugger = Plugger(config, pci, host, inventory, resources)
     plugger.plug_all()
     return Board(
         system=system,
@@ -121,14 +152,13 @@ def build(config: Config, power: Power, console: Console, io: Reactor, report: R
         pio=pio,
         mmio=mmio,
         vcpus=_build_vcpus(config, vm, resources),
-        devices=(*platform, *plugger.devices),
         serial=com1,
         acpi_pm=acpi_pm,
         debug_port=debug_port,
         pci=pci,
         pci_windows=windows,
-        by_id=plugger.by_id,
-        nics=plugger.nics,
+        inventory=inventory,
+        plugger=plugger,
     )
 
 
@@ -173,14 +203,19 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
 
 
 def _start_network(config: Config, resources: ExitStack) -> Network | None:
-    """The helper process, where it is needed. It takes a moment to start, and the machine is made meanwhile."""
-    if not any(netdev.bridge for netdev in config.netdev) and not any(map(_is_assigned, config.device)):
+    """The helper process, where it is needed. It takes a moment to start, and the machine is made meanwhile.
+
+    Where devices can be plugged in later, it can be started then.
+    """
+    needed = any(netdev.bridge for netdev in config.netdev) or any(map(_is_assigned, config.device))
+    if not config.root_port and not needed:
         return None
     from kvmpy.host.network import Network
 
     network = Network(config.name)
     resources.callback(network.close)
-    network.start()
+    if needed:
+        network.start()
     return network
 
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from kvmpy.boot import acpi, pci_tables
 from kvmpy.boot.plan import BootPlan, plan
-from kvmpy.config.schema import Config, VfioPci, VirtioNetPci
+from kvmpy.config.schema import Config, Device, VfioPci, VirtioNetPci
 from kvmpy.devices.acpi_pm import Reg as PmReg
 from kvmpy.devices.reset_register import RESET_VALUE
 from kvmpy.errors import ConfigError, HostError
@@ -73,13 +73,9 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
     if config.machine.dirty_ring:
         yield "machine.dirty_ring", "machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out"
     for index, device in enumerate(config.device):
-        key = f"device[{index}]"
-        if isinstance(device, VfioPci):
-            if device.failover_pair_id:
-                problem = "this version of kvmpy has no failover pairs yet; leave it out"
-                yield f"{key}.failover_pair_id", f"{key}.failover_pair_id: {problem}"
-        elif isinstance(device, VirtioNetPci) and device.failover:
-            yield f"{key}.failover", f"{key}.failover: this version of kvmpy has no failover pairs yet; leave it out"
+        for name, problem in unbuildable(device):
+            key = f"device[{index}].{name}"
+            yield key, f"{key}: {problem}"
     on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)
     if on_root_bus > ROOT_BUS_SLOTS:
         yield (
@@ -87,6 +83,14 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
             f"root_port: {on_root_bus} root ports and devices without a bus, where the root bus has "
             f"{ROOT_BUS_SLOTS} places; plug devices into root ports",
         )
+
+
+def unbuildable(device: Device) -> Iterator[tuple[str, str]]:
+    """Key of the device's table, and problem."""
+    if isinstance(device, VfioPci) and device.failover_pair_id:
+        yield "failover_pair_id", "this version of kvmpy has no failover pairs yet; leave it out"
+    elif isinstance(device, VirtioNetPci) and device.failover:
+        yield "failover", "this version of kvmpy has no failover pairs yet; leave it out"
 
 
 def _acpi_description(config: Config) -> acpi.AcpiDescription:

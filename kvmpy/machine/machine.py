@@ -18,9 +18,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
 
 from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
@@ -35,6 +35,9 @@ from kvmpy.machine.build import Board, build
 from kvmpy.machine.check import check, located
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
+
+if TYPE_CHECKING:
+    from kvmpy.machine.hotplug import HotPlug
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Machine:
         self._lifecycle = threading.Lock()
         self._started = self._closed = False
         self._process = os.getpid()
-        self._boots = 0
+        self._boots = self._asked = 0
         self._gate = Gate()
         self._threads: tuple[VcpuThread, ...] = ()
         self.boot = check(config)
@@ -87,7 +90,8 @@ class Machine:
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
-            self.board: Board = build(config, self, self.console, self._io, self.report, resources)
+            self.board: Board = build(config, self, self.console, self._io, self.control, self.report, resources)
+            self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
             self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
@@ -136,22 +140,22 @@ class Machine:
 
     def pause(self) -> None:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
-        self._in_control(self._pause)
+        self.in_control(self._pause)
 
     def resume(self) -> None:
         """Run on after `pause`."""
-        self._in_control(self._resume)
+        self.in_control(self._resume)
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self._in_control(lambda: self._reset(by_guest=False))
+        self.in_control(lambda: self._reset(by_guest=False))
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
 
         With ``limit``, in seconds, the machine is stopped if the guest has not powered off by then.
         """
-        self._require_alive()
+        self.require_alive()
         if limit is not None and not 0 <= limit < math.inf:  # no timer takes NaN
             raise CommandError(f"limit: expected seconds, 0 or more, got {limit}")
         heard = self.board.acpi_pm.press_power_button()
@@ -165,11 +169,40 @@ class Machine:
 
         Raises CommandError where no network device has that name.
         """
-        self._in_control(lambda: self._set_link(name, up=up))
+        self.in_control(lambda: self._set_link(name, up=up))
+
+    def device_add(self, table: Mapping[str, Any]) -> None:
+        """Plug in the device that ``table`` says, which has the keys of a [[device]]. Not by the control thread.
+
+        Raises CommandError, with everything as it was.
+        """
+        self._require_hotplug(table.get("bus")).device_add(table)
+
+    def device_del(self, name: str, *, force: bool = False) -> None:
+        """Ask the guest to let a device go; with ``force`` take it away, whatever the guest does with it.
+
+        DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
+        """
+        if self._hotplug is None:
+            if name not in self.board.by_id:
+                raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
+            raise CommandError("Bus 'pcie.0' does not support hotplugging")
+        self._hotplug.device_del(name, force=force)
+
+    def netdev_add(self, table: Mapping[str, Any]) -> None:
+        """Have the netdev that ``table`` says, which has the keys of a [[netdev]], for a device to use.
+
+        Not by the control thread. Raises CommandError.
+        """
+        self._require_hotplug(None).netdev_add(table)
+
+    def netdev_del(self, name: str) -> None:
+        """Have that netdev no more. Not by the control thread. Raises CommandError where a device uses it."""
+        self._require_hotplug(None).netdev_del(name)
 
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
-        self._in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
+        self.in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait until the machine has ended, or ``timeout`` seconds; None where it still runs."""
@@ -200,6 +233,9 @@ class Machine:
             for thread in self._threads:
                 if thread.ident is not None:
                     thread.join()
+            self.control.stop()
+            if self._hotplug is not None:
+                self._hotplug.close()
             self._io.stop()  # or it could accept a client that nobody closes
             self._resources.close()
 
@@ -207,6 +243,27 @@ class Machine:
     def threads(self) -> tuple[VcpuThread, ...]:
         """The vCPU threads, with their counts of exits."""
         return self._threads
+
+    # For kvmpy.machine.hotplug
+
+    @property
+    def io(self) -> Reactor:
+        """The loop of the io thread."""
+        return self._io
+
+    @property
+    def is_running(self) -> bool:
+        """The vCPUs run; asked by the control thread."""
+        return self.state is RunState.RUNNING
+
+    def let_accesses_end(self) -> None:
+        """By the control thread: wait until no vCPU is in an access that it has begun before."""
+        if self.state is not RunState.RUNNING:
+            return
+        asked, pending = self._asked, self._gate.closed
+        self._park()
+        if not pending and asked == self._asked:  # else no vCPU may run on before the guest's request is carried out
+            self._gate.open()
 
     # What the guest asks (kvmpy.devices.base.Power): by vCPU threads, under a device's lock
 
@@ -237,7 +294,7 @@ class Machine:
     # A change is complete before its event is sent: a listener may make the next one.
 
     def _pause(self) -> None:
-        self._require_alive()
+        self.require_alive()
         if self.state is RunState.RUNNING:
             self._halt()
             for vcpu in self.board.vcpus:
@@ -246,7 +303,7 @@ class Machine:
             self._emit("STOP")
 
     def _resume(self) -> None:
-        self._require_alive()
+        self.require_alive()
         if self.state is RunState.PAUSED:
             self._become(RunState.RUNNING)
             self._run()
@@ -255,10 +312,12 @@ class Machine:
     def _reset(self, *, by_guest: bool) -> None:
         if by_guest and self.state is RunState.SHUTDOWN:
             return
-        self._require_alive()
+        self.require_alive()
         self._halt()
         self._boots += 1
         board = self.board
+        for port in board.ports.values():
+            port.finish()
         board.vm.set_interrupt_state(self._power_on.interrupts)
         for vcpu, state in zip(board.vcpus, self._power_on.vcpus, strict=True):
             vcpu.set_state(state)
@@ -355,7 +414,7 @@ class Machine:
             raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
         self.state = state
 
-    def _require_alive(self) -> None:
+    def require_alive(self) -> None:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 
@@ -372,12 +431,13 @@ class Machine:
         """Let no vCPU run on past the guest's request, and have `control` carry it out, unless a reset comes first."""
         boot = self._boots
         self._gate.close(self._threads)
+        self._asked += 1  # in this order: see let_accesses_end
         self.control.post(lambda: request() if boot == self._boots else None)
 
     def _vcpu_failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
         self._ask(functools.partial(self._failed, thread, what))
 
-    def _in_control(self, change: Callable[[], T]) -> T:
+    def in_control(self, change: Callable[[], T]) -> T:
         """Make a change in the control thread and return what it returns, or raise what it raises."""
         if threading.current_thread() is self.control.thread:
             return change()
@@ -389,6 +449,20 @@ class Machine:
         except RuntimeError as e:
             raise CommandError("the machine has been closed") from e
         return call.result()
+
+    def _make_hotplug(self) -> HotPlug | None:
+        """None without root ports: what plugging takes is not even imported."""
+        if not self.config.root_port:
+            return None
+        from kvmpy.machine.hotplug import HotPlug
+
+        return HotPlug(self)
+
+    def _require_hotplug(self, bus: object) -> HotPlug:
+        if self._hotplug is None:
+            where = "Bus 'pcie.0' does not support hotplugging" if bus in (None, "pcie.0") else f"Bus {bus!r} not found"
+            raise CommandError(f"{where}; the machine has no root ports")
+        return self._hotplug
 
     def _open_console(self) -> str | None:
         """Open the configured backend; returns the path of a pty."""

@@ -61,8 +61,10 @@ class Passthrough:
         self._host, self._claim = host, claim
         self._container = Container(host.memory, host.groups)
 
-    def make(self, table: VfioPciTable, resources: ExitStack) -> VfioPci:
+    def make(self, table: VfioPciTable, resources: ExitStack, ask: Callable[[VfioPci], object]) -> VfioPci:
         """The function of ``table``, reset, and all RAM mapped: seconds. By a thread that no vCPU waits for.
+
+        ``ask`` asks the guest to let it go, when the host wants it back: by the io thread.
 
         `close` of it is the caller's; what ``resources`` gets is to be closed after that. Raises HostError, beginning
         with the key it concerns, with nothing left behind.
@@ -85,5 +87,10 @@ class Passthrough:
         except HostError as e:
             raise HostError(f"device.{name}.host: {e}") from e
         function.on_broken = lambda why: host.report("DEVICE_BROKEN", device=name, reason=why)
-        function.on_wanted_back = lambda: host.report("DEVICE_WANTED_BACK", device=name, host=str(table.host))
+
+        def wanted_back() -> None:
+            host.report("DEVICE_WANTED_BACK", device=name, host=str(table.host))
+            ask(function)
+
+        function.on_wanted_back = wanted_back
         return function

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never
 
 from kvmpy.config.schema import (
@@ -28,11 +30,13 @@ from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pci.root_port import RootPort
+from kvmpy.devices.pci.slot import MakeTimer
 from kvmpy.errors import HostError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
 from kvmpy.machine.check import located, placed
+from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.memory import GuestMemory
 
 # What a machine has none of is not imported: it would start later for nothing.
@@ -59,9 +63,10 @@ class Report(Protocol):
 
 
 class Host(NamedTuple):
-    """What devices are given of the machine around them; ``network`` where one of them needs it.
+    """What devices are given of the machine around them; ``network`` where a device may need it.
 
-    ``groups`` is KVM, as far as it must know of devices passed through; ``directory`` the machine's runtime directory.
+    ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as
+    it must know of devices passed through; ``directory`` the machine's runtime directory.
     """
 
     memory: GuestMemory
@@ -69,25 +74,26 @@ class Host(NamedTuple):
     sink: MsiSink
     network: Network | None
     report: Report
+    timer: MakeTimer
     groups: GroupListener
     directory: str
+    now: Callable[[], float] = time.monotonic
 
 
 class Plugger:
-    """Makes the devices of ``config`` and plugs them into ``pci``; ``resources`` gives everything back, in reverse.
+    """Makes the devices of ``config`` and plugs them into ``pci``, before the machine runs; later it only makes them.
 
-    ``devices`` is the order in which they are reset, and saved: bridges before what is behind them. ``by_id`` has those
-    of [[device]], ``nics`` its network devices by their id and by their netdev's.
+    ``resources`` gives everything back, in reverse; ``inventory`` gets it all. ``ports`` are the root ports by id.
     """
 
-    def __init__(self, config: Config, pci: PciRoot, host: Host, resources: ExitStack) -> None:
-        self.devices: list[Device[Any]] = []
-        self.by_id: dict[str, Device[Any]] = {}
-        self.nics: dict[str, VirtioNet] = {}
-        self._config, self._pci, self._host, self._resources = config, pci, host, resources
-        self._ports: dict[str, RootPort] = {}
+    def __init__(self, config: Config, pci: PciRoot, host: Host, inventory: Inventory, resources: ExitStack) -> None:
+        self.ports: dict[str, RootPort] = {}
+        self._config, self._pci, self._host, self._inventory, self._resources = config, pci, host, inventory, resources
         self._free = itertools.count()
+        self._ending = False
         self._passthrough: Passthrough | None = None
+        own = [(kind, str(entry.id)) for kind in ("device", "netdev", "drive") for entry in getattr(config, kind)]
+        self._own = frozenset(own)
 
     def plug_all(self) -> None:
         """Raises HostError, with its place in the configuration, where this host cannot."""
@@ -95,61 +101,79 @@ class Plugger:
         taken = {port.slot for port in self._config.root_port}
         slots = (slot for slot in itertools.count(1) if slot not in taken)
         for port in self._config.root_port:
-            self._ports[port.id] = RootPort(port.id, next(slots) if port.slot is None else port.slot, self._host.sink)
-            self._on_root_bus(self._ports[port.id])
+            number = next(slots) if port.slot is None else port.slot
+            sink, timer, now = self._host.sink, self._host.timer, self._host.now
+            self.ports[port.id] = RootPort(port.id, number, sink, timer, now, power_controller=port.power_controller)
+            self._on_root_bus(self.ports[port.id])
+        self._resources.callback(self._close)
         for table in self._config.device:
-            self._plug(table)
+            plugged = self.make(table, self._config)
+            self._inventory.add(plugged)
+            if table.bus is None:
+                self._pci.add(plugged.function, next(self._free))
+            else:
+                self.ports[table.bus].plug(plugged.function)
 
-    def _plug(self, table: DeviceTable) -> None:
-        function = self._vfio(table) if isinstance(table, VfioPci) else self._virtio_pci(table)
-        if table.bus is None:
-            self._on_root_bus(function)
-        else:
-            self._keep(function)
-            self._ports[table.bus].plug(function)
+    def make(self, table: DeviceTable, config: Config) -> Plugged:
+        """The device of ``table``, plugged in nowhere; ``config`` has its netdev or drive. Any thread, one at a time.
 
-    def _virtio_pci(self, table: DeviceTable) -> PciFunction[Any]:
+        Raises HostError, with nothing taken.
+        """
+        with ExitStack() as resources:
+            if isinstance(table, VfioPci):
+                function: PciFunction[Any] = self._vfio(table, resources)
+                device: Device[Any] = function
+            else:
+                device, function = self._virtio_pci(table, config, resources)
+            resources.callback(function.close)
+            return Plugged(table, device, function, resources.pop_all())
+
+    def _virtio_pci(
+        self, table: DeviceTable, config: Config, resources: ExitStack
+    ) -> tuple[VirtioDevice[Any], PciFunction[Any]]:
         from kvmpy.devices.virtio.pci import VirtioPci
 
-        device = self._make(table)
+        device = self._make(table, config, resources)
         device.on_broken = lambda why: self._host.report("DEVICE_BROKEN", device=table.id, reason=why)
-        self._keep(device)
+        resources.callback(device.close)
         with self._located(f"device.{table.id}"):
-            function = VirtioPci(table.id, device, self._host.sink)
-        self.by_id[table.id] = device
-        return function
+            return device, VirtioPci(table.id, device, self._host.sink)
 
-    def _vfio(self, table: VfioPci) -> PciFunction[Any]:
+    def _vfio(self, table: VfioPci, resources: ExitStack) -> PciFunction[Any]:
         from kvmpy.machine.passthrough import Passthrough
 
         if self._passthrough is None:
             self._passthrough = Passthrough(self._host)
         with self._located():
-            function = self._passthrough.make(table, self._resources)
-        self.by_id[table.id] = function
-        return function
+            return self._passthrough.make(table, resources, lambda function: self._ask_for(function, table.bus))
 
-    def _make(self, table: DeviceTable) -> VirtioDevice[Any]:
+    def _ask_for(self, function: PciFunction[Any], bus: str | None) -> None:
+        """The host wants ``function`` back: ask the guest for it, if it can be asked."""
+        port = None if bus is None else self.ports[bus]
+        if port is not None and port.card is function and not port.is_releasing:
+            port.request()
+
+    def _make(self, table: DeviceTable, config: Config, resources: ExitStack) -> VirtioDevice[Any]:
         match table:
             case VirtioNetPci():
-                return self._net(table)
+                return self._net(table, config, resources)
             case VirtioBlkPci():
-                return self._blk(table)
+                return self._blk(table, config, resources)
             case VirtioRngPci():
                 return self._rng(table)
             case VirtioSerialPci():
-                return self._console(table)
+                return self._console(table, resources)
             case VfioPci():
                 raise AssertionError("is no virtio device")
             case other:
                 assert_never(other)
 
-    def _net(self, table: VirtioNetPci) -> VirtioNet:
+    def _net(self, table: VirtioNetPci, config: Config, resources: ExitStack) -> VirtioNet:
         from kvmpy.devices.virtio.net import VirtioNet
         from kvmpy.host.tap import Tap
         from kvmpy.host.visit import inside
 
-        netdev = next(netdev for netdev in self._config.netdev if netdev.id == table.netdev)
+        netdev = next(netdev for netdev in config.netdev if netdev.id == table.netdev)
         # Plain strings: the types of the configuration go no deeper.
         ifname, bridge, netns = (
             value and str(value) for value in (netdev.ifname, netdev.bridge, netdev.netns and netdev.netns.path)
@@ -158,7 +182,7 @@ class Plugger:
             inside(netns, lambda: None)  # or its absence would be the interface's fault
         with self._located(f"netdev.{netdev.id}.ifname"):
             tap = Tap.open(str(ifname), netdev.queues, netns=netns)
-            self._resources.callback(tap.close)
+            resources.callback(tap.close)
             if bridge is None:
                 if table.host_mtu is not None:
                     tap.set_mtu(table.host_mtu)
@@ -167,16 +191,20 @@ class Plugger:
             assert self._host.network is not None
             with self._located():
                 self._host.network.attach(netdev.id, str(ifname), bridge=bridge, mtu=table.host_mtu, netns=netns)
+            resources.callback(self._detach, str(ifname), netns)
         with self._located(f"netdev.{netdev.id}.vhost"):
-            vhost = self._vhost(netdev.id, netdev.vhost, netdev.queues)
+            vhost = self._vhost(netdev.id, netdev.vhost, netdev.queues, resources)
         mac = bytes.fromhex(table.mac.replace(":", "")) if table.mac else self._chosen_mac(table.id)
-        net = VirtioNet(
+        return VirtioNet(
             f"{table.id}/virtio-net", self._host.memory, self._host.io, tap, mac, mtu=table.host_mtu, vhost=vhost
         )
-        self.nics[table.id] = self.nics[netdev.id] = net
-        return net
 
-    def _vhost(self, netdev: str, wanted: bool | None, pairs: int) -> VhostNet | None:
+    def _detach(self, ifname: str, netns: str | None) -> None:
+        """Out of its bridge; at the machine's end the helper does that for all of them."""
+        if not self._ending and self._host.network is not None:
+            self._host.network.detach(ifname, netns=netns)
+
+    def _vhost(self, netdev: str, wanted: bool | None, pairs: int, resources: ExitStack) -> VhostNet | None:
         from kvmpy.devices.vhost import VhostNet
 
         if wanted is False:
@@ -188,17 +216,17 @@ class Plugger:
                 raise
             log.info("netdev %s: frames pass through kvmpy, not the kernel: %s", netdev, e)
             return None
-        self._resources.callback(vhost.close)
+        resources.callback(vhost.close)
         return vhost
 
-    def _blk(self, table: VirtioBlkPci) -> VirtioBlk:
+    def _blk(self, table: VirtioBlkPci, config: Config, resources: ExitStack) -> VirtioBlk:
         from kvmpy.devices.virtio.blk import VirtioBlk
         from kvmpy.host.disk import Disk
 
-        drive = next(drive for drive in self._config.drive if drive.id == table.drive)
+        drive = next(drive for drive in config.drive if drive.id == table.drive)
         with self._located(f"drive.{drive.id}.path"):
             disk = Disk.open(drive.path, readonly=drive.readonly, direct=drive.cache is Cache.NONE)
-        self._resources.callback(disk.close)
+        resources.callback(disk.close)
         serial, name = table.serial or drive.id, f"{table.id}/virtio-blk"
         return VirtioBlk(name, self._host.memory, self._host.io, disk, serial=serial, queues=table.num_queues)
 
@@ -207,32 +235,52 @@ class Plugger:
 
         return VirtioRng(f"{table.id}/virtio-rng", self._host.memory, self._host.io)
 
-    def _console(self, table: VirtioSerialPci) -> VirtioConsole:
+    def _console(self, table: VirtioSerialPci, resources: ExitStack) -> VirtioConsole:
         from kvmpy.devices.virtio.console import VirtioConsole
 
         console = Console(self._host.io)
-        self._resources.callback(console.close)
+        resources.callback(self._in_io, console.close)
         try:
             place = console.open(table.chardev.kind, table.chardev.path)
         except HostError as e:
-            raise located(self._config, f"device.{table.id}.chardev", e) from e
+            raise self._placed(f"device.{table.id}.chardev", e) from e
         device = VirtioConsole(
             f"{table.id}/virtio-console", self._host.memory, self._host.io, console, place or str(table.chardev)
         )
         console.connect(device.receive, device.drained)
         return device
 
+    def _in_io(self, call: Callable[[], object]) -> None:
+        """Have the io thread make a call, and wait for it; while it does not run, make it here."""
+        made = threading.Event()
+
+        def make() -> None:
+            try:
+                call()
+            finally:
+                made.set()
+
+        if self._host.io.thread is not None:
+            with suppress(RuntimeError):  # it has ended
+                self._host.io.post(make)
+                made.wait()
+        if not made.is_set():
+            make()
+
     def _chosen_mac(self, device: str) -> bytes:
         """Always the same for a device of a machine, and hardly another's."""
         return MAC_PREFIX + hashlib.sha256(f"{self._config.name}/{device}".encode()).digest()[:3]
 
     def _on_root_bus(self, function: PciFunction[Any]) -> None:
-        self._keep(function)
+        self._inventory.fix([function])
+        self._resources.callback(function.close)
         self._pci.add(function, next(self._free))
 
-    def _keep(self, device: Device[Any]) -> None:
-        self.devices.append(device)
-        self._resources.callback(device.close)
+    def _close(self) -> None:
+        """All that is plugged in gives back what it has of the host, the last first."""
+        self._ending = True
+        for plugged in reversed(list(self._inventory.plugged.values())):
+            plugged.resources.close()
 
     @contextmanager
     def _located(self, key: str = "") -> Iterator[None]:
@@ -240,4 +288,12 @@ class Plugger:
         try:
             yield
         except HostError as e:
-            raise HostError(placed(self._config, f"{key}: {e}" if key else str(e))) from e
+            problem = f"{key}: {e}" if key else str(e)
+            raise HostError(placed(self._config, problem) if self._is_own(problem) else problem) from e
+
+    def _placed(self, key: str, e: HostError) -> HostError:
+        return located(self._config, key, e) if self._is_own(key) else HostError(f"{key}: {e}")
+
+    def _is_own(self, problem: str) -> bool:
+        """Whether what a message begins with is a key of the configuration's, and was not added since."""
+        return tuple(problem.partition(":")[0].split(".")[:2]) in self._own

@@ -96,7 +96,7 @@ def _machine(machine: Machine, _: NoArguments) -> dict[str, Any]:
 
 def _devices(machine: Machine) -> list[dict[str, Any]]:
     """Those of the configuration: driver, PCI address now, and what each says of itself."""
-    drivers = {str(table.id): table.__struct_config__.tag for table in machine.config.device}
+    drivers = {name: plugged.driver for name, plugged in machine.board.inventory.plugged.items()}
     places = {f.name: f"{bus:02x}:{device:02x}.{number:x}" for bus, device, number, f in machine.board.pci.functions()}
     return [
         {"id": name, "driver": drivers[name], "address": places.get(name), **device.info()}
@@ -140,6 +140,18 @@ COMMANDS: Final[dict[str, tuple[type[msgspec.Struct], Handler]]] = {
 }
 
 
+def _device_del(machine: Machine, arguments: dict[str, Any]) -> None:
+    machine.device_del(str(arguments.get("id")), force=arguments.get("force") is True)
+
+
+# Their arguments are tables of the configuration.
+PLUGGING: Final[dict[str, Callable[[Machine, dict[str, Any]], None]]] = {
+    "device_add": lambda machine, arguments: machine.device_add(arguments),
+    "device_del": _device_del,
+    "netdev_add": lambda machine, arguments: machine.netdev_add(arguments),
+    "netdev_del": lambda machine, arguments: machine.netdev_del(str(arguments.get("id"))),
+}
+
 # What concerns the client's own session, which knows how: server.py
 OF_A_SESSION: Final = ("qmp_capabilities", "trace")
 
@@ -151,6 +163,9 @@ def version() -> dict[str, Any]:
 
 def execute(machine: Machine, name: str, arguments: dict[str, Any]) -> Any:
     """Run a command. Raises CommandError as QEMU words it."""
+    if name in PLUGGING:
+        PLUGGING[name](machine, arguments)
+        return {}
     if name not in COMMANDS:
         raise CommandError(f"The command {name} has not been found", "CommandNotFound")
     kind, handler = COMMANDS[name]

@@ -36,6 +36,7 @@ class FakeMachine:
             memory=SimpleNamespace(size=512 << 20),
             acpi_pm=SimpleNamespace(power_button_enabled=True),
             by_id={"net1": SimpleNamespace(info=lambda: {"link": "up"})},
+            inventory=SimpleNamespace(plugged={"net1": SimpleNamespace(driver="virtio-net-pci")}),
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.boot = SimpleNamespace(description="Linux 6.1")

@@ -14,7 +14,7 @@ from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.reset_register import ResetRegister
-from tests.fakes.host import Line, Switch
+from tests.fakes.host import Clock, Line, Switch
 from tests.fakes.interrupts import FakeDoorbells, FakeSink
 
 RAM_END: Final = 0x8000_0000
@@ -112,9 +112,10 @@ class Accesses:
 class Board:
     """A root complex with its buses, four lines, RAM below 2 GiB; a host bridge at 00:00.0."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         self.mmio, self.pio = Bus("mmio"), Bus("pio")
         self.doorbells, self.sink, self.power = FakeDoorbells(), FakeSink(), Switch()
+        self.clock = clock or Clock()
         self.lines = [Line() for _ in range(4)]
         self.reset_register = ResetRegister("reset", self.power)
         self.root = PciRoot(
@@ -139,10 +140,14 @@ class Board:
         self.root.add(function, device)
         return self.config(0, device)
 
-    def add_port(self, device: int = 1, slot: int = 1, *, bus: int | None = None) -> tuple[RootPort, Accesses]:
+    def add_port(
+        self, device: int = 1, slot: int = 1, *, bus: int | None = None, power_controller: bool = True
+    ) -> tuple[RootPort, Accesses]:
         """A root port on bus 0, its secondary bus numbered ``bus``."""
-        port = RootPort(f"root{slot}", slot, self.sink)
+        timer, now = self.clock.timer, self.clock.utc
+        port = RootPort(f"root{slot}", slot, self.sink, timer, now, power_controller=power_controller)
         config = self.add(port, device)
+        port.resume()
         if bus is not None:
             config.write(0x18, 4, bus << 16 | bus << 8)
         return port, config

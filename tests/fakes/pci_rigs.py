@@ -10,6 +10,7 @@ import pytest
 
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.host_bridge import HostBridge
+from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.virtio.pci import VirtioPci
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.pci import Board, Card, ConfigWindow
@@ -35,14 +36,34 @@ def host_bridge(parts: Parts) -> Rig:
 
 
 def root_port(parts: Parts) -> Rig:
-    """One with a card."""
-    board = Board()
+    """One with a card, which the guest can let go and the host can plug in again."""
+    board = Board(parts.clock)
     parts.resources.callback(board.close)
     port, _ = board.add_port()
     card = Card()
     port.plug(card)
     rig = function_rig(parts, port)
     rig.beside = (card,)
+    rig.go_on = port.resume
+
+    def insert(_: int) -> None:
+        if port.card is None:
+            port.insert(card)
+
+    def make_alike(there: Rig) -> None:
+        other = there.device
+        assert isinstance(other, RootPort)
+        if port.behind is None:
+            other.unplug()
+
+    rig.make_alike = make_alike
+    rig.host |= {
+        "insert": insert,
+        "request": lambda _: port.request(),
+        "cancel": lambda _: port.cancel(),
+        "tear_out": lambda _: port.tear_out(),
+        "pass": lambda value: parts.clock.pass_(value % 100 / 10),
+    }
     return rig
 
 

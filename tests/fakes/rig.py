@@ -19,8 +19,8 @@ class Rig:
     """``host`` are the device's host-side entries, each made to take one number; ``size`` is that of its window.
 
     ``target`` is what the bus has there. ``beside`` and ``memory`` move to another host with the device, between
-    ``before_save`` and ``go_on``, which is then called on both hosts. ``seen`` is what the guest can notice without an
-    access.
+    ``before_save`` and ``go_on``, which is then called on both hosts; ``make_alike`` has the other host's rig made of
+    the same parts first. ``seen`` is what the guest can notice without an access.
     """
 
     device: Device[Any]
@@ -36,6 +36,7 @@ class Rig:
     memory: GuestMemory | None = None
     before_save: Callable[[], object] = lambda: None
     go_on: Callable[[], object] = lambda: None
+    make_alike: Callable[[Rig], object] = lambda there: None
     seen: Callable[[], object] = lambda: None
 
 

@@ -7,6 +7,7 @@ and a reader that is sometimes slow.
 from __future__ import annotations
 
 import mmap
+import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -61,7 +62,7 @@ RAM_IN_WINDOW: Final = 0xE000_0000
 DISK: Final = 4 << 20
 WORKERS: Final = 2
 WINDOWS: Final = PciWindows(
-    *(range(base, base + size) for base, size in (layout.PCI_IO, layout.MMIO32, layout.mmio64(LOW_RAM, 4)))
+    *(range(base, base + size) for base, size in (layout.PCI_IO, layout.MMIO32, layout.mmio64(LOW_RAM, 5)))
 )
 
 
@@ -106,7 +107,9 @@ class FuzzMachine:
         self.mmio.map(*layout.ECAM, self.root.ecam)
         self.devices.append(self.root.ports)
         self.functions: list[PciFunction[Any]] = []
-        self.ports = [RootPort(f"rp{slot}", slot, self.sink) for slot in (1, 2, 3, 4)]
+        self.places: list[tuple[RootPort, PciFunction[Any]]] = []
+        self.released: list[str] = []
+        self.ports = [RootPort(f"rp{slot}", slot, self.sink, self.io.timer) for slot in (1, 2, 3, 4, 5)]
         self._add(HostBridge("host-bridge"), 0)
         for number, port in enumerate(self.ports, 1):
             self._add(port, number)
@@ -161,15 +164,17 @@ class FuzzMachine:
         self.blk = VirtioBlk("vd0/virtio-blk", memory, io, self.disk, serial="disk0", queues=2, workers=WORKERS)
         self.rng = VirtioRng("rng0/virtio-rng", memory, io)
         self.virtio: list[VirtioPci] = []
-        self._add(self._virtio_pci(self.net), 5)
-        self._add(self._virtio_pci(self.console), 6)
+        self._add(self._virtio_pci(self.net), 6)
+        self._add(self._virtio_pci(self.console), 7)
         self._plug(self.ports[0], self._virtio_pci(self.blk))
         self._plug(self.ports[1], self._virtio_pci(self.rng))
         self.card = Card(
             "card", bars={0: (0x1000, BarKind.MEM32), 1: (0x20, BarKind.IO), 2: (0x10000, BarKind.MEM64_PREFETCHABLE)}
         )
         self._plug(self.ports[2], self.card)
-        self._plug(self.ports[3], self._make_nic(resources, directory))
+        self.spare = Card("spare", bars={0: (0x4000, BarKind.MEM64_PREFETCHABLE)}, pin=2)
+        self._plug(self.ports[3], self.spare)
+        self._plug(self.ports[4], self._make_nic(resources, directory))
 
     def _make_nic(self, resources: ExitStack, directory: Path) -> VfioPci:
         """One of a host whose kernel is a fake, but for the descriptors."""
@@ -200,6 +205,8 @@ class FuzzMachine:
     def _plug(self, port: RootPort, function: PciFunction[Any]) -> None:
         self.devices.append(function)
         self.functions.append(function)
+        self.places.append((port, function))
+        port.on_released = lambda function: self.released.append(function.name)
         port.plug(function)
 
     @property
@@ -217,7 +224,11 @@ class FuzzMachine:
             device.pause()
 
     def reset(self) -> None:
-        """All as at power-on, then as firmware leaves it. The machine is paused."""
+        """All as at power-on, every card in its slot, then as firmware leaves it. The machine is paused."""
+        for port, function in self.places:
+            port.finish()
+            if port.card is None:
+                port.plug(function)
         for device in self.devices:
             with device.lock:
                 device.reset()
@@ -234,6 +245,16 @@ class FuzzMachine:
         for device in self.devices:
             with device.lock:
                 device.post_load()
+
+    # What an operator does, while the vCPUs run
+
+    def operate(self, dice: random.Random) -> None:
+        """Something with a slot: any time is right."""
+        port, function = dice.choice(self.places)
+        if port.card is None:
+            port.insert(function)
+        else:
+            dice.choice((port.request, port.request, port.cancel, port.tear_out))()
 
     # What a vCPU does
 

@@ -1,5 +1,7 @@
 """A million random operations on everything a guest can reach, by two threads at once, with the io thread as a third.
 
+Meanwhile an operator plugs cards in and takes them out again.
+
 Nothing escapes, no thread dies or hangs, whatever state a device is in can be saved and loaded, no BAR lies over RAM,
 and after a reset every device does its work.
 """
@@ -29,6 +31,7 @@ from tests.fuzz.works import everything_works
 VCPUS: Final = 2
 OPERATIONS: Final = count(40_000, 1_000_000)
 ROUND: Final = 500  # operations of each vCPU between two pauses
+PLUG_EVERY: Final = 0.02  # seconds, on average
 # Seconds for a round: it takes a fraction of one, and a deadlock for ever.
 BOUND: Final = 60.0
 SEED: Final = int(os.environ.get("KVMPY_SEED", "20260101"))
@@ -64,17 +67,21 @@ class Campaign:
         here = Map(machine)
         self.vcpus = [Vcpu(machine, here, seed + 1 + index) for index in range(VCPUS)]
         self._failed: list[tuple[str, BaseException]] = []
+        self._over = threading.Event()
 
     def round(self, operations: int) -> None:
-        """As vCPUs do, until they are parked."""
+        """As vCPUs do, until they are parked, and an operator beside them."""
         threads = [
             threading.Thread(target=self._run, args=(vcpu, operations), name=f"vcpu{index}", daemon=True)
             for index, vcpu in enumerate(self.vcpus)
         ]
-        for thread in threads:
+        self._over.clear()
+        operator = threading.Thread(target=self._operate, name="operator", daemon=True)
+        for thread in (*threads, operator):
             thread.start()
-        for thread in threads:
+        for thread in (*threads, operator):
             thread.join(BOUND)
+            self._over.set()
             if thread.is_alive():
                 faulthandler.dump_traceback()
                 raise AssertionError(f"a deadlock: {[vcpu.last for vcpu in self.vcpus]}")
@@ -113,6 +120,13 @@ class Campaign:
         alive = {thread.name for thread in threading.enumerate()}
         assert {"io", *(f"blk-vd0-{number}" for number in range(WORKERS))} <= alive
 
+    def _operate(self) -> None:
+        try:
+            while not self._over.wait(self.dice.expovariate(1 / PLUG_EVERY)):
+                self.machine.operate(self.dice)
+        except BaseException as e:  # noqa: BLE001  raised again by `round`
+            self._failed.append(("operator", e))
+
     def _run(self, vcpu: Vcpu, operations: int) -> None:
         try:
             vcpu.run(operations)
@@ -144,4 +158,5 @@ def test_machine_survives_a_hostile_guest(errors: Errors, tmp_path: Path) -> Non
         print(f"the seed was {SEED}: KVMPY_SEED={SEED} make fuzz")
         raise
     assert not errors.records, errors.records[0]
+    assert {function.name for _, function in machine.places} == set(machine.released), "each has come and gone"
     assert (open_descriptors(), threading.active_count()) == (descriptors, threads)

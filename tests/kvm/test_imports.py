@@ -31,7 +31,8 @@ def ask(name):
     lines = client.makefile()
     lines.readline()
     for command in sys.argv[2:]:
-        client.sendall(json.dumps({"execute": command}).encode())
+        command, _, arguments = command.partition(" ")
+        client.sendall(json.dumps({"execute": command, "arguments": json.loads(arguments or "{}")}).encode())
         while "timestamp" in (answer := json.loads(lines.readline())):
             pass
         assert "return" in answer, answer
@@ -46,14 +47,37 @@ COMMANDS = (
 )
 
 
+MACHINE = '[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n[console]\nserial = "null"\n'
+PORTS = """
+[[root_port]]
+id = "root1"
+[[root_port]]
+id = "root2"
+[[drive]]
+id = "disk0"
+path = "disk.raw"
+format = "raw"
+cache = "writeback"
+"""
+PLUGGING = (
+    'device_add {"driver": "virtio-rng-pci", "id": "rng0", "bus": "root1"}',
+    'device_add {"driver": "virtio-blk-pci", "id": "vd0", "bus": "root2", "drive": "disk0"}',
+    'device_del {"id": "rng0"}',
+    'netdev_add {"type": "tap", "id": "hostnet0", "ifname": "tap0"}',
+    'netdev_del {"id": "hostnet0"}',
+)
+
+
 @pytest.mark.usefixtures("system")
-def test_a_running_machine_imports_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ports", "commands"), [("", COMMANDS), (PORTS, (*COMMANDS[:-1], *PLUGGING, "quit"))], ids=["plain", "plugging"]
+)
+def test_a_running_machine_imports_nothing(tmp_path: Path, ports: str, commands: tuple[str, ...]) -> None:
     (tmp_path / "kernel").write_bytes(pvh_kernel(SPIN))
-    (tmp_path / "m.toml").write_text(
-        '[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n[console]\nserial = "null"\n'
-    )
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    (tmp_path / "m.toml").write_text(MACHINE + ports)
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tmp_path / "m.toml"), *COMMANDS],
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "m.toml"), *commands],
         env={**os.environ, "KVMPY_RUNTIME_DIR": str(tmp_path / "run")},
         stdin=subprocess.DEVNULL,
         capture_output=True,

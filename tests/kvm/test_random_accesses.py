@@ -43,7 +43,7 @@ def test_a_machine_survives_arbitrary_accesses(system: System, tmp_path: Path) -
         io.start()
         console = Console(io)
         resources.callback(console.close)
-        board = build(load(tmp_path / "m.toml"), power, console, io, lambda event, **data: None, resources)
+        board = build(load(tmp_path / "m.toml"), power, console, io, io, lambda event, **data: None, resources)
         for turn in range(count(100_000, 1_000_000)):
             bus, limit = (board.pio, 1 << 16) if dice.random() < 0.8 else (board.mmio, 1 << 48)
             addr, size = pick_address(dice, bus, limit), dice.choice(SIZES)

@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs"
     [
         ("operating", ['"status": "running"', "demo: paused"]),
         ("networking", ["alias kvmpy:web1:", "192.0.2.1/24"]),
+        ("hotplug", ["vd1", "net1"]),
         ("devices", ["vd0: virtio-blk-pci at 01:00.0, in use", "queues: requests0 256, requests1 256"]),
     ],
 )

@@ -90,6 +90,7 @@ def moved(rig: Rig, name: str) -> Iterator[Rig]:
         if rig.memory is not None and there.memory is not None:
             there.memory.write(0, rig.memory.view(0, rig.memory.size))
         there.before_save()
+        rig.make_alike(there)
         pairs = list(zip((there.device, *there.beside), (rig.device, *rig.beside), strict=True))
         for device, was in pairs:
             device.state = load(type(was.state), save(was.state))

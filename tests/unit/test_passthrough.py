@@ -15,6 +15,7 @@ from kvmpy.abi import ioctl
 from kvmpy.config.schema import VfioPci as VfioPciTable
 from kvmpy.config.values import Id, Mac, PciAddress
 from kvmpy.devices.vfio.container import Container
+from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
 from kvmpy.host.memory import Mapping
 from kvmpy.host.reactor import Reactor
@@ -69,6 +70,7 @@ class Rig:
         monkeypatch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
         monkeypatch.setattr(passthrough, "Container", lambda memory, groups: Container(memory, groups, str(directory)))
         self.events: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[VfioPci] = []
         sink, self.io, memory = FakeSink(), Reactor("io"), GuestMemory()
         mapping = Mapping(1 << 20)
         for closing in (mapping.close, memory.close, sink.close, self.io.close, self.kernel.nic.close):
@@ -90,7 +92,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rig]:
 
 def test_a_function_is_taken_reset_and_given_back(rig: Rig) -> None:
     with ExitStack() as resources:
-        function = rig.passthrough.make(TABLE, resources)
+        function = rig.passthrough.make(TABLE, resources, rig.asked.append)
         resources.callback(function.close)
         assert rig.claim.taken == [ADDRESS]
         assert rig.kernel.nic.resets == ["function"], "of what the host's driver left in it"
@@ -106,22 +108,24 @@ def test_whatever_fails_is_located_and_undone(rig: Rig, request_name: str) -> No
     rig.kernel.fail(request_name, errno.EIO)
     with ExitStack() as resources:
         with pytest.raises(HostError, match=rf"^device\.host0\.host: .*{request_name}: EIO"):
-            rig.passthrough.make(TABLE, resources)
+            rig.passthrough.make(TABLE, resources, rig.asked.append)
         assert (rig.claim.taken, rig.kernel.maps) == ([], {})
         rig.kernel.nic.close()
         assert open_descriptors() == before
     rig.kernel.recover(request_name)
     with ExitStack() as resources:
-        resources.callback(rig.passthrough.make(TABLE, resources).close)
+        resources.callback(rig.passthrough.make(TABLE, resources, rig.asked.append).close)
 
 
 def test_what_the_host_says_of_a_device_becomes_an_event(rig: Rig) -> None:
     with ExitStack() as resources:
-        resources.callback(rig.passthrough.make(TABLE, resources).close)
+        function = rig.passthrough.make(TABLE, resources, rig.asked.append)
+        resources.callback(function.close)
         rig.kernel.nic.signal(REQUEST)
         rig.kernel.nic.signal(ERROR)
         rig.io.start()
         rig.io.stop()
+    assert rig.asked == [function], "to leave the guest"
     reasons = [data.pop("reason") for _, data in rig.events if "reason" in data]
     assert "AER" in reasons[0]
     assert sorted(rig.events, key=str) == [
@@ -133,6 +137,6 @@ def test_what_the_host_says_of_a_device_becomes_an_event(rig: Rig) -> None:
 def test_a_virtual_function_is_given_its_address_and_network_before_it_is_opened(rig: Rig) -> None:
     table = msgspec.structs.replace(TABLE, mac=Mac("52:54:00:12:34:56"), vlan=7)
     with ExitStack() as resources:
-        resources.callback(rig.passthrough.make(table, resources).close)
-        resources.callback(rig.passthrough.make(TABLE, resources).close)
+        resources.callback(rig.passthrough.make(table, resources, rig.asked.append).close)
+        resources.callback(rig.passthrough.make(TABLE, resources, rig.asked.append).close)
     assert rig.claim.assigned == [("the helper", "52:54:00:12:34:56", 7)], "and no other is touched"

@@ -14,6 +14,7 @@ from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.state import load, save
 from tests.counts import count
+from tests.fakes.host import Clock
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.loop import BOUND
 from tests.fakes.pci import CONFIG_ADDRESS, CONFIG_DATA, ECAM, WINDOWS, Board, Card
@@ -246,4 +247,4 @@ def test_configuration_bars_and_resets_from_many_threads_never_stand_still() -> 
 def test_root_port_slots_have_possible_numbers() -> None:
     for slot in (0, -1, 1 << 13):
         with pytest.raises(ValueError, match="no slot can have the number"):
-            RootPort("root", slot, FakeSink())
+            RootPort("root", slot, FakeSink(), Clock().timer)

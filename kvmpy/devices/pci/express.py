@@ -79,6 +79,7 @@ class SlotControl(IntEnum):
     FAULT_ENABLE = 0x0002
     PRESENCE_ENABLE = 0x0008
     INTERRUPT_ENABLE = 0x0020
+    ATTENTION_ON = 0x0040
     ATTENTION_OFF = 0x00C0
     ATTENTION = 0x00C0  # the whole field
     POWER_INDICATOR_ON = 0x0100
@@ -91,7 +92,9 @@ class SlotControl(IntEnum):
 class SlotStatus(IntEnum):
     BUTTON = 0x0001
     FAULT = 0x0002
+    LATCH_CHANGED = 0x0004
     PRESENCE_CHANGED = 0x0008
+    COMMAND_COMPLETED = 0x0010
     PRESENT = 0x0040
     LINK_CHANGED = 0x0100
 
@@ -124,10 +127,12 @@ SLOT_CONTROL_BITS: Final = (
 SLOT_EMPTY: Final = SlotControl.ATTENTION_OFF | SlotControl.POWER_INDICATOR_OFF | SlotControl.POWER_OFF
 SLOT_OCCUPIED: Final = SlotControl.ATTENTION_OFF | SlotControl.POWER_INDICATOR_ON
 SLOT_EVENTS: Final = SlotStatus.BUTTON | SlotStatus.FAULT | SlotStatus.PRESENCE_CHANGED | SlotStatus.LINK_CHANGED
+CLEARABLE: Final = SLOT_EVENTS | SlotStatus.LATCH_CHANGED | SlotStatus.COMMAND_COMPLETED
+"""What a guest may write ones to; the last two are never set."""
 
 
 class RootPortCapability(ExpressCapability):
-    """A root port with a hot-plug slot. ``on_link`` is told when the guest changed what decides about the link."""
+    """A root port with a hot-plug slot. The hooks are told of what the guest has written."""
 
     flags = Field(0x02, 2, reset=SLOT_IMPLEMENTED | PortType.ROOT_PORT << TYPE_SHIFT | VERSION)
     link_capability = Field(0x0C, 4, reset=ACTIVE_REPORTING | LINK)
@@ -142,8 +147,51 @@ class RootPortCapability(ExpressCapability):
     def __init__(self, space: RegisterSpace, offset: int, **resets: int) -> None:
         super().__init__(space, offset, **resets)
         self.on_link: Callable[[], object] = lambda: None
+        self.on_slot: Callable[[int, int], object] = lambda old, new: None
+        self.on_events: Callable[[], object] = lambda: None
 
     @link_control.changed
-    @slot_control.changed
     def _link_changed(self, old: int, new: int) -> None:
         self.on_link()
+
+    @slot_control.changed
+    def _slot_changed(self, old: int, new: int) -> None:
+        self.on_slot(old, new)
+
+    @slot_status.changed
+    def _events_changed(self, old: int, new: int) -> None:
+        self.on_events()
+
+    def leave_out_power_controller(self) -> None:
+        """A card has power while it is in the slot."""
+        self.preset(slot_capability=self.slot_capability & ~Slot.POWER_CONTROLLER)
+        writable = SLOT_CONTROL_BITS & ~SlotControl.POWER_OFF
+        self._define("slot_control", reset=SLOT_EMPTY & ~SlotControl.POWER_OFF, writable=writable)
+
+    @property
+    def has_power_controller(self) -> bool:
+        """Whether the guest decides when the slot has power."""
+        return bool(self.slot_capability & Slot.POWER_CONTROLLER)
+
+    @property
+    def interrupt_wanted(self) -> bool:
+        """Whether there is an event of those that the guest wants to be interrupted for."""
+        control = self.slot_control
+        enabled = control & (SlotStatus.BUTTON | SlotStatus.FAULT | SlotStatus.PRESENCE_CHANGED)  # the same bits
+        if control & SlotControl.LINK_ENABLE:
+            enabled |= SlotStatus.LINK_CHANGED
+        return bool(control & SlotControl.INTERRUPT_ENABLE and self.slot_status & enabled)
+
+    def keep_unseen_events(self, offset: int, size: int, value: int) -> int:
+        """``value``, to be written to the space, without ones for slot status if some are for events that are not set.
+
+        A guest that has read the register writes what it has seen. One that wipes it unread, as drivers do at first,
+        would lose what has just happened, and a card with it.
+        """
+        at = self.offset + RootPortCapability.slot_status.offset - offset
+        ones = value & (1 << 8 * size) - 1
+        ones = ones >> 8 * at if at >= 0 else ones << -8 * at
+        if not ones & CLEARABLE & ~self.slot_status:
+            return value
+        kept = 0xFFFF << 8 * at if at >= 0 else 0xFFFF >> -8 * at
+        return value & ~kept

@@ -111,6 +111,10 @@ class Msi:
         """Send the message, or keep it while that is masked."""
         self._vector.signal()
 
+    def discard(self) -> None:
+        """Forget a message that is still kept."""
+        self._vector.discard()
+
     def update(self) -> None:
         """Route the vector as the registers now say."""
         c = self._capability

@@ -88,7 +88,7 @@ class PciRoot:
         for port in self._ports():
             if port.header.secondary <= bus <= port.header.subordinate:
                 # Behind a port there is one device, with the number 0, and no bridge to pass the access on to.
-                here = bus == port.header.secondary and devfn == 0 and port.link_active
+                here = bus == port.header.secondary and devfn == 0 and port.reachable
                 return port.behind if here else None
         return None
 
