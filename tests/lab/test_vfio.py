@@ -12,9 +12,12 @@ import pytest
 
 from scripts.lab.hardware import STATION, STATION_ADDRESS
 from scripts.lab.images import Images
+from scripts.lab.process import Process
+from tests.counts import count
 from tests.lab import tables
 from tests.lab.guest import Guest, root_disk
 from tests.lab.nics import NicHost
+from tests.lab.test_network import EVENTS
 
 NAME, DEVICE, MAC = "vfio", "host0", "52:54:00:6f:55:cc"
 ADDRESS, OTHER_ADDRESS = "10.77.0.20", "10.77.0.21"
@@ -33,7 +36,18 @@ class Lab:
     host: NicHost
     model: str
     function: str
+    events: Process
     address: str = ADDRESS
+
+    def add(self) -> None:
+        """Plug it in, and use it."""
+        words = [f"{key}={value}" for key, value in keys(self.function, self.model).items()]
+        self.guest.kvmpy("qmp", NAME, "device_add", "driver=vfio-pci", *words)
+        self.guest.type("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done", SLOW)
+        self.set_up()
+
+    def wait_deleted(self) -> None:
+        self.events.expect(re.compile(rf'"DEVICE_DELETED".*"device": *"{DEVICE}"'), SLOW)
 
     def set_up(self) -> None:
         """Give the guest its address, and wait until it is heard."""
@@ -58,10 +72,15 @@ class Lab:
         server.wait(SLOW)
 
 
-def passed(function: str, mac: str | None = None) -> str:
+def keys(function: str, model: str) -> dict[str, str]:
+    """Of its table."""
+    found = {"id": DEVICE, "host": function, "bus": "rp1"}
+    return found | {"mac": MAC} if model == "igb" else found
+
+
+def passed(function: str, model: str = "e1000e") -> str:
     """A root port, and the function behind it."""
-    vfio = tables.table("device", driver="vfio-pci", id=DEVICE, host=function, bus="rp1", mac=mac)
-    return tables.root_ports("rp1") + vfio
+    return tables.root_ports("rp1") + tables.table("device", driver="vfio-pci", **keys(function, model))
 
 
 @pytest.fixture(scope="module", params=["igb", "e1000e"])
@@ -71,12 +90,16 @@ def lab(request: pytest.FixtureRequest, lab_images: Images) -> Iterator[Lab]:
     function = host.functions[0]
     driver = host.driver(function)
     with root_disk(host, lab_images, NAME) as root:
-        config = passed(function, MAC if model == "igb" else None) + tables.disk("root", root)
+        config = passed(function, model) + tables.disk("root", root)
         with Guest(host, NAME, kernel="generic", tables=config, words=WORDS) as guest:
             guest.wait_shell()
-            lab = Lab(guest, host, model, function)
+            events = host.spawn(["python", "-I", "-S", "-c", EVENTS, f"/run/kvmpy/{NAME}/qmp.sock"])
+            events.expect("listening")
+            lab = Lab(guest, host, model, function, events)
             lab.set_up()
             yield lab
+            events.signal(15)
+            events.wait()
             guest.process.send("poweroff\n")
             assert guest.wait_end() == 0
     assert host.driver(function) == driver, "the host has it back"
@@ -124,14 +147,6 @@ def test_lspci_makes_sense_of_it(lab: Lab) -> None:
     assert not re.search(r"unknown|broken|!!!|Expansion ROM", shown, re.IGNORECASE)
 
 
-def test_the_guest_turns_its_slot_off_and_on(lab: Lab) -> None:
-    power = "/sys/bus/pci/slots/1/power"
-    assert lab.guest.type(f"echo 0 >{power}; ls /sys/class/net") == "lo"
-    lab.guest.type(f"sleep 2; echo 1 >{power}; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done", SLOW)
-    lab.set_up()
-    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
-
-
 def test_a_driver_that_comes_again_finds_the_device_in_order(lab: Lab) -> None:
     driver = f"/sys/bus/pci/drivers/{DRIVERS[lab.model]}"
     lab.guest.type(f"echo 0000:01:00.0 >{driver}/unbind; echo 0000:01:00.0 >{driver}/bind", SLOW)
@@ -144,6 +159,40 @@ def test_a_system_reset_resets_it_too(lab: Lab) -> None:
     lab.guest.wait_shell()
     lab.set_up()
     assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_it_comes_and_goes_while_the_guest_runs(lab: Lab) -> None:
+    for _ in range(count(2, 10)):
+        lab.guest.kvmpy("qmp", NAME, "device_del", f"id={DEVICE}")
+        lab.wait_deleted()
+        assert lab.guest.type("ls /sys/class/net") == "lo"
+        assert lab.host.driver(lab.function) == DRIVERS[lab.model], "the host has it meanwhile"
+        lab.add()
+        assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_a_guest_that_turns_its_slot_off_gives_it_back(lab: Lab) -> None:
+    lab.guest.type("echo 0 >/sys/bus/pci/slots/1/power", SLOW)
+    lab.wait_deleted()
+    assert lab.host.driver(lab.function) == DRIVERS[lab.model]
+    lab.add()
+
+
+def test_a_device_that_is_torn_out_works_again_later(lab: Lab) -> None:
+    lab.guest.kvmpy("qmp", NAME, "device_del", f"id={DEVICE}", "force=true")
+    lab.wait_deleted()
+    lab.guest.type("until [ $(cat /sys/bus/pci/slots/1/power) = 0 ]; do sleep 0.1; done", SLOW)
+    lab.add()
+    assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
+
+
+def test_a_host_that_wants_it_back_gets_it_from_the_guest(lab: Lab) -> None:
+    unbind = lab.host.spawn(["sh", "-c", f"echo {lab.function} >/sys/bus/pci/drivers/vfio-pci/unbind"])
+    lab.events.expect(re.compile(rf'"DEVICE_WANTED_BACK".*"device": *"{DEVICE}"'), SLOW)
+    lab.wait_deleted()
+    unbind.wait(SLOW)
+    assert lab.host.driver(lab.function) == DRIVERS[lab.model]
+    lab.add()
 
 
 def test_a_function_left_by_a_crash_is_taken_again_and_given_back(e1000e_host: NicHost, lab_images: Images) -> None:
@@ -167,7 +216,7 @@ def test_intx_works_by_irqfd_and_resample(e1000e_host: NicHost, lab_images: Imag
         config = passed(function) + tables.disk("root", root)
         with Guest(e1000e_host, "intx", kernel="generic", tables=config, words=f"{WORDS} pci=nomsi") as guest:
             guest.wait_shell()
-            lab = Lab(guest, e1000e_host, "e1000e", function, OTHER_ADDRESS)
+            lab = Lab(guest, e1000e_host, "e1000e", function, guest.process, OTHER_ADDRESS)
             lab.set_up()
             assert guest.device(DEVICE)["interrupts"] == "intx"
             assert "IO-APIC" in guest.type("grep eth0 /proc/interrupts")
