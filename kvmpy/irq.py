@@ -15,6 +15,30 @@ class IrqLine(Protocol):
         """Drive the line. Any thread; never blocks."""
 
 
+class Event(Protocol):
+    """An eventfd, by which the kernel is told, or tells."""
+
+    @property
+    def fd(self) -> int:
+        """Its descriptor."""
+
+
+class Attachment(Protocol):
+    """What `Wire.attach` gave."""
+
+    def close(self) -> None:
+        """Let go of the wire, which is low then as far as this source goes."""
+
+
+class Wire(IrqLine, Protocol):
+    """A line that the kernel can drive too, for a source of interrupts that it has itself."""
+
+    def attach(self, trigger: Event, resample: Event) -> Attachment:
+        """Let a signal on ``trigger`` assert the line, until the guest's EOI: that lowers it and signals ``resample``,
+        and whoever drives ``trigger`` signals again if it is still wanted. Raises HostError.
+        """
+
+
 class MsiMessage(NamedTuple):
     """What the guest programmed: a 64-bit address and 32 bits of data."""
 

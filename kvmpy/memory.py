@@ -116,6 +116,13 @@ class GuestMemory:
             raise
         self._listeners.append(listener)
 
+    def unlisten(self, listener: MemoryListener) -> None:
+        """Tell ``listener`` that every block goes, and of nothing more. Nothing happens where it does not listen."""
+        if listener in self._listeners:
+            self._listeners.remove(listener)
+            for block in reversed(self.blocks):
+                listener.ram_removed(block)
+
     def overlaps(self, gpa: int, size: int) -> bool:
         """Whether any of [gpa, gpa+size) is RAM."""
         return any(start < gpa + size and gpa < end for start, end, _ in self._views)

@@ -29,8 +29,8 @@ array by number or id, `--set netdev.hostnet1.ifname=tap7`. Paths are relative t
 expanded. A file has at most 1 MiB, 16 levels of nesting and 4096 tables in an array; of many mistakes the first 50 are
 shown. This page is written by `scripts/config_reference.py`.
 
-**In this version** `vfio-pci` devices, `failover` and `machine.dirty_ring` are checked, and then refused by `check` and
-`run`: there is no pass-through and no migration yet.
+**In this version** `failover`, `failover_pair_id` and `machine.dirty_ring` are checked, and then refused by `check` and
+`run`: there is no migration yet.
 
 ## An example
 

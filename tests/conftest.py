@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# No time limit is a test of speed here, and a busy machine is no failure.
+settings.register_profile("kvmpy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kvmpy")
 
 TIERS = ("host", "kvm", "lab")
 

@@ -10,11 +10,7 @@ from typing import Final, NamedTuple
 
 from kvmpy._native import ffi, lib
 from kvmpy.abi import ioctl
-from kvmpy.abi.ioctl import GetNumber, Request
-
-
-class Unsized(Request):
-    """A request from before their numbers told the size of the argument; it is a pointer all the same."""
+from kvmpy.abi.ioctl import GetNumber, Unsized
 
 
 class GetInt(Unsized):

@@ -9,7 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 
 ffi = FFI()
-for name in ("kvm.cdef", "vhost.cdef", "tun.cdef", "block.cdef", "native.cdef"):
+for name in ("kvm.cdef", "vhost.cdef", "vfio.cdef", "tun.cdef", "block.cdef", "native.cdef"):
     ffi.cdef((HERE / name).read_text())
 ffi.set_source(
     "kvmpy._native",

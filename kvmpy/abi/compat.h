@@ -11,6 +11,7 @@
 #include <linux/if_tun.h>
 #include <linux/kvm.h>
 #include <linux/sockios.h>
+#include <linux/vfio.h>
 #include <linux/vhost.h>
 
 #ifndef KVM_CAP_MEMORY_FAULT_INFO /* Linux 6.8 */

@@ -106,3 +106,7 @@ class PutNumber(Number):
 
     def __call__(self, fd: int, number: int) -> int:
         return sys_ioctl(self.name, fd, self.number, ffi.new(f"{self.c} *", number))
+
+
+class Unsized(Request):
+    """A request whose number does not tell the size of its argument; it is a pointer all the same."""

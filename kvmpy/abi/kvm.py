@@ -185,6 +185,19 @@ class Msi(Layout, c="struct kvm_msi"):
     devid: int
 
 
+class CreateDevice(Layout, c="struct kvm_create_device"):
+    type: int
+    fd: int
+    flags: int
+
+
+class DeviceAttr(Layout, c="struct kvm_device_attr"):
+    flags: int
+    group: int
+    attr: int
+    addr: int
+
+
 class Irqfd(Layout, c="struct kvm_irqfd"):
     fd: int
     gsi: int
@@ -240,6 +253,8 @@ KVM_GET_PIT2 = Get("KVM_GET_PIT2", PitState2)
 KVM_SET_PIT2 = Put("KVM_SET_PIT2", PitState2)
 KVM_GET_CLOCK = Get("KVM_GET_CLOCK", ClockData)
 KVM_SET_CLOCK = Put("KVM_SET_CLOCK", ClockData)
+KVM_CREATE_DEVICE = Put("KVM_CREATE_DEVICE", CreateDevice)
+KVM_SET_DEVICE_ATTR = Put("KVM_SET_DEVICE_ATTR", DeviceAttr)
 
 KVM_GET_REGS = Get("KVM_GET_REGS", Regs)
 KVM_SET_REGS = Put("KVM_SET_REGS", Regs)
@@ -264,6 +279,10 @@ KVM_GET_XCRS = Get("KVM_GET_XCRS", Xcrs)
 KVM_SET_XCRS = Put("KVM_SET_XCRS", Xcrs)
 KVM_KVMCLOCK_CTRL = Call("KVM_KVMCLOCK_CTRL")
 
+DEVICE_VFIO: Final[int] = lib.KVM_DEV_TYPE_VFIO
+VFIO_GROUP: Final[int] = lib.KVM_DEV_VFIO_GROUP
+VFIO_GROUP_ADD: Final[int] = lib.KVM_DEV_VFIO_GROUP_ADD
+VFIO_GROUP_DEL: Final[int] = lib.KVM_DEV_VFIO_GROUP_DEL
 IRQCHIP_PIC_MASTER: Final[int] = lib.KVM_IRQCHIP_PIC_MASTER
 IRQCHIP_PIC_SLAVE: Final[int] = lib.KVM_IRQCHIP_PIC_SLAVE
 IRQCHIP_IOAPIC: Final[int] = lib.KVM_IRQCHIP_IOAPIC
@@ -282,6 +301,12 @@ IDENTITY_MAP_REQUEST: Final[int] = lib.KVM_SET_IDENTITY_MAP_ADDR
 def set_identity_map_addr(fd: int, gpa: int) -> None:
     """KVM_SET_IDENTITY_MAP_ADDR: the one request that takes a pointer to a bare number."""
     ioctl.sys_ioctl("KVM_SET_IDENTITY_MAP_ADDR", fd, IDENTITY_MAP_REQUEST, ffi.new("uint64_t *", gpa))
+
+
+def set_vfio_group(fd: int, attr: int, group: int) -> None:
+    """KVM_SET_DEVICE_ATTR of the VFIO device ``fd``: a group's descriptor, by its address."""
+    value = ffi.new("int32_t *", group)
+    KVM_SET_DEVICE_ATTR(fd, DeviceAttr.new(group=VFIO_GROUP, attr=attr, addr=int(ffi.cast("uintptr_t", value))))
 
 
 def capability(name: str) -> int:

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
-import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
-from kvmpy.errors import HostError, errno_name
+from kvmpy.cli.doctor_pci import examine_device, node, passthrough
+from kvmpy.cli.finding import FAIL, OK, WARN, Finding
+from kvmpy.errors import HostError
 from kvmpy.host import rundir
 from kvmpy.host.memory import MIB, available_memory
+from kvmpy.host.tree import Host
 from kvmpy.kvm.system import WELCOME, System
 
-OK, WARN, FAIL = "ok", "warn", "fail"
-# QEMU's and libvirt's usual advice: enough locked memory to map a small guest for a device
-LOCKED_MEMORY_WANTED: Final = 1024 * MIB
 CAP_NET_ADMIN: Final = 1 << 12  # linux/capability.h
-
-
-class Finding(NamedTuple):
-    """One precondition: ``verdict`` is ok, warn (something kvmpy can do without) or fail (nothing runs)."""
-
-    what: str
-    verdict: str
-    found: str
-    remedy: str = ""
-
-
-class Host(NamedTuple):
-    """Where to look; a test looks elsewhere."""
-
-    dev: str = "/dev"
-    proc: str = "/proc"
-    sys: str = "/sys"
 
 
 def doctor(args: argparse.Namespace) -> int:
     """Print every finding; the exit code is 1 where one is a failure."""
-    return report(list(examine(Host())), as_json=args.json)
+    host = Host()
+    findings = examine(host) if args.device is None else examine_device(args.device, host)
+    return report(list(findings), as_json=args.json)
 
 
 def report(findings: Sequence[Finding], *, as_json: bool) -> int:
@@ -64,12 +47,10 @@ def examine(host: Host) -> Iterator[Finding]:
     yield Finding("memory", OK, f"{available_memory() // MIB} MiB available for a guest")
     yield _huge_pages(Path(host.sys))
     yield _runtime_directory(rundir.base())
-    yield _device(f"{host.dev}/net/tun", "taps, that is for any netdev", "modprobe tun")
-    yield _device(f"{host.dev}/vhost-net", "packets that stay in the kernel", "modprobe vhost_net")
+    yield node(f"{host.dev}/net/tun", "taps, that is for any netdev", "modprobe tun")
+    yield node(f"{host.dev}/vhost-net", "packets that stay in the kernel", "modprobe vhost_net")
     yield _net_admin(_read(f"{host.proc}/self/status"))
-    yield _device(f"{host.dev}/vfio/vfio", "passed-through PCIe functions (a later version's)", "modprobe vfio_pci")
-    yield _iommu(Path(host.sys))
-    yield _locked_memory(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], root=os.geteuid() == 0)
+    yield from passthrough(host)
 
 
 def _kvm(path: str) -> Iterator[Finding]:
@@ -123,19 +104,6 @@ def _runtime_directory(base: str) -> Finding:
     return Finding("runtime directory", OK, base)
 
 
-def _device(path: str, purpose: str, remedy: str) -> Finding:
-    """Opened in earnest: the node of a module that is not loaded is there all the same."""
-    try:
-        os.close(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-    except PermissionError:
-        remedy = "run as root, or join the group that owns it"
-        return Finding(path, WARN, f"not permitted; needed for {purpose}", remedy)
-    except OSError as e:
-        found = "missing" if e.errno == errno.ENOENT else errno_name(e.errno or 0)
-        return Finding(path, WARN, f"{found}; needed for {purpose}", remedy)
-    return Finding(path, OK, "can be opened")
-
-
 def _net_admin(status: str) -> Finding:
     """``status`` is /proc/PID/status, with the effective capabilities as a hexadecimal mask (man 5 proc)."""
     masks = [int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")]
@@ -146,22 +114,6 @@ def _net_admin(status: str) -> Finding:
         "or make bridge and tap for the user beforehand (docs/networking.md)"
     )
     return Finding("CAP_NET_ADMIN", WARN, "not held; needed to make taps and bridges", remedy)
-
-
-def _iommu(sys: Path) -> Finding:
-    count = len(list((sys / "kernel/iommu_groups").glob("*")))
-    if count:
-        return Finding("IOMMU", OK, f"{count} groups")
-    remedy = "switch VT-d or AMD-Vi on in the firmware, and boot with intel_iommu=on where the processor is Intel's"
-    return Finding("IOMMU", WARN, "no groups; needed to pass PCIe functions through", remedy)
-
-
-def _locked_memory(soft: int, *, root: bool) -> Finding:
-    shown = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft // MIB} MiB"
-    if root or soft == resource.RLIM_INFINITY or soft >= LOCKED_MEMORY_WANTED:
-        return Finding("locked memory", OK, shown)
-    remedy = "raise it to the guest's memory (ulimit -l, or LimitMEMLOCK= in a unit) before passing a function through"
-    return Finding("locked memory", WARN, shown, remedy)
 
 
 def _read(path: str | Path) -> str:

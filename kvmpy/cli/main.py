@@ -91,6 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     doctor = _command(commands, "doctor", "doctor:doctor", "check what this host can do, and say how to mend it")
     doctor.add_argument("--json", action="store_true", help="for scripts")
+    doctor.add_argument("--device", metavar="ADDRESS", help="whether that PCI function can be passed through")
 
     ps = _command(commands, "ps", "control:ps", "list the machines that run")
     ps.add_argument("--json", action="store_true", help="for scripts")

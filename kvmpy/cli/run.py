@@ -20,7 +20,7 @@ from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
-from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
+from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
 from kvmpy.host.terminal import EscapeFilter, RawTerminal
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         directory = _runtime_directory(config)
         stack.callback(directory.close)
         with signals.ending():
+            _give_back_leftovers(directory)
             machine = stack.enter_context(Machine(config))
         stack.callback(_serve_monitor(machine, directory).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
@@ -163,6 +164,14 @@ def _runtime_directory(config: Config) -> RuntimeDirectory:
         return RuntimeDirectory(config.name)
     except HostError as e:
         raise (located(config, "", e) if str(e).startswith("name:") else e) from e
+
+
+def _give_back_leftovers(directory: RuntimeDirectory) -> None:
+    """Give the host's functions back that this machine had when it crashed."""
+    if os.path.lexists(directory.file(PCI_JOURNAL)):
+        from kvmpy.host.pci import recover
+
+        recover(directory.path)
 
 
 def _serve_monitor(machine: Machine, directory: RuntimeDirectory) -> MonitorServer:

@@ -53,6 +53,16 @@ class Doorbells(Protocol):
         """Let a guest's write of any width at ``gpa`` signal ``event``. Raises HostError."""
 
 
+class Shortcuts(Doorbells, Protocol):
+    """What a guest's access reaches with nobody of ours involved."""
+
+    def direct(self, gpa: int, size: int, hva: int) -> Closable:
+        """Let [gpa, gpa+size) be host memory at ``hva``, all in whole pages. Raises HostError.
+
+        It is no RAM of the guest: nothing of ours reads it, and no device is given it for DMA.
+        """
+
+
 class Device(Generic[S]):
     """A device model with its migratable state.
 

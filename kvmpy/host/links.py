@@ -49,7 +49,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x4, 0x10, 0x300
 NLM_F_CREATE_NEW: Final = 0x400 | 0x200  # NLM_F_CREATE | NLM_F_EXCL
 NLM_F_ACK_TLVS: Final = 0x200
 NLMSGERR_ATTR_MSG: Final = 1
-RTEXT_FILTER_SKIP_STATS: Final = 8
+RTEXT_FILTER_VF, RTEXT_FILTER_SKIP_STATS = 1, 8
 IFF_UP: Final = 0x1
 HEADER: Final = struct.Struct("IHHII")
 ATTRIBUTE: Final = struct.Struct("HH")
@@ -83,6 +83,14 @@ class Link(NamedTuple):
     group: int = 0
     port_state: str = ""
     settings: tuple[tuple[str, int], ...] = ()
+
+
+class Vf(NamedTuple):
+    """What a PF holds one of its virtual functions to. A MAC of zeros leaves it to the function, VLAN 0 is none."""
+
+    mac: str
+    vlan: int = 0
+    qos: int = 0
 
 
 class LinkError(HostError):
@@ -156,6 +164,25 @@ class Links:
         if up is not None:
             request["flags"], request["change"] = IFF_UP if up else 0, IFF_UP
         self._talk(RTM_SETLINK, request)
+
+    def vf(self, index: int, number: int) -> Vf | None:
+        """Virtual function ``number`` of the PF with that index."""
+        mask = RTEXT_FILTER_VF | RTEXT_FILTER_SKIP_STATS
+        answers, _ = self._talk(RTM_GETLINK, _message(index, IFLA_EXT_MASK=mask))
+        return _vf(answers[0], number)
+
+    def change_vf(
+        self, index: int, number: int, *, mac: str | None = None, vlan: tuple[int, int] | None = None
+    ) -> None:
+        """Set its MAC, and its VLAN with the priority, where given. Raises LinkError, with the MAC possibly set."""
+        wanted: list[tuple[str, dict[str, Any]]] = []
+        if mac is not None:
+            wanted.append(("IFLA_VF_MAC", {"vf": number, "mac": mac}))
+        if vlan is not None:
+            wanted.append(("IFLA_VF_VLAN", {"vf": number, "vlan": vlan[0], "qos": vlan[1]}))
+        if wanted:
+            functions = {"attrs": [("IFLA_VF_INFO", {"attrs": wanted})]}
+            self._talk(RTM_SETLINK, _message(index, IFLA_VFINFO_LIST=functions))
 
     def delete(self, index: int) -> None:
         """Remove a link."""
@@ -249,6 +276,17 @@ def _link(data: bytes) -> Link:
         port_state=PORT_STATES[state] if state in range(len(PORT_STATES)) else "",
         settings=tuple((name, value) for name, value in settings.items() if value is not None),
     )
+
+
+def _vf(data: bytes, number: int) -> Vf | None:
+    message = Message(data)
+    message.decode()
+    functions = message.get_attr("IFLA_VFINFO_LIST")
+    for function in functions.get_attrs("IFLA_VF_INFO") if functions else ():
+        mac, vlan = function.get_attr("IFLA_VF_MAC"), function.get_attr("IFLA_VF_VLAN")
+        if mac and mac["vf"] == number:
+            return Vf(mac["mac"], vlan["vlan"], vlan["qos"]) if vlan else Vf(mac["mac"])
+    return None
 
 
 def _raise_error(flags: int, data: bytes) -> None:

@@ -46,7 +46,7 @@ def holders(fd: int) -> list[str]:
         with contextlib.suppress(OSError):
             if any(_locks(pid, number, file) for number in os.listdir(f"/proc/{pid}/fd")):
                 found.add(int(pid))
-    return [_named(pid) for pid in sorted(found)]
+    return [named(pid) for pid in sorted(found)]
 
 
 def _set(fd: int, kind: int) -> None:
@@ -61,7 +61,8 @@ def _locks(pid: str, number: str, file: os.stat_result) -> bool:
     return False
 
 
-def _named(pid: int) -> str:
+def named(pid: int) -> str:
+    """A process for a message: "name (pid 123)"."""
     if pid == os.getpid():
         return f"this process itself (pid {pid})"
     name = ""

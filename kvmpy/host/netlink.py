@@ -18,6 +18,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ from functools import partial
 from typing import Any, Final
 
 from kvmpy.errors import HostError
-from kvmpy.host.links import BRIDGE_SETTINGS, HALF_MADE, Link, LinkError, Links
+from kvmpy.host.links import BRIDGE_SETTINGS, HALF_MADE, Link, LinkError, Links, Vf
 from kvmpy.host.netns import NetworkNamespace
 from kvmpy.host.ownership import LONGEST, PREFIX, Before, Mark
 
@@ -37,6 +38,8 @@ LONGEST_LINE: Final = 1 << 16
 LONGEST_NAME: Final = 15
 LONGEST_PATH: Final = 4096
 LARGEST_MTU: Final = 65535
+LARGEST_VF, LARGEST_VLAN, LARGEST_QOS = 65535, 4094, 7
+MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 MOST_DESCRIPTORS: Final = 1 << 20
 # Seconds that the kernel may take to let a new port of a bridge of ours forward; it learns of the carrier a bit later.
 FORWARDING_LIMIT: Final = 5.0
@@ -47,6 +50,13 @@ ADVICE: Final = {
     errno.EPERM: "changing it needs CAP_NET_ADMIN; run as root",
     errno.EOPNOTSUPP: "this kernel has no bridges; modprobe bridge",
     errno.ENODEV: "it has been removed meanwhile",
+}
+
+
+VF_ADVICE: Final = ADVICE | {
+    errno.EOPNOTSUPP: "the PF's driver cannot set it",
+    errno.EINVAL: "the PF's driver does not take it",
+    errno.EBUSY: "the PF is being reset; try again",
 }
 
 
@@ -68,7 +78,7 @@ class Namespace:
     """What the machine ``owner`` has changed in one network namespace."""
 
     def __init__(self, namespace: NetworkNamespace, links: Links, owner: Mark) -> None:
-        self._namespace, self._links, self._owner = namespace, links, owner
+        self._namespace, self.links, self._owner = namespace, links, owner
         # Interfaces as they were and as we wanted them, and the bridges they joined, by index: a name may change hands.
         self._ports: list[tuple[Link, Link]] = []
         self._bridges: set[int] = set()
@@ -81,7 +91,7 @@ class Namespace:
         """
         with self._namespace.locked():
             self._clear_leftovers()
-            interface = self._links.find(ifname)
+            interface = self.links.find(ifname)
             if interface is None:
                 raise Refused("ifname", f"{ifname}: there is no such interface in its network namespace")
             ports, bridges = len(self._ports), set(self._bridges)
@@ -112,7 +122,7 @@ class Namespace:
         except HostError as e:
             return [str(e)]
         finally:
-            self._links.close()
+            self.links.close()
             self._namespace.close()
 
     def _take_back(self, ports: list[tuple[Link, Link]], bridges: set[int]) -> list[str]:
@@ -139,41 +149,41 @@ class Namespace:
         if wanted.master != before.master:
             self._set("bridge", before, master=wanted.master)
         self._set("ifname", before, up=True)
-        now = self._links.get(before.ifindex)
+        now = self.links.get(before.ifindex)
         if now is None or (now.mtu, now.up, now.master) != (wanted.mtu, wanted.up, wanted.master):
             raise Refused("ifname", f"{before.name}: is {now} after it was made {wanted}: who else configures it?")
         return now
 
     def _set(self, key: str, link: Link, **change: Any) -> None:
         try:
-            self._links.change(link.ifindex, **change)
+            self.links.change(link.ifindex, **change)
         except LinkError as e:
             raise Refused.by_kernel(key, f"{link.name}: {_said(change)}", e) from e
 
     def _restore(self, before: Link, wanted: Link) -> None:
         """Put back what is still as we made it. One that has another mark by now is no longer ours."""
-        now = self._links.get(before.ifindex)
+        now = self.links.get(before.ifindex)
         if now is None or now.alias != wanted.alias:
             return
         for field in ("master", "up", "mtu", "alias"):  # the mark last: until then a next start could do it
             old = getattr(before, field)
             if getattr(now, field) == getattr(wanted, field) != old:
-                if field == "master" and old and self._links.get(old) is None:
+                if field == "master" and old and self.links.get(old) is None:
                     old = 0
-                self._links.change(before.ifindex, **{field: old})
+                self.links.change(before.ifindex, **{field: old})
 
     # The bridge
 
     def _join_bridge(self, name: str) -> Link:
         """The bridge of that name, made where there is none. One that is nobody's any more becomes ours."""
         try:
-            bridge = self._links.find(name) or self._make_bridge(name)
+            bridge = self.links.find(name) or self._make_bridge(name)
             if bridge.kind != "bridge":
                 kind = f"a {bridge.kind}" if bridge.kind else "a network interface of another kind"
                 raise Refused("bridge", f"{name}: is {kind}, not a bridge; choose another name, or leave bridge out")
             mark = Mark.parse(bridge.alias)
             if bridge.group == HALF_MADE or (mark and not mark.alive()):
-                self._links.change(bridge.ifindex, alias=self._owner.text, group=0, up=True)
+                self.links.change(bridge.ifindex, alias=self._owner.text, group=0, up=True)
         except LinkError as e:
             raise Refused.by_kernel("bridge", name, e) from e
         self._bridges.add(bridge.ifindex)
@@ -181,7 +191,7 @@ class Namespace:
 
     def _make_bridge(self, name: str) -> Link:
         mac = bridge_mac(name, self._namespace.inode)
-        made = self._links.create_bridge(name, mac, self._owner.text)
+        made = self.links.create_bridge(name, mac, self._owner.text)
         self._bridges.add(made.ifindex)
         wrong = [pair for pair in made.settings if BRIDGE_SETTINGS[pair[0]] != pair[1]]
         if wrong or not made.up or made.mac != mac or made.alias != self._owner.text:
@@ -190,18 +200,18 @@ class Namespace:
 
     def _leave_bridge(self, index: int) -> None:
         """Remove it if it is kvmpy's, not another living machine's, and has no port; else hand it to a port's owner."""
-        bridge = self._links.get(index)
+        bridge = self.links.get(index)
         mark = Mark.parse(bridge.alias) if bridge else None
         if bridge is None or bridge.kind != "bridge" or mark is None or (mark != self._owner and mark.alive()):
             return
-        ports = self._links.ports(index)
+        ports = self.links.ports(index)
         if not ports:
-            self._links.delete(index)
+            self.links.delete(index)
             return
         owners = (found.owner for port in ports if (found := Mark.parse(port.alias)))
         heir = next((owner for owner in owners if owner != self._owner and owner.alive()), None)
         if heir:
-            self._links.change(index, alias=heir.text)
+            self.links.change(index, alias=heir.text)
 
     # What is left over
 
@@ -210,12 +220,12 @@ class Namespace:
         if self._leftovers_cleared:
             return
         self._leftovers_cleared = True
-        for link in self._links.marked(PREFIX):
+        for link in self.links.marked(PREFIX):
             mark = Mark.parse(link.alias)
             if mark is None:
                 # Nobody is just making it: we have the lock.
                 if link.group == HALF_MADE:
-                    _attempt(partial(self._links.delete, link.ifindex))
+                    _attempt(partial(self.links.delete, link.ifindex))
             elif mark.machine == self._owner.machine and not mark.alive():
                 _attempt(partial(self._clear, link, mark.before))
 
@@ -246,13 +256,79 @@ class Namespace:
         deadline = time.monotonic() + FORWARDING_LIMIT
         with suppress(HostError):  # it is attached: what we know of it by now will do
             while bridge is not None:
-                port = self._links.get(port.ifindex) or port
-                bridge = self._links.get(bridge.ifindex) or bridge
+                port = self.links.get(port.ifindex) or port
+                bridge = self.links.get(bridge.ifindex) or bridge
                 slow = not bridge.up or dict(bridge.settings).get("IFLA_BR_STP_STATE")
                 if port.port_state == "forwarding" or slow or time.monotonic() > deadline:
                     break
                 time.sleep(FORWARDING_POLL)
         return port, bridge
+
+
+class VirtualFunctions:
+    """What the machine has set at virtual functions, through their PFs."""
+
+    def __init__(self, links: Links) -> None:
+        self._links = links
+        # As they were and as we wanted them, by the PF's index and their number.
+        self._changed: dict[tuple[int, int], tuple[Vf, Vf]] = {}
+
+    def change(self, interface: str, number: int, mac: str | None, vlan: int | None) -> dict[str, Any]:
+        """Set what is given; returns what there was and what there is. Raises Refused, with everything as it was."""
+        pf, before = self._find(interface, number)
+        wanted = Vf(mac or before.mac, *((before.vlan, before.qos) if vlan is None else (vlan, 0)))
+        if wanted != before:
+            try:
+                self._set(pf, number, before, wanted)
+            except HostError:
+                _attempt(partial(self._set, pf, number, wanted, before))  # all of it: how far it came is not known
+                raise
+            first, _ = self._changed.get((pf.ifindex, number), (before, wanted))
+            self._changed[pf.ifindex, number] = first, wanted
+        return {"before": before._asdict(), "after": wanted._asdict()}
+
+    def put_back(self, interface: str, number: int, **settings: Any) -> dict[str, Any]:
+        """Make of one that is as in ``ours_...`` what it was, ``was_...``, and forget it; any other is left alone."""
+        pf, now = self._find(interface, number)
+        ours, was = (Vf(*(settings[f"{when}_{field}"] for field in Vf._fields)) for when in ("ours", "was"))
+        self._changed.pop((pf.ifindex, number), None)
+        if now == ours != was:
+            self._set(pf, number, now, was)
+            now = was
+        return {"before": was._asdict(), "after": now._asdict()}
+
+    def close(self) -> list[str]:
+        """Put back what is still as we made it; returns what could not be."""
+        steps = [partial(self._put_back, *place, ours, was) for place, (was, ours) in self._changed.items()]
+        return [str(problem) for step in steps if (problem := _attempt(step))]
+
+    def _put_back(self, index: int, number: int, ours: Vf, was: Vf) -> None:
+        pf = self._links.get(index)
+        if pf and ours != was and self._links.vf(index, number) == ours:
+            self._set(pf, number, ours, was)
+
+    def _find(self, interface: str, number: int) -> tuple[Link, Vf]:
+        try:
+            pf = self._links.find(interface)
+            function = self._links.vf(pf.ifindex, number) if pf else None
+        except LinkError as e:
+            raise Refused.by_kernel("host", interface, e) from e
+        if pf is None or function is None:
+            raise Refused("host", f"{interface}: has no virtual function {number} that it can set anything of")
+        return pf, function
+
+    def _set(self, pf: Link, number: int, before: Vf, wanted: Vf) -> None:
+        place = f"{pf.name}: virtual function {number}"
+        mac = wanted.mac if wanted.mac != before.mac else None
+        vlan = wanted[1:] if wanted[1:] != before[1:] else None
+        key = "mac" if mac else "vlan"
+        try:
+            self._links.change_vf(pf.ifindex, number, mac=mac, vlan=vlan)
+        except LinkError as e:
+            advice = VF_ADVICE.get(e.errno, "see dmesg")
+            raise Refused(key, f"{place}: {_said(wanted._asdict())}: {e}: {advice}") from e
+        if (now := self._links.vf(pf.ifindex, number)) != wanted:
+            raise Refused(key, f"{place}: is {now} after it was made {wanted}: who else configures it?")
 
 
 class Helper:
@@ -261,6 +337,7 @@ class Helper:
     def __init__(self, owner: Mark) -> None:
         self._owner = owner
         self._namespaces: dict[str | None, Namespace] = {}
+        self._functions: VirtualFunctions | None = None
 
     def attach(self, *, ifname: str, bridge: str | None, mtu: int | None, netns: str | None) -> dict[str, Any]:
         """See Namespace.attach; ``netns`` is the path of the namespace, None for our own. Raises HostError."""
@@ -271,9 +348,24 @@ class Helper:
         if left := self._namespace(netns).detach(ifname):
             raise HostError("; ".join(left))
 
+    def set_vf(self, *, interface: str, number: int, mac: str | None, vlan: int | None) -> dict[str, Any]:
+        """See VirtualFunctions.change. Raises HostError."""
+        return self._virtual_functions().change(interface, number, mac, vlan)
+
+    def put_vf_back(self, **request: Any) -> dict[str, Any]:
+        """See VirtualFunctions.put_back. Raises HostError."""
+        return self._virtual_functions().put_back(**request)
+
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
-        return [problem for namespace in self._namespaces.values() for problem in namespace.close()]
+        left = self._functions.close() if self._functions else []
+        return left + [problem for namespace in self._namespaces.values() for problem in namespace.close()]
+
+    def _virtual_functions(self) -> VirtualFunctions:
+        """Those of our own namespace: a PF that serves machines is the host's."""
+        if self._functions is None:
+            self._functions = VirtualFunctions(self._namespace(None).links)
+        return self._functions
 
     def _namespace(self, path: str | None) -> Namespace:
         if path not in self._namespaces:
@@ -308,6 +400,14 @@ def _is_mtu(value: object) -> bool:
     return type(value) is int and 0 < value <= LARGEST_MTU
 
 
+def _is_mac(value: object) -> bool:
+    return isinstance(value, str) and MAC.fullmatch(value) is not None
+
+
+def _is_number(largest: int) -> Callable[[object], bool]:
+    return lambda value: type(value) is int and 0 <= value <= largest
+
+
 # What a request carries, each with its test: the VMM is trusted no more than it has to be. A guest may be in it.
 Fields = dict[str, tuple[Callable[[object], bool], str]]
 ATTACH: Final[Fields] = {
@@ -316,11 +416,28 @@ ATTACH: Final[Fields] = {
     "mtu": (_is_mtu, "an MTU"),
     "netns": (_is_path, "the path of a network namespace"),
 }
-OPTIONAL: Final = frozenset({"bridge", "mtu", "netns"})  # may be null
+VLAN: Final = (_is_number(LARGEST_VLAN), "a VLAN")
+FUNCTION: Final[Fields] = {
+    "interface": (_is_name, "an interface's name"),
+    "number": (_is_number(LARGEST_VF), "a virtual function's number"),
+}
+SET_VF: Final[Fields] = {**FUNCTION, "mac": (_is_mac, "a MAC address"), "vlan": VLAN}
+PUT_VF_BACK: Final[Fields] = FUNCTION | {
+    f"{when}_{field}": test
+    for when in ("ours", "was")
+    for field, test in {
+        "mac": (_is_mac, "a MAC address"),
+        "vlan": VLAN,
+        "qos": (_is_number(LARGEST_QOS), "a priority"),
+    }.items()
+}
+OPTIONAL: Final = frozenset({"bridge", "mtu", "netns", "mac", "vlan"})  # may be null
 DETACH: Final[Fields] = {"ifname": ATTACH["ifname"], "netns": ATTACH["netns"]}
 REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any] | None], Fields]]] = {
     "attach": (Helper.attach, ATTACH),
     "detach": (Helper.detach, DETACH),
+    "set-vf": (Helper.set_vf, SET_VF),
+    "put-vf-back": (Helper.put_vf_back, PUT_VF_BACK),
 }
 
 

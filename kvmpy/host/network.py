@@ -3,7 +3,8 @@
     network = Network("web1")
     network.start()                                 # the helper starts while we do something else
     port = network.attach("hostnet1", "tap-web1", bridge="br0")
-    network.close()                                 # bridges and interfaces as they were
+    network.set_vf("enp94s0f0", 2, mac="52:54:00:6f:55:cc")
+    network.close()                                 # bridges, interfaces and virtual functions as they were
 
 The work is netlink's, by pyroute2, and that is not for a process with vCPUs (`kvmpy.host.netlink` says why). The helper
 is no child of the terminal: Ctrl-C and a signal to our group pass it by. It lives as long as our end of its socket, so
@@ -19,9 +20,11 @@ import socket
 import sys
 import threading
 import time
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Annotated, Any, Final, Generic, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from kvmpy.errors import HostError, errno_name, refusal
 from kvmpy.host.ownership import process_start
@@ -38,6 +41,9 @@ REAP_LIMIT: Final = 5.0
 REAP_POLL: Final = 0.002
 # Nobody but us ends the helper, lest it leave something half done; systemd, say, signals a service's every process.
 BLOCKED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+
+MacText = Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")]
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,10 +63,28 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
     bridge_changed: list[str] = []
 
 
-class Answer(msgspec.Struct, frozen=True):
+class VfSettings(msgspec.Struct, frozen=True):
+    """What a PF holds one of its virtual functions to. A MAC of zeros leaves it to the function, VLAN 0 is none."""
+
+    mac: MacText
+    vlan: Annotated[int, Meta(ge=0, le=4095)] = 0
+    qos: Annotated[int, Meta(ge=0, le=7)] = 0
+
+
+class VfChange(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings of a virtual function before a request, and as they were read back after it."""
+
+    before: VfSettings
+    after: VfSettings
+
+
+T = TypeVar("T")
+
+
+class Answer(msgspec.Struct, Generic[T], frozen=True):
     """A line from the helper. ``left`` is in its last: what it could not take back."""
 
-    ok: Port | None = None
+    ok: T | None = None
     error: str = ""
     key: str = ""
     left: list[str] | None = None
@@ -81,7 +105,8 @@ class Network:
         self._changed: set[str] = set()
         self._unread = b""
         # Made now: nothing is built, and nothing imported, beside running vCPUs.
-        self._decode = msgspec.json.Decoder(Answer).decode
+        self._decode_port = msgspec.json.Decoder(Answer[Port]).decode
+        self._decode_vf = msgspec.json.Decoder(Answer[VfChange]).decode
         self._encode = msgspec.json.Encoder().encode
 
     def start(self) -> None:
@@ -102,7 +127,8 @@ class Network:
                 self._start()
                 before = self._changed
                 self._changed = before | {name for name in (bridge, ifname) if name}
-                answer = self._ask({"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns})
+                request = {"do": "attach", "ifname": ifname, "bridge": bridge, "mtu": mtu, "netns": netns}
+                answer = self._ask(request, self._decode_port)
             except HostError as e:
                 raise HostError(f"netdev.{netdev}.bridge: {e}") from e
             if answer.ok is None:
@@ -121,11 +147,34 @@ class Network:
             if self._socket is None:
                 return
             try:
-                problem = self._ask({"do": "detach", "ifname": ifname, "netns": netns}).error
+                problem = self._ask({"do": "detach", "ifname": ifname, "netns": netns}, self._decode_port).error
             except HostError as e:
                 problem = str(e)
         if problem:
             log.warning("network: %s: %s", ifname, problem)
+
+    def set_vf(self, interface: str, number: int, *, mac: str | None = None, vlan: int | None = None) -> VfChange:
+        """Have the PF with that interface hold its virtual function ``number`` to a MAC, to a VLAN; None leaves it.
+
+        It is put back on close, or when we are killed. Raises HostError, with everything as it was.
+        """
+        return self._change_vf({"do": "set-vf", "interface": interface, "number": number, "mac": mac, "vlan": vlan})
+
+    def put_vf_back(self, interface: str, number: int, change: VfChange) -> None:
+        """Undo ``change``, unless somebody else has changed it since. Raises HostError."""
+        request: dict[str, Any] = {"do": "put-vf-back", "interface": interface, "number": number}
+        for when, settings in (("ours", change.after), ("was", change.before)):
+            request |= {f"{when}_{name}": getattr(settings, name) for name in settings.__struct_fields__}
+        self._change_vf(request)
+
+    def _change_vf(self, request: dict[str, Any]) -> VfChange:
+        with self._lock:
+            self._start()
+            self._changed = self._changed | {f"VF {request['number']} of {request['interface']}"}
+            answer = self._ask(request, self._decode_vf)
+        if answer.ok is None:
+            raise HostError(answer.error)
+        return answer.ok
 
     def close(self) -> None:
         """Have everything taken back, and wait for that; what cannot be is logged. Closing twice is allowed."""
@@ -145,7 +194,7 @@ class Network:
             self._socket.shutdown(socket.SHUT_WR)
             self._socket.settimeout(CLOSE_LIMIT)
             while line := self._line():
-                left = self._decode(line).left
+                left = self._decode_port(line).left
         except TimeoutError:
             return f", not done in {CLOSE_LIMIT:g} s"
         except (OSError, HostError, msgspec.DecodeError) as e:
@@ -173,13 +222,13 @@ class Network:
         ours.settimeout(ANSWER_LIMIT)
         self._socket, self._unread = ours, b""
 
-    def _ask(self, request: dict[str, Any]) -> Answer:
+    def _ask(self, request: dict[str, Any], decode: Callable[[bytes], Answer[T]]) -> Answer[T]:
         """The helper's answer. Raises HostError where there is none; then it takes everything back, and is done."""
         assert self._socket is not None
         try:
             self._socket.sendall(self._encode(request) + b"\n")
             if line := self._line():
-                return self._decode(line)
+                return decode(line)
             why = "it has ended"
         except TimeoutError:
             why = f"it has not answered in {ANSWER_LIMIT:g} s"

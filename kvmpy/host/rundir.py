@@ -20,7 +20,11 @@ OVERRIDE: Final = "KVMPY_RUNTIME_DIR"
 PID: Final = "pid"
 QMP_SOCKET: Final = "qmp.sock"
 CONSOLE_SOCKET: Final = "console.sock"
-OURS: Final = frozenset({PID, QMP_SOCKET, CONSOLE_SOCKET})
+PCI_JOURNAL: Final = "pci.json"  # kvmpy.host.pci_journal
+PCI_JOURNAL_NEW: Final = "pci.json.new"
+OURS: Final = frozenset({PID, QMP_SOCKET, CONSOLE_SOCKET, PCI_JOURNAL, PCI_JOURNAL_NEW})
+# What a crash left for the next start to read, and what a close leaves that could not be undone
+KEPT: Final = frozenset({PID, PCI_JOURNAL})
 # sun_path of a unix socket (man 7 unix), less the terminating zero
 LONGEST_SOCKET_PATH: Final = 107
 # Of a pid file in a base that users share: another's machine, or no machine at all
@@ -137,8 +141,8 @@ class RuntimeDirectory:
             self._lock = -1
 
     def _clear(self) -> None:
-        """Remove everything of ours but the pid file."""
-        for name in OURS - {PID}:
+        """Remove everything of ours but what is kept."""
+        for name in OURS - KEPT:
             with contextlib.suppress(OSError):
                 os.unlink(self.file(name))
 

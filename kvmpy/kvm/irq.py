@@ -14,7 +14,7 @@ from typing import Final
 from kvmpy.abi import kvm as abi
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
-from kvmpy.irq import MsiMessage
+from kvmpy.irq import Event, MsiMessage
 
 PIC_PINS: Final = 8
 IOAPIC_PINS: Final = 24
@@ -23,7 +23,10 @@ GSI_LIMIT: Final = 4096
 
 
 class Line:
-    """One pin of the interrupt controllers, driven by one device (an `IrqLine`)."""
+    """One pin of the interrupt controllers, driven by one device (a `Wire`).
+
+    KVM keeps what `set` and what each attachment say apart: the pin is high while any of them is.
+    """
 
     def __init__(self, vm_fd: int, gsi: int) -> None:
         self._vm_fd = vm_fd
@@ -35,6 +38,10 @@ class Line:
         if level != self._level:
             abi.KVM_IRQ_LINE(self._vm_fd, abi.IrqLevel.new(irq=self.gsi, level=level))
             self._level = level
+
+    def attach(self, trigger: Event, resample: Event) -> IrqFd:
+        """Let ``trigger`` assert the line, until the guest's EOI. Raises IoctlError."""
+        return IrqFd(self._vm_fd, self.gsi, trigger, resample)
 
 
 class Routing:
@@ -144,7 +151,7 @@ class IrqFd:
     line signals again if it is still high.
     """
 
-    def __init__(self, vm_fd: int, gsi: int, trigger: EventFd, resample: EventFd | None = None) -> None:
+    def __init__(self, vm_fd: int, gsi: int, trigger: Event, resample: Event | None = None) -> None:
         self._vm_fd, self._gsi, self._trigger = vm_fd, gsi, trigger
         flags = 0 if resample is None else abi.IRQFD_RESAMPLE
         resample_fd = 0 if resample is None else resample.fd

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import Final, NamedTuple
 
 from kvmpy.abi import kvm as abi
@@ -31,6 +32,8 @@ class Vm:
         self.system = system
         self.fd = system.create_vm()
         self.routing = Routing(self.fd)
+        self._slots: set[int] = set()
+        self._slots_lock = threading.Lock()
         self._any_length = bool(system.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
 
     def close(self) -> None:
@@ -45,6 +48,23 @@ class Vm:
             slot=slot, flags=flags, guest_phys_addr=gpa, memory_size=size, userspace_addr=hva
         )
         abi.KVM_SET_USER_MEMORY_REGION(self.fd, region)
+
+    def direct(self, gpa: int, size: int, hva: int) -> Slot:
+        """Back [gpa, gpa+size) with host memory at ``hva``, by a slot of its own (`kvmpy.devices.base.Shortcuts`).
+
+        RAM and what a device shows of its own memory are alike to KVM. Raises IoctlError, with no slot used.
+        """
+        with self._slots_lock:
+            number = next(n for n in range(len(self._slots) + 1) if n not in self._slots)
+            self.set_memory(number, gpa, size, hva)
+            self._slots.add(number)
+        return Slot(self, number, gpa)
+
+    def free_slot(self, number: int, gpa: int) -> None:
+        """Used by Slot."""
+        with self._slots_lock:
+            self.set_memory(number, gpa, 0, 0)
+            self._slots.remove(number)
 
     def create_irqchip(self, *, tss: int, identity_map: int) -> None:
         """PICs, IOAPIC, local APICs and PIT in the kernel, and the default routes.
@@ -102,19 +122,31 @@ class Vm:
         abi.KVM_SET_CLOCK(self.fd, abi.ClockData.new(clock=nanoseconds))
 
 
+class Slot:
+    """One memory slot (a `kvmpy.devices.base.Closable`)."""
+
+    def __init__(self, vm: Vm, number: int, gpa: int) -> None:
+        self._vm, self.number, self._gpa = vm, number, gpa
+        self._closed = False
+
+    def close(self) -> None:
+        """Take it away: when this returns no vCPU reaches that memory. Raises IoctlError; twice is allowed."""
+        if not self._closed:
+            self._vm.free_slot(self.number, self._gpa)
+            self._closed = True
+
+
 class MemorySlots:
     """Gives KVM a slot for each block of RAM (a `MemoryListener`)."""
 
     def __init__(self, vm: Vm) -> None:
         self._vm = vm
-        self._slots: dict[Ram, int] = {}
+        self._slots: dict[Ram, Slot] = {}
 
     def ram_added(self, block: Ram) -> None:
         """Raises IoctlError where KVM refuses, with no slot used."""
-        slot = next(n for n in range(len(self._slots) + 1) if n not in self._slots.values())
-        self._vm.set_memory(slot, block.gpa, block.size, block.hva)
-        self._slots[block] = slot
+        self._slots[block] = self._vm.direct(block.gpa, block.size, block.hva)
 
     def ram_removed(self, block: Ram) -> None:
         """Take the block's slot away."""
-        self._vm.set_memory(self._slots.pop(block), block.gpa, 0, 0)
+        self._slots.pop(block).close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
-from kvmpy.config.schema import Config
+from kvmpy.config.schema import Config, VfioPci
+from kvmpy.config.schema import Device as DeviceTable
 from kvmpy.devices.acpi_pm import AcpiPm
 from kvmpy.devices.base import Device, Power
 from kvmpy.devices.cmos import Cmos
@@ -22,12 +24,14 @@ from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
 from kvmpy.errors import ConfigError, HostError
+from kvmpy.host import rundir
 from kvmpy.host.console import Console
 from kvmpy.host.memory import Mapping as HostMemory
 from kvmpy.host.reactor import Reactor
 from kvmpy.kvm.cpuid import address_bits, guest_cpuid
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu
+from kvmpy.kvm.vfio import VfioGroups
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, located, mmio64, placed
@@ -135,7 +139,11 @@ def build(
         resources.callback(device.close)
     inventory = Inventory()
     inventory.fix(platform)
-    plugger = Plugger(config, pci, Host(memory, io, vm, network, report, control.timer), inventory, resources)
+    groups = VfioGroups(vm)
+    resources.callback(groups.close)
+    directory = os.path.join(rundir.base(), config.name)
+    host = Host(memory, io, vm, network, report, control.timer, groups, directory)
+    plugger = Plugger(config, pci, host, inventory, resources)
     plugger.plug_all()
     return Board(
         system=system,
@@ -195,19 +203,25 @@ def _build_memory(config: Config, vm: Vm, resources: ExitStack) -> GuestMemory:
 
 
 def _start_network(config: Config, resources: ExitStack) -> Network | None:
-    """The helper process, where a bridge needs it. It takes a moment to start, and the machine is made meanwhile.
+    """The helper process, where it is needed. It takes a moment to start, and the machine is made meanwhile.
 
     Where devices can be plugged in later, it can be started then.
     """
-    if not config.root_port and not any(netdev.bridge for netdev in config.netdev):
+    needed = any(netdev.bridge for netdev in config.netdev) or any(map(_is_assigned, config.device))
+    if not config.root_port and not needed:
         return None
     from kvmpy.host.network import Network
 
     network = Network(config.name)
     resources.callback(network.close)
-    if any(netdev.bridge for netdev in config.netdev):
+    if needed:
         network.start()
     return network
+
+
+def _is_assigned(table: DeviceTable) -> bool:
+    """Whether a device is a virtual function whose PF is told something."""
+    return isinstance(table, VfioPci) and (table.mac is not None or table.vlan is not None)
 
 
 def _build_vcpus(config: Config, vm: Vm, resources: ExitStack) -> tuple[Vcpu, ...]:

@@ -87,8 +87,8 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
 
 def unbuildable(device: Device) -> Iterator[tuple[str, str]]:
     """Key of the device's table, and problem."""
-    if isinstance(device, VfioPci):
-        yield "driver", "this version of kvmpy does not pass devices through yet"
+    if isinstance(device, VfioPci) and device.failover_pair_id:
+        yield "failover_pair_id", "this version of kvmpy has no failover pairs yet; leave it out"
     elif isinstance(device, VirtioNetPci) and device.failover:
         yield "failover", "this version of kvmpy has no failover pairs yet; leave it out"
 

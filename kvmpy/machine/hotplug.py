@@ -31,7 +31,8 @@ import kvmpy.devices.virtio.rng
 import kvmpy.host.disk
 import kvmpy.host.network
 import kvmpy.host.tap
-import kvmpy.host.visit  # noqa: F401
+import kvmpy.host.visit
+import kvmpy.machine.passthrough  # noqa: F401
 from kvmpy.config.added import ROOT_BUS, read_device, read_netdev
 from kvmpy.config.schema import Config, Device
 from kvmpy.devices.pci.function import PciFunction

@@ -25,6 +25,7 @@ from kvmpy.config.schema import (
     VirtioSerialPci,
 )
 from kvmpy.config.schema import Device as DeviceTable
+from kvmpy.devices.base import Device
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
@@ -40,6 +41,7 @@ from kvmpy.memory import GuestMemory
 
 # What a machine has none of is not imported: it would start later for nothing.
 if TYPE_CHECKING:
+    from kvmpy.devices.vfio.container import GroupListener
     from kvmpy.devices.vhost import VhostNet
     from kvmpy.devices.virtio.blk import VirtioBlk
     from kvmpy.devices.virtio.console import VirtioConsole
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.devices.virtio.rng import VirtioRng
     from kvmpy.host.network import Network
+    from kvmpy.machine.passthrough import Passthrough
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +63,10 @@ class Report(Protocol):
 
 
 class Host(NamedTuple):
-    """What devices are given of the machine around them; ``network`` where a device may need a bridge.
+    """What devices are given of the machine around them; ``network`` where a device may need it.
 
-    ``timer`` makes timers of the control thread, and ``now`` is the time that they keep.
+    ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as
+    it must know of devices passed through; ``directory`` the machine's runtime directory.
     """
 
     memory: GuestMemory
@@ -71,6 +75,8 @@ class Host(NamedTuple):
     network: Network | None
     report: Report
     timer: MakeTimer
+    groups: GroupListener
+    directory: str
     now: Callable[[], float] = time.monotonic
 
 
@@ -85,6 +91,7 @@ class Plugger:
         self._config, self._pci, self._host, self._inventory, self._resources = config, pci, host, inventory, resources
         self._free = itertools.count()
         self._ending = False
+        self._passthrough: Passthrough | None = None
         own = [(kind, str(entry.id)) for kind in ("device", "netdev", "drive") for entry in getattr(config, kind)]
         self._own = frozenset(own)
 
@@ -112,16 +119,39 @@ class Plugger:
 
         Raises HostError, with nothing taken.
         """
-        from kvmpy.devices.virtio.pci import VirtioPci
-
         with ExitStack() as resources:
-            device = self._make(table, config, resources)
-            device.on_broken = lambda why: self._host.report("DEVICE_BROKEN", device=table.id, reason=why)
-            resources.callback(device.close)
-            with self._located(f"device.{table.id}"):
-                function = VirtioPci(table.id, device, self._host.sink)
+            if isinstance(table, VfioPci):
+                function: PciFunction[Any] = self._vfio(table, resources)
+                device: Device[Any] = function
+            else:
+                device, function = self._virtio_pci(table, config, resources)
             resources.callback(function.close)
             return Plugged(table, device, function, resources.pop_all())
+
+    def _virtio_pci(
+        self, table: DeviceTable, config: Config, resources: ExitStack
+    ) -> tuple[VirtioDevice[Any], PciFunction[Any]]:
+        from kvmpy.devices.virtio.pci import VirtioPci
+
+        device = self._make(table, config, resources)
+        device.on_broken = lambda why: self._host.report("DEVICE_BROKEN", device=table.id, reason=why)
+        resources.callback(device.close)
+        with self._located(f"device.{table.id}"):
+            return device, VirtioPci(table.id, device, self._host.sink)
+
+    def _vfio(self, table: VfioPci, resources: ExitStack) -> PciFunction[Any]:
+        from kvmpy.machine.passthrough import Passthrough
+
+        if self._passthrough is None:
+            self._passthrough = Passthrough(self._host)
+        with self._located():
+            return self._passthrough.make(table, resources, lambda function: self._ask_for(function, table.bus))
+
+    def _ask_for(self, function: PciFunction[Any], bus: str | None) -> None:
+        """The host wants ``function`` back: ask the guest for it, if it can be asked."""
+        port = None if bus is None else self.ports[bus]
+        if port is not None and port.card is function and not port.is_releasing:
+            port.request()
 
     def _make(self, table: DeviceTable, config: Config, resources: ExitStack) -> VirtioDevice[Any]:
         match table:
@@ -134,7 +164,7 @@ class Plugger:
             case VirtioSerialPci():
                 return self._console(table, resources)
             case VfioPci():
-                raise AssertionError("check_devices refuses it")
+                raise AssertionError("is no virtio device")
             case other:
                 assert_never(other)
 

@@ -113,6 +113,15 @@ class DeviceBroken(Event, frozen=True, kw_only=True):
     reason: str  # what happened
 
 
+class DeviceWantedBack(Event, frozen=True, kw_only=True):
+    """The host waits for a passed-through function: unplug the device, or its driver there stays stuck."""
+
+    NAME = "DEVICE_WANTED_BACK"
+    OURS = True
+    device: str  # its id
+    host: str  # the function's address on the host
+
+
 class Traced(Event, frozen=True, kw_only=True):
     """What the tracepoints saw that this session asked for with `trace`."""
 
@@ -124,6 +133,6 @@ class Traced(Event, frozen=True, kw_only=True):
 
 EVENTS: Final = (
     *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
-    *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken),
+    *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken, DeviceWantedBack),
     Traced,
 )

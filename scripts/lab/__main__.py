@@ -18,6 +18,7 @@ from typing import Final, NoReturn
 
 from scripts.lab import images
 from scripts.lab.errors import HostGone, LabError
+from scripts.lab.hardware import HARDWARE
 from scripts.lab.host import CPUS, LIFETIME_SECONDS, EmulatedHost
 from scripts.lab.process import Process
 
@@ -50,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     shell = tasks.add_parser("shell", help="start an emulated host and a shell in it; the host ends with the shell")
     shell.set_defaults(tty=True, command=["bash"])
     for task in (run, shell):
-        task.add_argument("--cpus", type=int, default=CPUS, help="more than one is unsafe with QEMU 7.2")
+        task.add_argument("--cpus", type=int, default=CPUS)
         task.add_argument("--memory", default="3G")
+        task.add_argument("--hardware", choices=HARDWARE, help="NICs to pass through, with an IOMMU and a bridge")
         task.add_argument("--seconds", type=int, default=LIFETIME_SECONDS, help="the host ends after that time")
     return parser
 
@@ -64,6 +66,7 @@ def _leave(number: int, _frame: FrameType | None) -> NoReturn:
 def _make_images() -> int:
     begin = time.monotonic()
     made = images.make()
+    print(f"{'qemu':8} {made.qemu.program}")
     for name, boot in {"host": made.host, **made.guests}.items():
         print(f"{name:8} {boot.vmlinuz} {boot.vmlinux} {boot.initrd}")
     print(f"{'disk':8} {made.guest_root}")
@@ -72,7 +75,8 @@ def _make_images() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    with EmulatedHost(cpus=options.cpus, memory=options.memory, lifetime=options.seconds) as host:
+    hardware = HARDWARE.get(options.hardware)
+    with EmulatedHost(cpus=options.cpus, memory=options.memory, lifetime=options.seconds, hardware=hardware) as host:
         print(f"emulated host up in {host.boot_seconds:.1f} s", file=sys.stderr)
         process = host.spawn(options.command, tty=options.tty, size=_size(), sink=_write)
         with _terminal(process) if options.tty else nullcontext():

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from scripts.lab import cpio, disk
+from scripts.lab import cpio, disk, qemu
 from scripts.lab.errors import LabError
 from scripts.lab.kernels import LAB, PACKAGES, Kernel, fetch, module_content, module_name, program, run
 
 SOURCES: Final = Path(__file__).parent
 
 NEEDS: Final = {
-    "qemu-system-x86_64": "qemu-system-x86",
+    qemu.PROGRAM: "qemu-system-x86",
     "busybox": "busybox-static",
     "depmod": "kmod",
     "dpkg": "dpkg",
@@ -69,6 +69,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class Images:
+    qemu: qemu.Qemu  # what plays the hosts
     host: Boot
     host_modules: Path  # a lib/modules, for modprobe in an emulated host
     host_scratch: Path  # an empty file system
@@ -93,6 +94,7 @@ def make() -> Images:
         disk.make_scratch(scratch)
         disk.make_root(guest_root, _guest_files())
         return Images(
+            qemu=qemu.fetch(),
             host=_boot(LAB / "host", generic, _host_archive(generic)),
             host_modules=generic.modules.parent,
             host_scratch=scratch,

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from kvmpy.irq import Event
+
+
+class Attached:
+    """What drives a Line from outside: eventfds, as the kernel would use them."""
+
+    def __init__(self, line: Line, trigger: Event, resample: Event) -> None:
+        self._line, self.trigger, self.resample = line, trigger, resample
+
+    def close(self) -> None:
+        if self in self._line.attached:
+            self._line.attached.remove(self)
+
 
 class Line:
-    """An interrupt line: its level, and each change of it."""
+    """An interrupt line: its level, and each change of it; ``attached`` is what the kernel drives it by."""
 
     def __init__(self) -> None:
         self.level = False
         self.changes: list[bool] = []
+        self.attached: list[Attached] = []
+
+    def attach(self, trigger: Event, resample: Event) -> Attached:
+        self.attached.append(Attached(self, trigger, resample))
+        return self.attached[-1]
 
     def high(self) -> bool:
         """The level, as a call: mypy believes that an attribute stays what an assert said."""

@@ -84,16 +84,38 @@ class FakeDoorbell:
         self._owner.events.pop(self._gpa, None)
 
 
+class FakeSlot:
+    """One direct mapping."""
+
+    def __init__(self, owner: FakeDoorbells, gpa: int) -> None:
+        self._owner, self._gpa = owner, gpa
+
+    def close(self) -> None:
+        self._owner.slots.pop(self._gpa, None)
+
+
 class FakeDoorbells:
-    """`kvmpy.devices.base.Doorbells`: ``events`` by address, and `ring` for the guest's write."""
+    """`kvmpy.devices.base.Shortcuts`: ``events`` by address, and `ring` for the guest's write; ``slots`` are the direct
+    mappings, size and host address by address. ``refuses`` is raised where it is set.
+    """
 
     def __init__(self) -> None:
         self.events: dict[int, EventFd] = {}
+        self.slots: dict[int, tuple[int, int]] = {}
+        self.refuses: Exception | None = None
 
     def doorbell(self, gpa: int, event: EventFd) -> FakeDoorbell:
         assert gpa not in self.events, f"two doorbells at {gpa:#x}"
         self.events[gpa] = event
         return FakeDoorbell(self, gpa)
+
+    def direct(self, gpa: int, size: int, hva: int) -> FakeSlot:
+        if self.refuses is not None:
+            raise self.refuses
+        for other, (extent, _) in self.slots.items():
+            assert not (gpa < other + extent and other < gpa + size), f"two slots at {gpa:#x}"
+        self.slots[gpa] = size, hva
+        return FakeSlot(self, gpa)
 
     def ring(self, gpa: int) -> None:
         self.events[gpa].signal()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import pytest
 
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.host_bridge import HostBridge
@@ -11,6 +15,8 @@ from kvmpy.devices.virtio.pci import VirtioPci
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.pci import Board, Card, ConfigWindow
 from tests.fakes.rig import Parts, Rig
+from tests.fakes.vfio import MSIX
+from tests.fakes.vfio_rig import NicRig
 from tests.fakes.virtio_driver import guest_memory
 from tests.fakes.virtio_echo import Echo
 from tests.fakes.virtio_rig import ManualLoop
@@ -90,4 +96,35 @@ def virtio_pci(parts: Parts) -> Rig:
     rig.host["bar"] = access
     rig.host["interrupt"] = lambda value: function.interrupt_queue(value % len(device.queues))
     rig.host["config"] = lambda _: function.interrupt_config()
+    return rig
+
+
+def vfio_pci(parts: Parts) -> Rig:
+    """A NIC of a kernel that is a fake one as long as the rig is there."""
+    directory = Path(parts.resources.enter_context(TemporaryDirectory()))
+    patch = parts.resources.enter_context(pytest.MonkeyPatch.context())
+    nic = NicRig(parts.resources, patch, directory)
+    nic.function.intx.wire = parts.line
+    rig = function_rig(parts, nic.function)
+
+    def signal(value: int) -> None:
+        for index, triggers in nic.nic.triggers.items():
+            if index <= MSIX:
+                nic.nic.signal(index, value % len(triggers))
+
+    def access(value: int) -> None:
+        """To a BAR, as its window gets it."""
+        bars = list(nic.function.bars.values())
+        bar, size = bars[value % len(bars)], 1 << (value >> 3 & 3)
+        with nic.function.lock:
+            bar.read((value >> 5) % bar.size, size)
+            bar.write((value >> 5) % bar.size, size, value >> 16 & (1 << 8 * size) - 1)
+
+    def lose_link(_: int) -> None:
+        with nic.function.lock:
+            nic.function.bus_reset()
+        nic.settle()
+
+    rig.host |= {"signal": signal, "bar": access, "lose_link": lose_link}
+    rig.seen = nic.board.sink.take
     return rig

@@ -63,6 +63,7 @@ RIGS: Final[dict[str, Callable[[Parts], Rig]]] = {
     "root_port": pci_rigs.root_port,
     "config_ports": pci_rigs.config_ports,
     "virtio_pci": pci_rigs.virtio_pci,
+    "vfio_pci": pci_rigs.vfio_pci,
     "virtio_net": virtio_rigs.net,
     "virtio_blk": virtio_rigs.blk,
     "virtio_rng": virtio_rigs.rng,

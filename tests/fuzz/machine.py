@@ -13,6 +13,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+
+from kvmpy.abi import ioctl
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
 from kvmpy.devices.acpi_pm import AcpiPm
@@ -29,6 +32,9 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pvpanic import Pvpanic
 from kvmpy.devices.reset_register import ResetRegister
 from kvmpy.devices.serial import Serial16550
+from kvmpy.devices.vfio.container import Container
+from kvmpy.devices.vfio.device import VfioDevice
+from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.devices.virtio.blk import VirtioBlk
 from kvmpy.devices.virtio.console import VirtioConsole
 from kvmpy.devices.virtio.device import VirtioDevice
@@ -46,6 +52,8 @@ from tests.fakes.interrupts import FakeDoorbells, FakeSink
 from tests.fakes.net_rig import MAC
 from tests.fakes.pci import Card
 from tests.fakes.tap import FakeTap
+from tests.fakes.vfio import ADDRESS, GROUP, VfioKernel
+from tests.fakes.vfio_rig import reset_by
 
 LOW_RAM: Final = 16 << 20
 HIGH_RAM: Final = 2 << 20
@@ -54,7 +62,7 @@ RAM_IN_WINDOW: Final = 0xE000_0000
 DISK: Final = 4 << 20
 WORKERS: Final = 2
 WINDOWS: Final = PciWindows(
-    *(range(base, base + size) for base, size in (layout.PCI_IO, layout.MMIO32, layout.mmio64(LOW_RAM, 4)))
+    *(range(base, base + size) for base, size in (layout.PCI_IO, layout.MMIO32, layout.mmio64(LOW_RAM, 5)))
 )
 
 
@@ -101,7 +109,7 @@ class FuzzMachine:
         self.functions: list[PciFunction[Any]] = []
         self.places: list[tuple[RootPort, PciFunction[Any]]] = []
         self.released: list[str] = []
-        self.ports = [RootPort(f"rp{slot}", slot, self.sink, self.io.timer) for slot in (1, 2, 3, 4)]
+        self.ports = [RootPort(f"rp{slot}", slot, self.sink, self.io.timer) for slot in (1, 2, 3, 4, 5)]
         self._add(HostBridge("host-bridge"), 0)
         for number, port in enumerate(self.ports, 1):
             self._add(port, number)
@@ -156,8 +164,8 @@ class FuzzMachine:
         self.blk = VirtioBlk("vd0/virtio-blk", memory, io, self.disk, serial="disk0", queues=2, workers=WORKERS)
         self.rng = VirtioRng("rng0/virtio-rng", memory, io)
         self.virtio: list[VirtioPci] = []
-        self._add(self._virtio_pci(self.net), 5)
-        self._add(self._virtio_pci(self.console), 6)
+        self._add(self._virtio_pci(self.net), 6)
+        self._add(self._virtio_pci(self.console), 7)
         self._plug(self.ports[0], self._virtio_pci(self.blk))
         self._plug(self.ports[1], self._virtio_pci(self.rng))
         self.card = Card(
@@ -166,6 +174,22 @@ class FuzzMachine:
         self._plug(self.ports[2], self.card)
         self.spare = Card("spare", bars={0: (0x4000, BarKind.MEM64_PREFETCHABLE)}, pin=2)
         self._plug(self.ports[3], self.spare)
+        self._plug(self.ports[4], self._make_nic(resources, directory))
+
+    def _make_nic(self, resources: ExitStack, directory: Path) -> VfioPci:
+        """One of a host whose kernel is a fake, but for the descriptors."""
+        vfio = directory / "vfio"
+        vfio.mkdir()
+        patch = resources.enter_context(pytest.MonkeyPatch.context())
+        kernel = VfioKernel(vfio)
+        patch.setattr(ioctl, "sys_ioctl", kernel)
+        patch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
+        self.host_nic = kernel.nic
+        resources.callback(self.host_nic.close)
+        device = VfioDevice(ADDRESS, GROUP, Container(self.memory, kernel, str(vfio)))
+        resources.callback(device.close)
+        self.nic = VfioPci("nic0", device, self.sink, self.io)
+        return self.nic
 
     def _virtio_pci(self, device: VirtioDevice[Any]) -> VirtioPci:
         self.devices.append(device)

@@ -7,18 +7,21 @@ guest memory, which others write too.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import struct
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from kvmpy.abi.virtio import Feature, Status, feature_mask
+from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import COMMON, DEVICE, ISR, MSIX_TABLE, NOTIFY, VirtioPci
 from kvmpy.errors import GuestError
 from kvmpy.machine import layout
+from tests.fakes.vfio import MSIX
 from tests.fakes.virtio_driver import INDIRECT, NEXT, WRITE
 from tests.fakes.virtio_pci_driver import Reg
 from tests.fuzz.machine import HIGH_RAM, LOW_RAM, RAM_IN_WINDOW, WINDOWS, FuzzMachine
@@ -105,6 +108,7 @@ class Vcpu:
             (self.scribble, 4 * rude),
             (self.control_command, 6),
             (self.network, 16),
+            (self.passed_through, 10),
             (self.keyboard, 4),
             (self.look, 2),
         ]
@@ -465,6 +469,26 @@ class Vcpu:
             case _:
                 with contextlib.suppress(BlockingIOError):
                     machine.tap.send(dice.randbytes(dice.choice((14, 60, 1514, 9000, 60_000))), queue)
+
+    def passed_through(self) -> None:
+        """The host's NIC: its driver enables its interrupts and uses its registers; it interrupts."""
+        dice, machine = self.dice, self.machine
+        place = next(place for place in self.map.places if place.function is machine.nic)
+        match dice.randrange(4):
+            case 0:
+                kind = dice.choice((0x11, 0x11, 0x05, 0x01))
+                at = next(each.offset for each in machine.nic.config.capabilities if each.id == kind)
+                value = dice.choice((0, 1, 0x8000, 0xC000, self.number(2)))
+                machine.mmio.write(place.config + at + (4 if kind == 0x01 else 2), 2, value)
+            case 1:
+                with machine.nic.lock:  # or the other vCPU may just be closing it
+                    for index, triggers in machine.host_nic.triggers.items():
+                        if index <= MSIX:
+                            os.eventfd_write(dice.choice(triggers), 1)
+            case _:
+                bar = dice.choice(list(machine.nic.bars.values()))
+                if bar.kind is not BarKind.IO and bar.address is not None:
+                    self.access(bar.address + dice.randrange(bar.size), dice.choice(SIZES))
 
     def keyboard(self) -> None:
         """Somebody types, or reads more slowly than the guest writes."""

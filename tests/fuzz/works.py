@@ -9,10 +9,12 @@ from typing import Any, Final
 
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.virtio.pci import VirtioPci
+from kvmpy.irq import MsiMessage
 from kvmpy.machine import layout
 from tests.fakes.loop import BOUND, settle
 from tests.fakes.pci import Accesses
 from tests.fakes.tap import HEADER
+from tests.fakes.vfio import MSIX
 from tests.fakes.virtio_driver import RingDriver
 from tests.fakes.virtio_pci_driver import PciGuest
 from tests.fuzz.machine import FuzzMachine
@@ -21,6 +23,7 @@ RINGS: Final = 0x40_0000  # where the drivers have theirs
 RINGS_SIZE: Final = 0x30_0000
 SECTOR: Final = 512
 IN, OUT = 0, 1
+MESSAGE: Final = MsiMessage(0xFEE0_5000, 0x4055)
 FRAME: Final = bytes.fromhex("ffffffffffff 525400000001 88b5") + b"hello"
 
 
@@ -79,9 +82,27 @@ def everything_works(machine: FuzzMachine) -> None:
     _console_works(machine, console)
     _network_works(machine, net)
     _card_works(machine)
+    _nic_works(machine)
     machine.com1.write(0, 1, 0x4B)
     assert machine.screen.text.endswith(b"K")
     assert [function.device.broken for function in machine.virtio] == [None] * 4
+
+
+def _nic_works(machine: FuzzMachine) -> None:
+    """The guest reaches the host's device, and the device the guest."""
+    config = config_of(machine, machine.nic)
+    config.enable()
+    registers, table = machine.nic.bars[0].address, machine.nic.bars[2].address
+    assert registers is not None
+    assert table is not None
+    machine.mmio.write(registers + 0x40, 4, 0xCAFE)
+    assert machine.host_nic.peek(0, 0x40, 4) == 0xCAFE
+    config.write(config.capability(0x11) + 2, 2, 0x8000)
+    machine.mmio.write(table + 0x10, 8, MESSAGE.address)
+    machine.mmio.write(table + 0x18, 8, MESSAGE.data)
+    machine.sink.take()
+    machine.host_nic.signal(MSIX, 1)
+    assert MESSAGE in machine.sink.take()
 
 
 def _disk_works(blk: Driver) -> None:

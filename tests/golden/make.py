@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import VirtioPci
 from kvmpy.state import State, save
@@ -97,6 +98,21 @@ def _busy_virtio_pci(rig: Rig) -> None:
         vector.signal()
 
 
+def _busy_vfio_pci(rig: Rig) -> None:
+    """Placed, MSI-X enabled with one of its vectors masked and pending."""
+    _busy_function(rig)
+    rig.bus.write(0x10, 4, 0xC000_0000)
+    rig.bus.write(0x18, 8, 0x40_0000_0000)
+    function = rig.device
+    assert isinstance(function, VfioPci)
+    assert function.msix is not None
+    for offset, value in ((0, 0xFEE0_2000), (8, 0x4042), (16, 0xFEE0_3000), (24, 0x1_0000_4043)):
+        function.msix.table.write(offset, 8, value)
+    at = next(capability.offset for capability in function.config.capabilities if capability.id == 0x11)
+    rig.bus.write(at + 2, 2, 0x8000)
+    rig.host["signal"](1)
+
+
 def _busy_net(rig: Rig) -> None:
     """A driver that has set what can be set, two buffers lent; the cable pulled, an announcement wanted."""
     assert isinstance(rig, VirtioRig)
@@ -158,6 +174,7 @@ BUSY: Final[dict[str, Callable[[Rig], object]]] = {
     "root_port": _busy_root_port,
     "config_ports": lambda rig: rig.bus.write(0, 4, 0x8005_0034),
     "virtio_pci": _busy_virtio_pci,
+    "vfio_pci": _busy_vfio_pci,
     "virtio_net": _busy_net,
     "virtio_blk": _busy_blk,
     "virtio_rng": _busy_rng,

@@ -10,6 +10,7 @@ import pytest
 from scripts.lab import images
 from scripts.lab.host import EmulatedHost
 from tests.conftest import skip_or_fail
+from tests.lab.nics import NicHost
 
 TIMEOUT_SECONDS = 600  # a guest on an emulated host boots in tens of seconds, on a busy machine in minutes
 
@@ -35,6 +36,20 @@ def lab_images() -> images.Images:
 def host(lab_images: images.Images) -> Iterator[EmulatedHost]:
     """The emulated host that all tests share. A test ends what it starts there."""
     with EmulatedHost(memory="4G") as emulated:
+        yield emulated
+
+
+@pytest.fixture(scope="session")
+def igb_host(lab_images: images.Images) -> Iterator[NicHost]:
+    """A host with an IOMMU and two virtual functions of a NIC, for all tests that need them."""
+    with NicHost("igb") as emulated:
+        yield emulated
+
+
+@pytest.fixture(scope="session")
+def e1000e_host(lab_images: images.Images) -> Iterator[NicHost]:
+    """A host with an IOMMU and whole NICs."""
+    with NicHost("e1000e") as emulated:
         yield emulated
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.lab.host import EmulatedHost
+from tests.lab.nics import NicHost
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -22,10 +23,20 @@ DOCS = Path(__file__).parents[2] / "docs"
     ],
 )
 def test_a_pages_commands_work_in_their_order(host: EmulatedHost, page: str, said: list[str]) -> None:
+    assert_commands_work(host, page, said)
+
+
+def test_the_commands_for_passthrough_work_in_their_order(igb_host: NicHost) -> None:
+    said = ["0000:01:10.0: can be passed through; IOMMU group", "virtual function 0 of 0000:01:00.0", "ok    IOMMU: "]
+    assert_commands_work(igb_host, "passthrough", said)
+    assert [igb_host.driver(function) for function in igb_host.functions] == ["igbvf", "igbvf"]
+
+
+def assert_commands_work(host: EmulatedHost, page: str, said: list[str]) -> None:
     commands = re.findall(r"^\$ (.*)$", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
     script = "\n".join(["set -ex", *commands])
     done = host.run(["bash", "-c", script], timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [text for text in said if text not in done.stdout] == []
     assert "has not powered off in time" not in done.stderr
-    assert host.run(["ls", "/run/kvmpy"], check=True).stdout == ""
+    assert host.run(["ls", "-A", "/run/kvmpy"]).stdout == ""

@@ -13,10 +13,9 @@ from typing import Any
 import pytest
 
 from kvmpy._native import ffi, lib
-from kvmpy.abi import block, ioctl, tun, vhost
+from kvmpy.abi import block, ioctl, tun, vfio, vhost
 from kvmpy.abi import kvm as abi
-from kvmpy.abi.block import Unsized
-from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request
+from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request, Unsized
 from kvmpy.errors import HostError, IoctlError
 from kvmpy.kvm.system import REQUIRED, WELCOME
 from tests.conftest import skip_or_fail
@@ -24,15 +23,17 @@ from tests.fakes.kernel import Kernel
 
 ABI = Path(abi.__file__).parent
 LAYOUTS = sorted(Layout.__subclasses__(), key=lambda layout: layout.__name__)
-MODULES = (abi, vhost, block, tun)
-CDEFS = ("kvm.cdef", "vhost.cdef", "block.cdef", "tun.cdef")
+MODULES = (abi, vhost, vfio, block, tun)
+CDEFS = ("kvm.cdef", "vhost.cdef", "vfio.cdef", "block.cdef", "tun.cdef")
 REQUESTS = {name: each for module in MODULES for name, each in vars(module).items() if isinstance(each, Request)}
 # The numbers of tun's requests say "an int" whatever they take, and those for interfaces say nothing.
 HONEST = {name: request for name, request in REQUESTS.items() if name not in vars(tun)}
 CONSTANTS = [
     name for cdef in CDEFS for name in re.findall(r"^#define (\w+) \.\.\.", (ABI / cdef).read_text(), re.MULTILINE)
 ]
-STRUCTS = [kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "tun_", "ethtool_", "if"))]
+STRUCTS = [
+    kind for kind in ffi.list_types()[1] if kind.startswith(("kvm_", "vhost_", "vfio_", "tun_", "ethtool_", "if"))
+]
 
 
 def fields_of(struct: str) -> dict[str, Any]:
@@ -204,3 +205,55 @@ def test_flexible_array_takes_a_list_or_a_length() -> None:
     listed, counted = abi.MsrList.new(nmsrs=2, indices=[7, 9]), abi.MsrList.new(nmsrs=3, indices=3)
     assert [listed.indices[0], listed.indices[1]] == [7, 9]
     assert [counted.indices[n] for n in range(3)] == [0, 0, 0]
+
+
+def capability_bytes(kind: int, following: int, body: bytes = b"") -> bytes:
+    return kind.to_bytes(2, "little") + bytes(2) + following.to_bytes(4, "little") + body
+
+
+def test_a_chain_of_vfio_capabilities_ends_where_it_is_wrong() -> None:
+    data = bytes(8) + capability_bytes(1, 16) + capability_bytes(2, 8)
+    assert list(vfio.chain(data, 8)) == [(1, 8), (2, 16)], "in circles"
+    assert list(vfio.chain(bytes(8) + capability_bytes(1, 9999), 8)) == [(1, 8)], "outside"
+    assert list(vfio.chain(data, 0)) == [], "none"
+    assert list(vfio.chain(data, 20)) == [], "not all there"
+
+
+@pytest.mark.parametrize("claimed", [0, 1, 2, 3, 0xFFFF_FFFF])
+def test_no_more_entries_are_believed_than_there_are(claimed: int) -> None:
+    numbers = b"".join(number.to_bytes(8, "little") for number in (0x1000, 0x2000, 0x5000, 0x1000))
+    data = capability_bytes(1, 0, claimed.to_bytes(4, "little") + bytes(4) + numbers)
+    assert vfio.sparse_areas(data, 0) == [(0x1000, 0x2000), (0x5000, 0x1000)][:claimed]
+    assert vfio.iova_ranges(data, 0) == [range(0x1000, 0x2001), range(0x5000, 0x1001)][:claimed]
+    assert not vfio.sparse_areas(data[:12], 0)
+    assert not vfio.iova_ranges(data[:12], 0)
+    assert vfio.dma_available(data[:8], 0) is None
+
+
+def test_an_answer_that_wants_more_room_gets_it(kernel: Kernel) -> None:
+    def answer(info: Any) -> int:
+        info.cap_offset = 32 if info.argsz >= 40 else 0
+        info.argsz = 40
+        return 0
+
+    kernel.answers["VFIO_DEVICE_GET_REGION_INFO"] = answer
+    info, data = vfio.VFIO_DEVICE_GET_REGION_INFO(3, index=7)
+    assert (info.index, info.cap_offset, len(data)) == (7, 32, 40)
+    assert [seen["argsz"] for seen in kernel.named("VFIO_DEVICE_GET_REGION_INFO")] == [32, 40]
+
+
+def test_an_answer_that_wants_more_room_than_anything_needs_is_taken_as_it_is(kernel: Kernel) -> None:
+    def answer(info: Any) -> int:
+        info.argsz = 0xFFFF_FFFF
+        return 0
+
+    kernel.answers["VFIO_DEVICE_GET_REGION_INFO"] = answer
+    assert len(vfio.VFIO_DEVICE_GET_REGION_INFO(3).data) == 32
+
+
+def test_fewer_vectors_than_wanted_are_a_failure(kernel: Kernel) -> None:
+    kernel.answers["VFIO_DEVICE_SET_IRQS"] = lambda _: 3
+    with pytest.raises(IoctlError, match="ENOSPC: the host has 3 interrupt vectors left"):
+        vfio.bind(3, vfio.MSIX_IRQ, vfio.IRQ_TRIGGER, [7, -1])
+    assert kernel.seen[0][1]["data"] == [7, 0, 0, 0, 255, 255, 255, 255]
+    assert kernel.seen[0][1]["argsz"] == 28

@@ -20,9 +20,11 @@ from kvmpy import __version__
 from kvmpy._native import ffi
 from kvmpy.abi import ioctl
 from kvmpy.abi import kvm as abi
-from kvmpy.cli.doctor import FAIL, Finding, Host, examine, report
+from kvmpy.cli.doctor import examine, report
+from kvmpy.cli.finding import FAIL, Finding
 from kvmpy.cli.main import main
 from kvmpy.errors import IoctlError
+from kvmpy.host.tree import Host
 from kvmpy.kvm.system import REQUIRED, System
 from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
 from tests.unit.test_boot_bzimage import bzimage
@@ -155,11 +157,12 @@ CONFIG_MISTAKES: Final = (
     refusals(
         "devices of a later version",
         GOOD
-        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n'
+        + '[[root_port]]\nid = "r"\n'
+        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\nbus = "r"\nfailover_pair_id = "n"\n'
         + '[[netdev]]\ntype = "tap"\nid = "t"\nifname = "t"\n'
         + '[[device]]\ndriver = "virtio-net-pci"\nid = "n"\nnetdev = "t"\nfailover = true\n',
-        "m.toml:6: device[0].driver: this version of kvmpy does not pass devices through yet",
-        "m.toml:17: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
+        "m.toml:12: device[0].failover_pair_id: this version of kvmpy has no failover pairs yet; leave it out",
+        "m.toml:21: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
     ),
     refusals(
         "more devices than the root bus has places",
@@ -179,10 +182,10 @@ CONFIG_MISTAKES: Final = (
     ),
     refusals(
         "boot and devices in one go",
-        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\n',
+        '[boot]\nkernel = "absent"\ninitrd = "gone"\n[machine]\ndirty_ring = true\n',
         "m.toml:2: boot.kernel: {here}/absent: cannot be opened: No such file or directory (ENOENT)",
         "m.toml:3: boot.initrd: {here}/gone: cannot be opened: No such file or directory (ENOENT)",
-        "m.toml:5: device[0].driver: this version of kvmpy does not pass devices through yet",
+        "m.toml:5: machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out",
     ),
 )
 
@@ -521,10 +524,12 @@ def rich(bare: Host, monkeypatch: pytest.MonkeyPatch) -> Host:
         (dev / name).parent.mkdir(parents=True, exist_ok=True)
         (dev / name).touch()
     (sys_ / "kernel/iommu_groups/0").mkdir(parents=True)
+    (sys_ / "bus/pci/drivers/vfio-pci").mkdir(parents=True)
     (sys_ / "kernel/mm/hugepages/hugepages-2048kB").mkdir(parents=True)
     (sys_ / "kernel/mm/hugepages/hugepages-2048kB/free_hugepages").write_text("7\n")
     Path(bare.proc).mkdir()
     Path(bare.proc, "cpuinfo").write_text("processor\t: 0\nflags\t\t: fpu vmx sse\n")
+    Path(bare.proc, "interrupts").write_text("  2:  1  IR-IO-APIC  2-edge  timer\n")
     Path(bare.proc, "self").mkdir()
     Path(bare.proc, "self/status").write_text("Name:\tkvmpy\nCapEff:\t0000000000001000\n")
     answering(monkeypatch)
@@ -550,6 +555,7 @@ def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
         f"{bare.dev}/vhost-net": "warn",
         "CAP_NET_ADMIN": "warn",
         f"{bare.dev}/vfio/vfio": "warn",
+        "vfio-pci": "warn",
         "IOMMU": "warn",
         "locked memory": "ok",
     }

@@ -186,3 +186,18 @@ def test_close_lets_the_backing_be_unmapped() -> None:
     mapping.close()
     with pytest.raises(GuestError):
         memory.read(0, 1)
+
+
+def test_who_listens_no_more_has_been_told_that_everything_goes_and_hears_nothing_else() -> None:
+    log: list[str] = []
+    memory = make()
+    first, second = Notes("a", log), Notes("b", log)
+    memory.listen(first)
+    memory.listen(second)
+    log.clear()
+    memory.unlisten(first)
+    assert log == ["a - 0x100000000", "a - 0x1100", "a - 0x1000"]
+    log.clear()
+    memory.unlisten(first)
+    memory.add(Ram(0x2000, 0x100, Bytes(0x100)))
+    assert log == ["b + 0x2000"]

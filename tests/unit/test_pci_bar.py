@@ -338,3 +338,56 @@ def test_parts_that_overlap_or_stick_out_are_refused() -> None:
     for offset, size in ((0x1FF, 1), (0x80, 0x100), (0xFF0, 0x20), (-1, 1)):
         with pytest.raises(ValueError, match="is not free in BAR 0"):
             bar.trap(offset, size, card)
+
+
+def direct_card(board: Board, size: int = 0x4000) -> tuple[Card, Accesses]:
+    card = Card(bars={0: (size, BarKind.MEM32)})
+    card.bars[0].add_direct(0x1000, 0x2000, 0x7F00_0000_1000)
+    config = board.add(card, 1)
+    config.place(0, LOW)
+    return card, config
+
+
+def test_a_direct_part_is_mapped_while_its_bar_is_and_where_it_is(board: Board) -> None:
+    card, config = direct_card(board)
+    assert board.doorbells.slots == {}
+    config.enable()
+    assert board.doorbells.slots == {LOW + 0x1000: (0x2000, 0x7F00_0000_1000)}
+    config.place(0, OTHER)
+    assert board.doorbells.slots == {OTHER + 0x1000: (0x2000, 0x7F00_0000_1000)}
+    config.place(0, 0x1000)  # over RAM
+    assert board.doorbells.slots == {}
+    config.place(0, LOW)
+    card.close()
+    assert board.doorbells.slots == {}
+
+
+def test_a_direct_part_that_the_host_refuses_exits(board: Board) -> None:
+    board.doorbells.refuses = HostError("KVM_SET_USER_MEMORY_REGION: EINVAL")
+    _, config = direct_card(board)
+    config.enable()
+    assert board.doorbells.slots == {}
+    assert board.mmio.read(LOW + 0x1004, 4) == 0x1004
+
+
+@pytest.mark.parametrize(
+    ("offset", "size", "hva"),
+    [
+        (0x800, 0x1000, 0x1000),
+        (0x1000, 0x800, 0x1000),
+        (0x1000, 0x1000, 0x800),
+        (0, 0, 0x1000),
+        (-0x1000, 0x1000, 0x1000),
+        (0x3000, 0x2000, 0x1000),
+        (0, 0x2000, 0x1000),
+        (0x2000, 0x1000, 0x1000),
+    ],
+)
+def test_a_direct_part_is_whole_free_pages_of_its_bar(offset: int, size: int, hva: int) -> None:
+    card = Card(bars={0: (0x4000, BarKind.MEM32), 1: (0x100, BarKind.IO)})
+    card.bars[0].trap(0x1800, 8, card)
+    card.bars[0].add_direct(0x2000, 0x1000, 0x1000)
+    with pytest.raises(ValueError, match="cannot be direct"):
+        card.bars[0].add_direct(offset, size, hva)
+    with pytest.raises(ValueError, match="cannot be direct"):
+        card.bars[1].add_direct(0, 0x1000, 0x1000)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kvmpy.devices.pci.config import Command
 from kvmpy.devices.pci.intx import SharedLine, swizzle
+from kvmpy.host.eventfd import EventFd
 from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.host import Line
@@ -108,3 +109,16 @@ def test_function_without_a_pin_pulls_nothing() -> None:
     card.intx.set(level=True)
     assert config.read(0x3D, 1) == 0
     assert [line.level for line in board.lines] == [False] * 4
+
+
+def test_the_kernel_drives_the_line_of_a_functions_slot_beside_the_others() -> None:
+    board = Board()
+    card = Card()
+    board.add(card, 2)
+    with EventFd() as trigger, EventFd() as resample:
+        attachment = card.intx.wire.attach(trigger, resample)
+        (attached,) = board.lines[2].attached
+        assert (attached.trigger, attached.resample) == (trigger, resample)
+        attachment.close()
+        assert board.lines[2].attached == []
+        Card().intx.wire.attach(trigger, resample).close()  # in no machine: nobody listens

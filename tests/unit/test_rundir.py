@@ -212,7 +212,7 @@ def test_pid_file_goes_last_so_that_a_successors_sockets_stay(base: Path, monkey
     monkeypatch.setattr(os, "unlink", noted)
     directory.close()
     assert gone[-1] == "pid"
-    assert sorted(gone) == ["console.sock", "pid", "qmp.sock"]
+    assert sorted(gone) == ["console.sock", "pci.json.new", "pid", "qmp.sock"]
 
 
 def test_name_too_long_for_a_socket_says_by_how_much(base: Path) -> None:

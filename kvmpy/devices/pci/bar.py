@@ -1,23 +1,29 @@
 """A base address register's window: what is in it, and where it is mapped.
 
-The guest moves it by writing the register; `PciRoot` decides whether that address is one to map. Doorbells follow. An
-access that found the old place just before a move still reaches the target: that is as if it had been a moment earlier.
+The guest moves it by writing the register; `PciRoot` decides whether that address is one to map. Doorbells follow, and
+so do its direct parts: host memory that the guest reaches with no exit. An access that found the old place just before
+a move still reaches the target: that is as if it had been a moment earlier.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from enum import Enum
+from mmap import PAGESIZE
 from typing import Final, NamedTuple, Protocol
 
 from kvmpy.bus import Bus, Target, Window
-from kvmpy.devices.base import Closable, Doorbells
+from kvmpy.devices.base import Closable, Shortcuts
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
 from kvmpy.trace import Tracepoint
 
+log = logging.getLogger(__name__)
+
 trace_bar = Tracepoint("pci.bar", "function bar what address")
 trace_doorbell = Tracepoint("pci.doorbell", "function bar offset problem")
+trace_direct = Tracepoint("pci.direct", "function bar offset problem")
 
 
 class BarKind(Enum):
@@ -74,7 +80,8 @@ class Bar:
         self._parts: list[_Part] = []
         self._mapping = threading.Lock()
         self._doorbells: Final[list[Doorbell]] = []
-        self._placed: tuple[Bus, Window, Doorbells] | None = None
+        self._direct: Final[list[DirectPart]] = []
+        self._placed: tuple[Bus, Window, Shortcuts] | None = None
 
     @property
     def address(self) -> int | None:
@@ -103,7 +110,7 @@ class Bar:
                 return
         self._target.write(offset, size, value)
 
-    def map(self, bus: Bus, doorbells: Doorbells, address: int) -> bool:
+    def map(self, bus: Bus, shortcuts: Shortcuts, address: int) -> bool:
         """Appear at ``address``; False where something else is there. Used by PciRoot."""
         with self._mapping:
             try:
@@ -111,9 +118,9 @@ class Bar:
             except ValueError:
                 self._trace("overlaps", address)
                 return False
-            self._placed = bus, window, doorbells
-            for doorbell in self._doorbells:
-                doorbell.register(doorbells, address)
+            self._placed = bus, window, shortcuts
+            for shortcut in self._shortcuts():
+                shortcut.register(shortcuts, address)
         self._trace("mapped", address)
         return True
 
@@ -123,8 +130,8 @@ class Bar:
             if self._placed is None:
                 return
             bus, window, _ = self._placed
-            for doorbell in self._doorbells:
-                doorbell.withdraw()  # from here on a kick exits, and finds the window
+            for shortcut in self._shortcuts():
+                shortcut.withdraw()  # from here on an access exits, and finds the window
             bus.unmap(window)
             self._placed = None
         self._trace("unmapped", window.base)
@@ -143,12 +150,28 @@ class Bar:
                 doorbell.register(self._placed[2], self._placed[1].base)
         return doorbell
 
+    def add_direct(self, offset: int, size: int, hva: int) -> None:
+        """Let [offset, offset+size), in whole pages, be host memory at ``hva`` to the guest, wherever and whenever the
+        BAR is mapped; the memory must be there until the BAR is unmapped for good. Before it is mapped.
+
+        Where the host refuses, accesses exit and the target gets them.
+        """
+        inside = 0 <= offset <= self.size - size and self.kind is not BarKind.IO and size > 0
+        parts: list[_Part | DirectPart] = [*self._parts, *self._direct]
+        free = all(offset + size <= part.offset or part.end <= offset for part in parts)
+        if not inside or not free or (offset | size | hva) % PAGESIZE:
+            raise ValueError(f"{self.name}: [{offset:#x}, {offset + size:#x}) of BAR {self.index} cannot be direct")
+        self._direct.append(DirectPart(self, offset, size, hva))
+
     def remove_doorbell(self, doorbell: Doorbell) -> None:
         """Used by Doorbell."""
         with self._mapping:
             if doorbell in self._doorbells:
                 self._doorbells.remove(doorbell)
                 doorbell.withdraw()
+
+    def _shortcuts(self) -> list[Doorbell | DirectPart]:
+        return [*self._doorbells, *self._direct]
 
     def _trace(self, what: str, address: int) -> None:
         if trace_bar:
@@ -166,10 +189,10 @@ class Doorbell:
         """Let writes there reach the target again. Any thread; closing twice is allowed."""
         self._bar.remove_doorbell(self)
 
-    def register(self, doorbells: Doorbells, address: int) -> None:
+    def register(self, shortcuts: Shortcuts, address: int) -> None:
         """Used by Bar: it is mapped at ``address``."""
         try:
-            self._registered = doorbells.doorbell(address + self._offset, self._event)
+            self._registered = shortcuts.doorbell(address + self._offset, self._event)
         except HostError as e:
             if trace_doorbell:
                 trace_doorbell(self._bar.name, self._bar.index, self._offset, e)
@@ -179,3 +202,29 @@ class Doorbell:
         if self._registered is not None:
             self._registered.close()
             self._registered = None
+
+
+class DirectPart:
+    """[offset, end) of a BAR is host memory."""
+
+    def __init__(self, bar: Bar, offset: int, size: int, hva: int) -> None:
+        self.offset, self.end = offset, offset + size
+        self._bar, self._size, self._hva = bar, size, hva
+        self._registered: Closable | None = None
+
+    def register(self, shortcuts: Shortcuts, address: int) -> None:
+        """Used by Bar: it is mapped at ``address``."""
+        try:
+            self._registered = shortcuts.direct(address + self.offset, self._size, self._hva)
+        except HostError as e:
+            if trace_direct:
+                trace_direct(self._bar.name, self._bar.index, self.offset, e)
+
+    def withdraw(self) -> None:
+        """Used by Bar: it is about to leave."""
+        registered, self._registered = self._registered, None
+        if registered is not None:
+            try:
+                registered.close()
+            except HostError as e:  # the guest goes on reaching what it must not: not for long, its memory goes too
+                log.error("%s: BAR %d is still where it was: %s", self._bar.name, self._bar.index, e)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvmpy.bus import Bus
-from kvmpy.devices.base import Doorbells
+from kvmpy.devices.base import Shortcuts
 from kvmpy.devices.pci.bar import Bar, BarKind, trace_bar
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.root_port import RootPort
@@ -34,9 +34,9 @@ class Decoder:
     """
 
     def __init__(
-        self, mmio: Bus, pio: Bus, doorbells: Doorbells, windows: PciWindows, is_ram: Callable[[int, int], bool]
+        self, mmio: Bus, pio: Bus, shortcuts: Shortcuts, windows: PciWindows, is_ram: Callable[[int, int], bool]
     ) -> None:
-        self._mmio, self._pio, self._doorbells = mmio, pio, doorbells
+        self._mmio, self._pio, self._shortcuts = mmio, pio, shortcuts
         self._windows, self._is_ram = windows, is_ram
         self._functions: dict[PciFunction[Any], RootPort | None] = {}
         self._lock = threading.Lock()
@@ -68,7 +68,7 @@ class Decoder:
                     bar.unmap()
             for bar, address in places:
                 if address is not None and bar.address is None:
-                    bar.map(self._pio if bar.kind is BarKind.IO else self._mmio, self._doorbells, address)
+                    bar.map(self._pio if bar.kind is BarKind.IO else self._mmio, self._shortcuts, address)
 
     def _place(self, bar: Bar, port: RootPort | None) -> int | None:
         """Where ``bar`` is to be mapped, None for nowhere."""

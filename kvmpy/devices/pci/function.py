@@ -30,7 +30,7 @@ from kvmpy.devices.pci.express import ExpressCapability
 from kvmpy.devices.pci.intx import Unconnected
 from kvmpy.devices.pci.msi import Msi, MsiCapability
 from kvmpy.devices.pci.msix import VECTORS, Msix, MsixCapability, pba_size, table_size, take
-from kvmpy.irq import IrqLine, MsiSink
+from kvmpy.irq import MsiSink, Wire
 from kvmpy.state import State, StateError, part
 
 
@@ -59,7 +59,7 @@ class IntxPin:
 
     def __init__(self, function: PciFunction[Any]) -> None:
         self._function = function
-        self.wire: IrqLine = Unconnected()
+        self.wire: Wire = Unconnected()
 
     def set(self, *, level: bool) -> None:
         """Assert or deassert it. Any thread; takes the function's lock."""
@@ -128,16 +128,22 @@ class PciFunction(Device[F]):
         self.bars[index] = bar
         return bar
 
-    def add_msix(self, vectors: int, sink: MsiSink, bar: Bar, table_offset: int, pba_offset: int) -> Msix:
-        """Add MSI-X with its table and pending bits in ``bar``. Raises HostError where the host has no more vectors."""
+    def add_msix(
+        self, vectors: int, sink: MsiSink, bar: Bar, table_offset: int, pba_offset: int, pba_bar: Bar | None = None
+    ) -> Msix:
+        """Add MSI-X with its table in ``bar``, and there too, or in ``pba_bar``, its pending bits.
+
+        Raises HostError where the host has no more vectors.
+        """
+        pba_bar = pba_bar or bar
         if vectors not in VECTORS or (table_offset | pba_offset) % 8:
             raise ValueError(f"{self.name}: no MSI-X with {vectors} vectors at {table_offset:#x} and {pba_offset:#x}")
         capability = self.config.add_capability(
-            MsixCapability, control=vectors - 1, table=table_offset | bar.index, pba=pba_offset | bar.index
+            MsixCapability, control=vectors - 1, table=table_offset | bar.index, pba=pba_offset | pba_bar.index
         )
         self.msix = Msix(self.name, capability, take(sink, vectors))
         bar.trap(table_offset, table_size(vectors), self.msix.table)
-        bar.trap(pba_offset, pba_size(vectors), self.msix.pba)
+        pba_bar.trap(pba_offset, pba_size(vectors), self.msix.pba)
         self._bind()
         return self.msix
 

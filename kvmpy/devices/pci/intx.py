@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from kvmpy.irq import IrqLine
+from kvmpy.irq import Attachment, Event, Wire
 
 PINS = 4
 
@@ -12,7 +12,7 @@ PINS = 4
 class SharedLine:
     """A wired OR: ``line`` is high while any of its sources is. Any thread."""
 
-    def __init__(self, line: IrqLine) -> None:
+    def __init__(self, line: Wire) -> None:
         self._line = line
         self._high: set[Source] = set()
         self._lock = threading.Lock()
@@ -31,9 +31,13 @@ class SharedLine:
                 self._high.discard(source)
             self._line.set(level=bool(self._high))
 
+    def attach(self, trigger: Event, resample: Event) -> Attachment:
+        """Used by Source."""
+        return self._line.attach(trigger, resample)
+
 
 class Source:
-    """One function's wire (an `IrqLine`)."""
+    """One function's wire (a `Wire`)."""
 
     def __init__(self, shared: SharedLine) -> None:
         self._shared = shared
@@ -42,12 +46,23 @@ class Source:
         """Drive the wire."""
         self._shared.drive(self, level=level)
 
+    def attach(self, trigger: Event, resample: Event) -> Attachment:
+        """Let the kernel drive the wire too. Raises HostError."""
+        return self._shared.attach(trigger, resample)
+
 
 class Unconnected:
-    """The wire of a function that is in no machine (an `IrqLine`)."""
+    """The wire of a function that is in no machine (a `Wire`), and an attachment to it."""
 
     def set(self, *, level: bool) -> None:
         """Nobody listens."""
+
+    def attach(self, trigger: Event, resample: Event) -> Attachment:
+        """Nobody listens."""
+        return self
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
 
 def swizzle(pin: int, device: int) -> int:

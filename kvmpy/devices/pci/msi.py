@@ -102,6 +102,11 @@ class Msi:
         """Whether the guest has chosen MSI rather than INTx."""
         return bool(self._capability.control & MsiControl.ENABLE)
 
+    @property
+    def fd(self) -> int:
+        """The eventfd that anybody may signal as `signal` does."""
+        return self._vector.fd
+
     def signal(self) -> None:
         """Send the message, or keep it while that is masked."""
         self._vector.signal()

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvmpy.bus import Bus, Target
-from kvmpy.devices.base import Doorbells
+from kvmpy.devices.base import Shortcuts
 from kvmpy.devices.pci.config import MULTI_FUNCTION
 from kvmpy.devices.pci.decode import Decoder, PciWindows
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.intx import PINS, SharedLine, Unconnected, swizzle
 from kvmpy.devices.pci.ports import ConfigPorts
 from kvmpy.devices.pci.root_port import RootPort
-from kvmpy.irq import IrqLine
+from kvmpy.irq import Wire
 
 DEVICES: Final = range(32)
 FUNCTIONS: Final = range(8)
@@ -36,8 +36,8 @@ class PciRoot:
         self,
         mmio: Bus,
         pio: Bus,
-        doorbells: Doorbells,
-        lines: Sequence[IrqLine],
+        shortcuts: Shortcuts,
+        lines: Sequence[Wire],
         windows: PciWindows,
         is_ram: Callable[[int, int], bool],
         reset_register: Target,
@@ -48,7 +48,7 @@ class PciRoot:
         self.ecam = Ecam(self)
         self.ports = ConfigPorts("pci-config-ports", self, reset_register)
         self._lines = [SharedLine(line) for line in lines]
-        self._decoder = Decoder(mmio, pio, doorbells, windows, is_ram)
+        self._decoder = Decoder(mmio, pio, shortcuts, windows, is_ram)
         self._bus0: Mapping[int, Function] = {}  # swapped whole
 
     def add(self, function: Function, device: int, function_number: int = 0) -> None:

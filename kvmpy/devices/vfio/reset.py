@@ -1,0 +1,105 @@
+"""How a function is put back to power-on: by a reset that is known to reset, or it is not passed through at all.
+
+What one guest left in a device must not reach the next, and a device that goes on with DMA must be stopped. A function
+level reset does it; so does a reset of the bus it is on, if nothing else is there. A reset by power management (D3hot
+and back) is not trusted: many devices keep all their registers, and say otherwise.
+
+VFIO_DEVICE_RESET takes the first method of the kernel's list for the device, so it is used only where that is a good
+one; else the bus is reset by name.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Final, Protocol
+
+from kvmpy.abi import vfio as abi
+from kvmpy.devices.vfio.config import HostConfig
+from kvmpy.errors import HostError, IoctlError
+
+SYSFS: Final = Path("/sys/bus/pci/devices")
+# Those of /sys/bus/pci/devices/*/reset_method that reset the function, all of it, and nothing else but it.
+TRUSTED: Final = ("device_specific", "flr", "af_flr", "bus", "cxl_bus")
+MOST_DEVICES: Final = 256 * 8  # on a bus, and its subordinates
+
+
+class Reset(Protocol):
+    """One way."""
+
+    name: str
+
+    def check(self, fd: int) -> None:
+        """Raises HostError where it is not to be had for the device ``fd``."""
+
+    def reset(self, fd: int, group: int) -> None:
+        """Do it; ``group`` is the descriptor of the device's group. Raises HostError."""
+
+
+class FunctionReset:
+    """By VFIO_DEVICE_RESET, which does ``name``."""
+
+    def __init__(self, address: str, name: str) -> None:
+        self.address, self.name = address, name
+
+    def check(self, fd: int) -> None:
+        """There is nothing to find out."""
+
+    def reset(self, fd: int, group: int) -> None:
+        """Reset the function."""
+        try:
+            abi.VFIO_DEVICE_RESET(fd)
+        except IoctlError as e:
+            raise HostError(f"{self.address}: {e}: it has not been reset") from e
+
+
+class BusReset:
+    """By VFIO_DEVICE_PCI_HOT_RESET, of a bus that has no other function on it."""
+
+    name = "bus"
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def check(self, fd: int) -> None:
+        """Raises HostError where the kernel cannot, or where others would be reset too."""
+        try:
+            info = abi.VFIO_DEVICE_GET_PCI_HOT_RESET_INFO(fd, devices=MOST_DEVICES)
+        except IoctlError as e:
+            reason = "" if e.errno == errno.ENODEV else f" ({e})"
+            raise HostError(
+                f"{self.address}: cannot be reset, neither by itself nor by its bus{reason}, so it cannot be passed "
+                "through: what this guest leaves in it would reach the next"
+            ) from e
+        found = [info.devices[n] for n in range(min(info.count, MOST_DEVICES))]
+        addresses = [f"{d.segment:04x}:{d.bus:02x}:{d.devfn >> 3:02x}.{d.devfn & 7}" for d in found]
+        if others := [address for address in addresses if address != self.address]:
+            raise HostError(
+                f"{self.address}: can be reset only with its whole bus, where {', '.join(others)} would be reset too, "
+                "so it cannot be passed through"
+            )
+
+    def reset(self, fd: int, group: int) -> None:
+        """Reset the bus."""
+        try:
+            abi.VFIO_DEVICE_PCI_HOT_RESET(fd, count=1, group_fds=[group])
+        except IoctlError as e:
+            raise HostError(f"{self.address}: {e}: its bus has not been reset") from e
+
+
+def choose(address: str, config: HostConfig, *, resets: bool, sysfs: Path = SYSFS) -> Reset:
+    """The best way for a function; ``resets`` is whether the kernel has any for it."""
+    method = _first_method(sysfs / address / "reset_method")
+    if method is None and config.has_flr:  # before Linux 5.15, where it comes before all but the device's own
+        method = "flr"
+    if resets and method in TRUSTED:
+        return FunctionReset(address, method)
+    return BusReset(address)
+
+
+def _first_method(path: Path) -> str | None:
+    """What the kernel would do; None where it does not say."""
+    try:
+        return next(iter(path.read_text().split()), None)
+    except OSError:
+        return None

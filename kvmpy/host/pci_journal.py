@@ -1,0 +1,149 @@
+"""What a machine has changed at the host's PCI functions, written down before it is: pci.json in its runtime directory.
+
+A machine that ends gives everything back and removes it. After a crash the next start of that machine finds it, and
+does that (`kvmpy.host.pci.recover`). It names the process as the marks of `kvmpy.host.ownership` do, and the boot: a
+reboot has undone it all.
+
+Each change is a new file that takes the old one's place, so that there is always a whole one. One process writes, the
+one that has the machine's name; its threads take turns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from kvmpy.errors import HostError, errno_name
+from kvmpy.host.network import VfChange
+from kvmpy.host.ownership import Mark, process_start
+from kvmpy.host.rundir import PCI_JOURNAL, PCI_JOURNAL_NEW
+
+BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
+LARGEST: Final = 1 << 20
+AddressText = Annotated[str, Meta(pattern=r"^[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]\Z")]
+DriverText = Annotated[str, Meta(pattern=r"^([A-Za-z0-9_][A-Za-z0-9_.-]{0,63})?\Z")]
+
+
+class VfRecord(msgspec.Struct, frozen=True):
+    """What was changed at a virtual function, by way of the PF with that network interface."""
+
+    interface: Annotated[str, Meta(min_length=1, max_length=15)]
+    number: Annotated[int, Meta(ge=0, le=65535)]
+    change: VfChange
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One function. ``rebound``: it had ``driver`` and ``override`` (empty for none) and was given to vfio-pci."""
+
+    address: AddressText
+    rebound: bool = False
+    driver: DriverText = ""
+    override: DriverText = ""
+    vf: VfRecord | None = None
+
+
+class Journal(msgspec.Struct, frozen=True):
+    """The whole file."""
+
+    boot: str
+    machine: str
+    pid: int
+    started: int
+    records: list[Record]
+
+    def from_this_boot(self) -> bool:
+        """Whether what it says can still be so."""
+        return self.boot == _boot()
+
+    def alive(self) -> bool:
+        """Whether its process runs."""
+        return Mark(self.machine, self.pid, self.started).alive()
+
+
+_writing = threading.Lock()
+# Made now: nothing is built beside running vCPUs.
+_decode: Final = msgspec.json.Decoder(Journal).decode
+_encode: Final = msgspec.json.Encoder().encode
+
+
+def load(directory: str) -> Journal | None:
+    """The journal in a runtime directory; None where there is none. Raises HostError where it cannot be understood."""
+    path = os.path.join(directory, PCI_JOURNAL)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be read; see what it is, and remove it") from e
+    with os.fdopen(fd, "rb") as file:
+        data = file.read(LARGEST)
+    try:
+        return _decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise HostError(
+            f"{path}: is not what kvmpy wrote: {e}; give back by hand what it names (docs/passthrough.md), remove it"
+        ) from e
+
+
+def put(directory: str, record: Record) -> None:
+    """Write ``record`` down, in the place of an earlier one of its function. Raises HostError."""
+    with _writing:
+        _save(directory, [*_others(directory, record.address), record])
+
+
+def drop(directory: str, address: str) -> None:
+    """Forget a function; with the last one the file goes. Raises HostError."""
+    with _writing:
+        _save(directory, _others(directory, address))
+
+
+def find(directory: str, address: str) -> Record | None:
+    """The record of a function. Raises HostError."""
+    journal = load(directory)
+    return next((record for record in journal.records if record.address == address), None) if journal else None
+
+
+def _others(directory: str, address: str) -> list[Record]:
+    journal = load(directory)
+    return [record for record in journal.records if record.address != address] if journal else []
+
+
+def _save(directory: str, records: list[Record]) -> None:
+    path = os.path.join(directory, PCI_JOURNAL)
+    try:
+        if not records:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        pid = os.getpid()
+        journal = Journal(_boot(), os.path.basename(directory), pid, process_start(pid), records)
+        new = os.path.join(directory, PCI_JOURNAL_NEW)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(new)
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(_encode(journal))
+            file.flush()
+            os.fsync(fd)
+        os.rename(new, path)
+        _sync(directory)
+    except OSError as e:
+        raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written; see the runtime directory") from e
+
+
+def _sync(directory: str) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _boot() -> str:
+    with open(BOOT_ID) as file:
+        return file.read().strip()

@@ -1,0 +1,142 @@
+"""Functions of the host for a machine: found, taken, opened, and given back whatever goes wrong."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from kvmpy.abi import ioctl
+from kvmpy.config.schema import VfioPci as VfioPciTable
+from kvmpy.config.values import Id, Mac, PciAddress
+from kvmpy.devices.vfio.container import Container
+from kvmpy.devices.vfio.pci import VfioPci
+from kvmpy.errors import HostError
+from kvmpy.host.memory import Mapping
+from kvmpy.host.reactor import Reactor
+from kvmpy.irq import MsiSink
+from kvmpy.machine import passthrough
+from kvmpy.machine.passthrough import Passthrough
+from kvmpy.memory import GuestMemory, Ram
+from tests.fakes.interrupts import FakeSink
+from tests.fakes.loop import open_descriptors
+from tests.fakes.vfio import ADDRESS, ERROR, GROUP, REQUEST, VfioKernel
+from tests.fakes.vfio_rig import reset_by
+
+TABLE = VfioPciTable(id=Id("host0"), host=PciAddress(ADDRESS))
+
+
+class Machine(NamedTuple):
+    directory: str
+    network: Any
+    memory: GuestMemory
+    io: Reactor
+    sink: MsiSink
+    groups: VfioKernel
+    report: Any
+
+
+class Claim:
+    """What takes a function from the host's driver; ``taken`` says whether it has it now."""
+
+    group = GROUP
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+        self.assigned: list[tuple[object, str | None, int | None]] = []
+
+    def __call__(self, address: str, journal_dir: str) -> Claim:
+        assert journal_dir == "/run/kvmpy/m"
+        self.taken.append(address)
+        return self
+
+    def assign(self, network: object, *, mac: str | None = None, vlan: int | None = None) -> None:
+        assert self.taken
+        self.assigned.append((network, mac, vlan))
+
+    def close(self) -> None:
+        self.taken.pop()
+
+
+class Rig:
+    def __init__(self, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        self.kernel = VfioKernel(directory)
+        monkeypatch.setattr(ioctl, "sys_ioctl", self.kernel)
+        monkeypatch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
+        monkeypatch.setattr(passthrough, "Container", lambda memory, groups: Container(memory, groups, str(directory)))
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.asked: list[VfioPci] = []
+        sink, self.io, memory = FakeSink(), Reactor("io"), GuestMemory()
+        mapping = Mapping(1 << 20)
+        for closing in (mapping.close, memory.close, sink.close, self.io.close, self.kernel.nic.close):
+            resources.callback(closing)
+        memory.add(Ram(0, 1 << 20, mapping))
+        self.claim = Claim()
+        machine = Machine("/run/kvmpy/m", "the helper", memory, self.io, sink, self.kernel, self._report)
+        self.passthrough = Passthrough(machine, self.claim)
+
+    def _report(self, event: str, **data: Any) -> None:
+        self.events.append((event, data))
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Rig]:
+    with ExitStack() as resources:
+        yield Rig(resources, monkeypatch, tmp_path)
+
+
+def test_a_function_is_taken_reset_and_given_back(rig: Rig) -> None:
+    with ExitStack() as resources:
+        function = rig.passthrough.make(TABLE, resources, rig.asked.append)
+        resources.callback(function.close)
+        assert rig.claim.taken == [ADDRESS]
+        assert rig.kernel.nic.resets == ["function"], "of what the host's driver left in it"
+        assert function.name == "host0"
+    assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+
+
+@pytest.mark.parametrize(
+    "request_name", ["VFIO_GROUP_GET_DEVICE_FD", "VFIO_DEVICE_RESET", "VFIO_DEVICE_SET_IRQS", "VFIO_IOMMU_MAP_DMA"]
+)
+def test_whatever_fails_is_located_and_undone(rig: Rig, request_name: str) -> None:
+    before = open_descriptors()
+    rig.kernel.fail(request_name, errno.EIO)
+    with ExitStack() as resources:
+        with pytest.raises(HostError, match=rf"^device\.host0\.host: .*{request_name}: EIO"):
+            rig.passthrough.make(TABLE, resources, rig.asked.append)
+        assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+        rig.kernel.nic.close()
+        assert open_descriptors() == before
+    rig.kernel.recover(request_name)
+    with ExitStack() as resources:
+        resources.callback(rig.passthrough.make(TABLE, resources, rig.asked.append).close)
+
+
+def test_what_the_host_says_of_a_device_becomes_an_event(rig: Rig) -> None:
+    with ExitStack() as resources:
+        function = rig.passthrough.make(TABLE, resources, rig.asked.append)
+        resources.callback(function.close)
+        rig.kernel.nic.signal(REQUEST)
+        rig.kernel.nic.signal(ERROR)
+        rig.io.start()
+        rig.io.stop()
+    assert rig.asked == [function], "to leave the guest"
+    reasons = [data.pop("reason") for _, data in rig.events if "reason" in data]
+    assert "AER" in reasons[0]
+    assert sorted(rig.events, key=str) == [
+        ("DEVICE_BROKEN", {"device": "host0"}),
+        ("DEVICE_WANTED_BACK", {"device": "host0", "host": ADDRESS}),
+    ]
+
+
+def test_a_virtual_function_is_given_its_address_and_network_before_it_is_opened(rig: Rig) -> None:
+    table = msgspec.structs.replace(TABLE, mac=Mac("52:54:00:12:34:56"), vlan=7)
+    with ExitStack() as resources:
+        resources.callback(rig.passthrough.make(table, resources, rig.asked.append).close)
+        resources.callback(rig.passthrough.make(TABLE, resources, rig.asked.append).close)
+    assert rig.claim.assigned == [("the helper", "52:54:00:12:34:56", 7)], "and no other is touched"

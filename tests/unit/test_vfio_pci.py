@@ -1,0 +1,632 @@
+"""A function of the host in the guest: what the guest sees, what reaches the device, how it leaves."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvmpy.abi.vfio import Extent
+from kvmpy.devices.pci.config import Command
+from kvmpy.devices.vfio import pci
+from kvmpy.devices.vfio.pci import without
+from kvmpy.errors import HostError, IoctlError
+from kvmpy.irq import MsiMessage
+from kvmpy.state import load, save
+from tests.counts import count
+from tests.fakes.loop import open_descriptors
+from tests.fakes.vfio import ADDRESS, ERROR, INTX, MSI, MSIX, REQUEST, SERIAL, FakeNic, config_space
+from tests.fakes.vfio_rig import BAR0, BAR1, BAR2, BAR4, ON, NicRig, reset_by
+
+MESSAGE = MsiMessage(0xFEE0_1000, 0x4041)
+
+
+@pytest.fixture
+def nic() -> FakeNic:
+    return FakeNic()
+
+
+@pytest.fixture
+def rig(nic: FakeNic, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[NicRig]:
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        yield rig
+
+
+def make(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nic: FakeNic) -> None:
+    """Try to; nothing may be left of a failure."""
+    with ExitStack() as resources:
+        NicRig(resources, monkeypatch, tmp_path, nic)
+
+
+# Configuration space
+
+
+def test_the_guest_sees_the_devices_identity_as_a_single_endpoint(rig: NicRig) -> None:
+    config = rig.config
+    assert (config.read(0, 4), config.read(8, 4), config.read(0x2C, 4)) == (0x10CA_8086, 0x0200_0001, 0x1100_1AF4)
+    assert config.read(0x0E, 1) == 0, "neither a bridge nor one of several functions"
+    assert config.read(0x3D, 1) == 1
+    assert config.read(0x30, 4) == 0, "no ROM"
+
+
+def test_only_known_capabilities_are_shown(rig: NicRig) -> None:
+    assert {kind for kind, _ in rig.config.capabilities()} == {0x01, 0x05, 0x10, 0x11}
+    assert rig.config.read(0x100, 4) == 0x0001_0003, "of the extended ones the serial number, alone"
+    assert rig.config.read(0x104, 8) == SERIAL
+
+
+def test_reset_by_the_guest_is_not_offered(rig: NicRig) -> None:
+    assert not rig.config.read(rig.config.capability(0x10) + 4, 4) >> 28 & 1
+
+
+@pytest.mark.parametrize(("written", "is_now"), [(3, 3), (1, 0), (2, 0), (0, 0), (0xFFFF, 3)])
+def test_power_states_are_names(rig: NicRig, written: int, is_now: int) -> None:
+    rig.enable()
+    at = rig.config.capability(0x01) + 4
+    rig.config.write(at, 2, written)
+    assert rig.config.read(at, 2) == 0x0008 | is_now
+    assert rig.nic.command & ON == ON, "and the device knows nothing of it"
+
+
+def test_bars_have_the_devices_kinds_and_sizes(rig: NicRig) -> None:
+    sizes = [rig.config.size_bar(0x10 + 4 * index)[1] for index in range(6)]
+    assert sizes == [0xFFFF_8000, 0xFFFF_FFE1, 0xFFFF_C00C, 0xFFFF_FFFF, 0xFFFF_FF00, 0]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 0x1FF), st.sampled_from([1, 2, 4, 8]), st.integers(0, 2**64 - 1), st.booleans()),
+        max_size=30,
+    )
+)
+@settings(max_examples=count(40, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_is_written_nothing_but_three_command_bits_reaches_the_device(
+    rig: NicRig, writes: list[tuple[int, int, int, bool]]
+) -> None:
+    before = bytes(rig.nic.peek(7, at, 1) for at in range(0x200))
+    constant = [(at, rig.config.read(at, 4)) for at in (0x00, 0x08, 0x2C, 0x34)]
+    for offset, size, value, read in writes:
+        if read:
+            rig.function.config_read(offset, size)
+        else:
+            rig.function.config_write(offset, size, value & (1 << 8 * size) - 1)
+    after = bytes(rig.nic.peek(7, at, 1) for at in range(0x200))
+    assert [at for at in range(0x200) if before[at] != after[at]] in ([], [4])
+    assert rig.nic.command == rig.config.read(4, 2) & ON
+    assert [(at, rig.config.read(at, 4)) for at in (0x00, 0x08, 0x2C, 0x34)] == constant
+    assert set(rig.nic.triggers) & {INTX, MSI, MSIX} == ({rig.function._irqs.kind} - {None})
+
+
+# BARs
+
+
+def test_whole_pages_are_mapped_while_the_function_decodes_and_the_rest_exits(rig: NicRig) -> None:
+    assert rig.slots == {}
+    rig.enable()
+    assert rig.slots == {BAR0: 0x8000, BAR2 + 0x1000: 0x1000, BAR2 + 0x3000: 0x1000}
+    rig.config.enable(Command.BUS_MASTER)
+    assert rig.slots == {}
+    rig.enable()
+    rig.config.place(0, BAR0 + 0x10_0000)
+    assert rig.slots[BAR0 + 0x10_0000] == 0x8000
+    assert BAR0 not in rig.slots
+
+
+def test_what_is_mapped_is_the_device_itself(rig: NicRig) -> None:
+    rig.enable()
+    rig.nic.poke(0, 0x40, 4, 0x1234_5678)
+    assert rig.board.mmio.read(BAR0 + 0x40, 4) == 0x1234_5678, "the same where it exits"
+    _, hva = rig.board.doorbells.slots[BAR0]
+    from kvmpy._native import ffi
+
+    assert ffi.cast("uint32_t *", hva)[0x10] == 0x1234_5678
+
+
+def test_accesses_to_ports_small_bars_and_the_rest_of_msix_pages_reach_the_device(rig: NicRig) -> None:
+    rig.enable()
+    rig.board.pio.write(BAR1 + 4, 4, 0xCAFE)
+    rig.board.mmio.write(BAR4 + 8, 8, 0x1122_3344_5566_7788)
+    rig.board.mmio.write(BAR2 + 0x800, 4, 0xBEEF)
+    assert (rig.nic.peek(1, 4, 4), rig.nic.peek(4, 8, 8), rig.nic.peek(2, 0x800, 4)) == (
+        0xCAFE,
+        0x1122_3344_5566_7788,
+        0xBEEF,
+    )
+    assert rig.board.pio.read(BAR1 + 4, 4) == 0xCAFE
+
+
+def test_the_msix_table_is_ours_and_the_devices_is_not_touched(rig: NicRig) -> None:
+    rig.enable()
+    rig.entry(1, masked=True)
+    assert rig.board.mmio.read(BAR2 + 0x10, 8) == 0xFEE0_1000
+    assert rig.nic.peek(2, 0x10, 8) == 0
+
+
+def test_only_the_areas_that_the_kernel_allows_are_mapped(
+    nic: FakeNic, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nic.areas = {0: [(0x1000, 0x2000), (0x800, 0x1000), (0x7000, 0x2000), (0x4000, 0)], 2: []}
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        rig.enable()
+        assert rig.slots == {BAR0 + 0x1000: 0x2000}, "those that make sense"
+
+
+def test_a_bar_that_cannot_be_mapped_or_given_a_slot_exits(rig: NicRig) -> None:
+    rig.board.doorbells.refuses = IoctlError("KVM_SET_USER_MEMORY_REGION", errno.EINVAL)
+    rig.enable()
+    assert rig.slots == {}
+    rig.nic.poke(0, 0x40, 4, 77)
+    assert rig.board.mmio.read(BAR0 + 0x40, 4) == 77
+
+
+def test_the_device_decodes_before_it_is_mapped_and_until_it_is_not(
+    rig: NicRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    shortcuts = rig.board.doorbells
+    direct = shortcuts.direct
+
+    class Slots(dict[int, tuple[int, int]]):
+        def pop(self, gpa: int, *_: object) -> tuple[int, int]:
+            seen.append(("unmapped", rig.nic.command & Command.MEMORY))
+            return super().pop(gpa)
+
+    def mapping(gpa: int, size: int, hva: int) -> object:
+        seen.append(("mapped", rig.nic.command & Command.MEMORY))
+        return direct(gpa, size, hva)
+
+    monkeypatch.setattr(shortcuts, "direct", mapping)
+    monkeypatch.setattr(shortcuts, "slots", Slots())
+    rig.enable()
+    rig.config.enable(0)
+    assert seen == [("mapped", 2)] * 3 + [("unmapped", 2)] * 3
+    assert rig.nic.command & ON == 0
+
+
+def test_a_device_that_is_gone_reads_as_all_ones(rig: NicRig) -> None:
+    rig.enable()
+    region = rig.function.device.bars[0]
+    object.__setattr__(region, "offset", 1 << 40)
+    assert rig.board.mmio.read(BAR0 + 0x40, 4) == 0xFFFF_FFFF
+    rig.board.mmio.write(BAR0 + 0x40, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("areas", "trapped", "expected"),
+    [
+        ([(0, 0x8000)], [], [(0, 0x8000)]),
+        ([(0, 0x8000)], [(0x10, 0x50)], [(0x1000, 0x7000)]),
+        ([(0, 0x8000)], [(0x2010, 0x50), (0x3FF8, 0x10)], [(0, 0x2000), (0x5000, 0x3000)]),
+        ([(0, 0x1000)], [(0, 0x10)], []),
+        ([(0x1000, 0x1000), (0x4000, 0x1000)], [(0x4000, 8)], [(0x1000, 0x1000)]),
+        ([(0x4000, 0x2000)], [(0, 0x8000)], []),
+    ],
+)
+def test_what_is_left_of_areas_shares_no_page_with_what_is_trapped(
+    areas: list[tuple[int, int]], trapped: list[tuple[int, int]], expected: list[tuple[int, int]]
+) -> None:
+    found = list(without([Extent(*area) for area in areas], [Extent(*part) for part in trapped]))
+    assert found == [Extent(*area) for area in expected]
+
+
+# Interrupts
+
+
+def test_msix_reaches_the_guest_as_the_table_says(rig: NicRig) -> None:
+    rig.enable()
+    assert rig.nic.triggers.keys() & {INTX, MSI, MSIX} == {INTX}
+    rig.msix(0xC000)
+    assert len(rig.nic.triggers[MSIX]) == 5, "all of them, before Linux has filled the table"
+    rig.entry(2, masked=False)
+    rig.msix(0x8000)
+    rig.nic.signal(MSIX, 2)
+    assert rig.board.sink.take() == [MESSAGE]
+
+
+def test_what_comes_while_a_vector_is_masked_is_pending_and_comes_then(rig: NicRig) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    rig.entry(1, masked=True)
+    rig.nic.signal(MSIX, 1)
+    assert rig.board.mmio.read(BAR2 + 0x2000, 8) == 0b10
+    assert rig.board.sink.take() == []
+    rig.board.mmio.write(BAR2 + 0x1C, 4, 0)
+    assert rig.board.sink.take() == [MESSAGE]
+    assert rig.board.mmio.read(BAR2 + 0x2000, 8) == 0
+
+
+def test_masking_asks_nothing_of_the_host(rig: NicRig) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    rig.kernel.seen.clear()
+    for masked in (False, True, False):
+        rig.entry(0, masked=masked)
+    rig.msix(0xC000)
+    assert rig.kernel.named("VFIO_DEVICE_SET_IRQS") == []
+
+
+def test_msi_reaches_the_guest(rig: NicRig) -> None:
+    rig.enable()
+    at = rig.config.capability(0x05)
+    rig.config.write(at + 4, 8, MESSAGE.address)
+    rig.config.write(at + 0xC, 2, MESSAGE.data)
+    rig.config.write(at + 2, 2, 1)
+    assert rig.nic.triggers.keys() & {INTX, MSI, MSIX} == {MSI}
+    rig.nic.signal(MSI)
+    assert rig.board.sink.take() == [MESSAGE]
+    rig.config.write(at + 2, 2, 0)
+    assert rig.nic.triggers.keys() & {INTX, MSI, MSIX} == {INTX}
+
+
+def test_intx_drives_the_line_of_the_slot_in_the_kernel(rig: NicRig) -> None:
+    rig.enable()
+    attached = [line.attached for line in rig.board.lines]
+    (line,) = [found for found in attached if found]
+    assert [bool(found) for found in attached] == [False, True, False, False], "INTA of device 1"
+    assert rig.nic.triggers[INTX] == [line[0].trigger.fd]
+    assert rig.nic.unmask == line[0].resample.fd
+    rig.config.enable(ON | Command.INTX_DISABLE)
+    assert INTX not in rig.nic.triggers
+    assert not line
+
+
+def test_status_says_whether_the_device_asserts_its_line(rig: NicRig) -> None:
+    rig.enable()
+    assert not rig.config.read(6, 2) & 8
+    rig.nic.poke(7, 6, 2, 0x0018)
+    assert rig.config.read(6, 2) & 8
+    assert rig.config.read(4, 4) >> 16 & 8
+    rig.msix(0x8000)
+    assert not rig.config.read(6, 2) & 8
+
+
+def test_a_host_without_vectors_costs_the_guest_its_interrupts_and_no_more(
+    rig: NicRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    rig.enable()
+    rig.kernel.most_vectors = 3
+    rig.msix(0x8000)
+    assert "its interrupts (MSIX) do not reach the guest: VFIO_DEVICE_SET_IRQS: ENOSPC: the host has 3" in caplog.text
+    rig.kernel.most_vectors = 64
+    rig.msix(0)
+    rig.msix(0x8000)
+    assert len(rig.nic.triggers[MSIX]) == 5
+
+
+# Release, reset, and the host's own wishes
+
+
+def test_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: NicRig) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    rig.entry(0, masked=False)
+    order: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def resetting() -> None:
+        order.append("reset")
+        begun.set()
+        assert go_on.wait(20)
+
+    rig.nic.resetting = resetting
+    with rig.function.lock:
+        rig.function.release()
+        assert rig.nic.command & ON == 0, "no DMA"
+        assert not rig.nic.triggers.keys() & {INTX, MSI, MSIX}
+        assert rig.function.config_read(0, 4) == 0xFFFF_FFFF
+        assert rig.slots == {}
+        assert all(vector.message is None for vector in rig.board.sink.vectors)
+    assert begun.wait(20)
+    assert rig.function.config_read(0, 4) == 0xFFFF_FFFF
+    go_on.set()
+    rig.settle()
+    assert rig.nic.command_at_reset == [rig.nic.command_at_reset[0] & ~ON]
+    assert (rig.nic.resets, order) == (["function"], ["reset"])
+    assert rig.function.config_read(0, 4) == 0xFFFF_FFFF, "for good"
+    rig.function.config_write(4, 2, ON)
+    assert rig.nic.command & ON == 0
+
+
+def test_bus_master_goes_before_interrupts_and_before_memory(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    seen: list[object] = []
+    device = rig.function.device
+    set_command, disable = device.set_command, device.disable
+
+    def setting(bits: int) -> bool:
+        seen.append(bits)
+        return set_command(bits)
+
+    def disabling(index: int) -> None:
+        seen.append("off")
+        disable(index)
+
+    monkeypatch.setattr(device, "set_command", setting)
+    monkeypatch.setattr(device, "disable", disabling)
+    with rig.function.lock:
+        rig.function.release()
+    assert seen == [ON & ~Command.BUS_MASTER, "off", 0]
+    rig.settle()
+
+
+def test_close_waits_for_the_reset(rig: NicRig) -> None:
+    begun, go_on, closed = threading.Event(), threading.Event(), threading.Event()
+
+    def resetting() -> None:
+        begun.set()
+        assert go_on.wait(20)
+
+    def closing() -> None:
+        rig.function.close()
+        closed.set()
+
+    rig.nic.resetting = resetting
+    rig.port.unplug()
+    with rig.function.lock:
+        rig.function.release()
+    thread = threading.Thread(target=closing)
+    thread.start()
+    assert begun.wait(20)
+    assert not closed.wait(0.05)
+    assert rig.kernel.maps, "nor is memory unmapped"
+    go_on.set()
+    assert closed.wait(20)
+    thread.join()
+    assert rig.kernel.maps == {}
+
+
+def test_a_device_in_use_is_stopped_and_reset_before_the_host_has_it_back(rig: NicRig) -> None:
+    rig.enable()
+    rig.nic.poke(0, 0x40, 4, 0x55)
+    rig.function.close()
+    rig.function.close()
+    assert rig.nic.resets == ["function"]
+    assert rig.nic.command & ON == 0
+    assert rig.nic.peek(0, 0x40, 4) == 0
+    assert rig.slots == {}
+
+
+def test_fifty_come_and_go_and_leave_nothing(rig: NicRig) -> None:
+    rig.port.unplug()
+    rig.function.close()
+    rig.nic.close()
+    before, threads = open_descriptors(), threading.active_count()
+    for _ in range(50):
+        rig.function = rig.make()
+        rig.plug()
+        rig.enable()
+        assert len(rig.kernel.maps) == 1
+        with rig.function.lock:
+            rig.function.release()
+        rig.port.unplug()
+        rig.function.close()
+        assert rig.kernel.maps == {}
+    rig.nic.close()
+    assert threading.active_count() == threads
+    assert open_descriptors() == before
+
+
+def test_a_system_reset_resets_the_device_and_it_answers_at_once(rig: NicRig) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    rig.nic.poke(0, 0x40, 4, 0x55)
+    with rig.function.lock:
+        rig.function.reset()
+    assert rig.nic.resets == ["function"]
+    assert rig.nic.peek(0, 0x40, 4) == 0
+    assert rig.config.read(0, 4) == 0x10CA_8086
+    assert rig.config.read(4, 2) == 0
+    rig.enable()
+    assert rig.slots[BAR0] == 0x8000
+    assert rig.nic.command & ON == ON
+
+
+def test_a_link_that_went_down_comes_back_with_a_device_that_is_reset(rig: NicRig) -> None:
+    rig.enable()
+    go_on = threading.Event()
+    rig.nic.resetting = lambda: go_on.wait(20)
+    rig.port_config.write(0x3E, 2, 0x40)
+    rig.port_config.write(0x3E, 2, 0)
+    assert rig.config.read(0, 4) == 0xFFFF_FFFF, "not yet, which Linux waits for"
+    go_on.set()
+    rig.settle()
+    assert rig.config.read(0, 4) == 0x10CA_8086
+    assert rig.nic.resets == ["function"]
+    rig.enable()
+    assert rig.slots[BAR0] == 0x8000
+
+
+def test_a_reset_that_fails_breaks_the_device_and_a_later_one_mends_it(
+    rig: NicRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EIO)
+    with rig.function.lock:
+        rig.function.reset()
+    assert broken == [f"{ADDRESS}: VFIO_DEVICE_RESET: EIO: it has not been reset"]
+    assert rig.function.info()["broken"] == broken[0]
+    assert rig.config.read(0, 4) == 0xFFFF_FFFF
+    rig.kernel.recover("VFIO_DEVICE_RESET")
+    with rig.function.lock:
+        rig.function.reset()
+    assert rig.function.info()["broken"] is None
+    assert rig.config.read(0, 4) == 0x10CA_8086
+
+
+def test_a_system_reset_does_not_wait_for_ever(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pci, "RESET_SECONDS", 0.01)
+    go_on = threading.Event()
+    rig.nic.resetting = lambda: go_on.wait(20)
+    with rig.function.lock:
+        rig.function.reset()
+    assert "has not come out of its reset" in rig.function.info()["broken"]
+    go_on.set()
+    rig.settle()
+
+
+def test_an_error_of_the_device_stops_it_and_is_told(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.signal(ERROR)
+    rig.io.start()
+    rig.io.stop()
+    assert broken == ["the host reports an error that the device cannot recover from (AER)"]
+    assert rig.nic.command & ON == 0
+    assert rig.config.read(0, 4) == 0xFFFF_FFFF
+
+
+def test_the_host_that_wants_it_back_is_heard(rig: NicRig) -> None:
+    wanted: list[bool] = []
+    rig.function.on_wanted_back = lambda: wanted.append(True)
+    rig.enable()
+    rig.nic.signal(REQUEST)
+    rig.io.start()
+    rig.io.stop()
+    assert wanted == [True]
+    assert rig.nic.command & ON == ON, "and decides nothing"
+
+
+def test_it_blocks_migration_and_its_state_is_what_the_guest_sees(rig: NicRig) -> None:
+    assert "unplug it" in (rig.function.blocks_migration or "")
+    rig.enable()
+    rig.msix(0x8000)
+    rig.entry(1, masked=False)
+    rig.function.pause()
+    section = save(rig.function.state)
+    with rig.function.lock:
+        rig.function.reset()
+        rig.function.state = load(type(rig.function.state), section)
+        rig.function.post_load()
+    assert save(rig.function.state) == section
+    assert rig.nic.command & ON == ON
+    rig.nic.signal(MSIX, 1)
+    assert rig.board.sink.take() == [MESSAGE]
+
+
+def test_an_operator_sees_where_it_is_and_how_it_is_reset(rig: NicRig) -> None:
+    facts = rig.function.info()
+    assert (facts["host"], facts["reset"], facts["broken"]) == (ADDRESS, "flr", None)
+
+
+# What is refused
+
+
+def no_dependents(nic: FakeNic) -> None:
+    nic.dependents = ()
+
+
+def shared_bus(nic: FakeNic) -> None:
+    nic.dependents = (ADDRESS, "0000:5e:00.3")
+
+
+def bridge(nic: FakeNic) -> None:
+    nic.config = config_space(header_type=1)
+
+
+def gone(nic: FakeNic) -> None:
+    nic.config = bytearray(b"\xff" * 4096)
+
+
+def no_pci(nic: FakeNic) -> None:
+    nic.flags = 0
+
+
+def odd_size(nic: FakeNic) -> None:
+    nic.regions[0] = (0x3000, 7)
+
+
+def region_in_the_upper_half(nic: FakeNic) -> None:
+    nic.regions[3] = (0x1000, 7)
+
+
+def io_too_large(nic: FakeNic) -> None:
+    nic.regions[1] = (0x1000, 3)
+
+
+def table_outside(nic: FakeNic) -> None:
+    nic.config[0xA4:0xA8] = (0x4000 | 2).to_bytes(4, "little")
+
+
+def table_in_no_bar(nic: FakeNic) -> None:
+    nic.config[0xA4:0xA8] = (5).to_bytes(4, "little")
+
+
+def table_in_ports(nic: FakeNic) -> None:
+    nic.config[0xA4:0xA8] = (1).to_bytes(4, "little")
+
+
+def table_over_pending_bits(nic: FakeNic) -> None:
+    nic.config[0xA8:0xAC] = (0x20 | 2).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "method", "problem"),
+    [
+        (no_dependents, "bus", "cannot be reset, neither by itself nor by its bus"),
+        (shared_bus, "bus", r"only with its whole bus, where 0000:5e:00\.3 would be reset too"),
+        (bridge, "flr", "is a bridge"),
+        (gone, "flr", "configuration space cannot be read"),
+        (no_pci, "flr", "is no PCI device to VFIO"),
+        (odd_size, "flr", r"BAR 0, 0x3000 bytes, makes no sense"),
+        (region_in_the_upper_half, "flr", "BAR 3, 0x1000 bytes, makes no sense"),
+        (io_too_large, "flr", "BAR 1 cannot have 0x1000 bytes"),
+        (table_outside, "flr", "its MSI-X makes no sense"),
+        (table_in_no_bar, "flr", "its MSI-X makes no sense"),
+        (table_in_ports, "flr", "its MSI-X makes no sense"),
+        (table_over_pending_bits, "flr", "its MSI-X makes no sense"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_what_makes_no_sense_is_refused_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, nic: FakeNic, spoil: object, method: str, problem: str
+) -> None:
+    assert callable(spoil)
+    spoil(nic)
+    before = open_descriptors()
+    monkeypatch.setattr("tests.fakes.vfio_rig.reset_by", lambda _: reset_by(method))
+    with pytest.raises(HostError, match=problem):
+        make(monkeypatch, tmp_path, nic)
+    nic.close()
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("interrupts", [{}, {INTX: 1}, {MSIX: 5}, {MSI: 1}])
+def test_interrupts_that_the_kernel_cannot_deliver_are_not_offered(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupts: dict[int, int]
+) -> None:
+    nic = FakeNic(counts=interrupts)
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        rig.enable()
+        kinds = {kind for kind, _ in rig.config.capabilities()}
+        assert (0x11 in kinds, 0x05 in kinds) == (MSIX in interrupts, MSI in interrupts)
+        assert rig.config.read(0x3D, 1) == (INTX in interrupts)
+        assert set(nic.triggers) == set(interrupts) & {INTX}
+
+
+def test_nothing_is_logged_as_an_error_in_a_quiet_life(rig: NicRig, caplog: pytest.LogCaptureFixture) -> None:
+    rig.enable()
+    rig.msix(0x8000)
+    rig.config.enable(0)
+    with rig.function.lock:
+        rig.function.release()
+    rig.settle()
+    rig.port.unplug()
+    rig.function.close()
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []
