@@ -108,7 +108,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.on_wanted_back: Callable[[], object] = lambda: None
         self._passed = 0
         self._answers = False
-        self._released = False
+        self._used = False  # the guest may have changed it since its last reset
         self._irqs = Interrupts(name, device, self.intx)
         self._resetter = Resetter(name, device.reset)
         self._watched: list[EventFd] = []
@@ -153,8 +153,6 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def reset(self) -> None:
         """A system reset: the device's too, no longer than RESET_SECONDS. No vCPU runs."""
-        if self._released:
-            return
         self._quiesce()
         self._resetter.start()
         if not self._resetter.wait(RESET_SECONDS):
@@ -162,26 +160,35 @@ class VfioPci(PciFunction[VfioPciState]):
         elif self._resetter.error is not None:
             self._break(str(self._resetter.error))
         else:
-            self.broken, self._answers = None, True
+            self.broken, self._used, self._answers = None, False, True
 
     def bus_reset(self) -> None:
         """The link above went down. It answers again when its reset has ended, for which a driver waits."""
         if self._answers:  # else it is being reset, or broken, and is as at power-on to the guest
             self._quiesce()
-            self._resetter.start(self._after_bus_reset)
+            if self._used:
+                self._resetter.start(self._after_bus_reset)
+            else:
+                self._answers = True
 
     def release(self) -> None:
-        """R26, in this order: no DMA, no interrupts, no answers, a reset on a thread of its own. What remains is
-        `close`, which waits for that.
+        """R26, in this order: no DMA, no interrupts, no answers, a reset on a thread of its own.
+
+        Closing waits for that, and so must whoever wants to plug it in again: `finish_reset`.
         """
-        self._released = True
         self.bus_reset()
+
+    def finish_reset(self) -> bool:
+        """Wait until no reset is under way; whether it can be plugged in. By a thread that may block, without locks."""
+        self._resetter.join()
+        return self._answers
 
     def close(self) -> None:
         """Give the device back, reset: it takes as long as that. Nothing happens if it is closed."""
         with self.lock:
-            self.release()  # unless it has been
+            self.bus_reset()
         self._resetter.join()
+        self._answers = False
         for event in self._watched:
             self._io.unwatch(event.fd)
         super().close()
@@ -278,7 +285,7 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _pass(self, bits: int) -> None:
         if bits != self._passed:
-            self._passed = bits
+            self._passed, self._used = bits, self._used or bool(bits)
             if not self.device.set_command(bits):
                 log.warning("%s: the device does not answer: its command register cannot be set", self.name)
 
@@ -307,12 +314,12 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _after_bus_reset(self) -> None:
         with self.lock:
-            if self._released or not self._resetter.is_over:
+            if not self._resetter.is_over:  # another has begun since
                 return
             if self._resetter.error is not None:
                 self._break(str(self._resetter.error))
             else:
-                self._answers = True
+                self._used, self._answers = False, True
 
     def _break(self, why: str) -> None:
         self._quiesce()
