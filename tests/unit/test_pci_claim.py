@@ -240,9 +240,12 @@ def test_next_start_gives_back_what_a_crash_at_any_step_left(
     assert os.listdir(run) == []
 
 
-def test_start_leaves_alone_what_a_living_process_has(sysfs: FakeSysfs, run: str) -> None:
+def test_start_leaves_alone_what_a_living_process_has(
+    sysfs: FakeSysfs, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
     function = claim(sysfs, run)
     recover(run, sysfs.host)
+    assert caplog.messages == []
     assert sysfs.driver(NIC) == "vfio-pci"
     function.close()
 
