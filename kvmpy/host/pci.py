@@ -111,11 +111,11 @@ class HostFunction:
         if self._lock < 0:
             return
         try:
-            self.withdraw()
-            _give_back(self._function, self._record)
-            self._note(rebound=False, driver="", override="")
-        except HostError as e:
-            log.warning("%s; the next start of this machine tries it again", e)
+            for undo in (self.withdraw, self._unbind):
+                try:
+                    undo()
+                except HostError as e:
+                    log.warning("%s; the next start of this machine tries it again", e)
         finally:
             os.close(self._lock)
             self._lock = -1
@@ -134,9 +134,13 @@ class HostFunction:
                 raise HostError(f"{self.address}: {obstacle}")
         except BaseException:  # a signal that ends us among them
             with contextlib.suppress(HostError):  # what cannot be given back stays in the journal
-                _give_back(function, self._record)
-                self._note(rebound=False, driver="", override="")
+                self._unbind()
             raise
+
+    def _unbind(self) -> None:
+        """Undo `_bind`. Raises HostError."""
+        _give_back(self._function, self._record)
+        self._note(rebound=False, driver="", override="")
 
     def _note(self, **changes: object) -> None:
         """Write down what is about to be changed, or has been put back."""
@@ -168,8 +172,7 @@ def recover(journal_dir: str, host: Host = HOST) -> None:
 def _recover(record: Record, machine: str, host: Host) -> None:
     """Give one function back, but not away from whoever has it by now. Raises HostError."""
     if record.vf:
-        with closing(Network(machine)) as network:
-            network.put_vf_back(record.vf.interface, record.vf.number, record.vf.change)
+        _put_vf_back(record.vf, machine)
     function = SysfsFunction(record.address, host)
     if not function.exists():
         return
@@ -179,6 +182,15 @@ def _recover(record: Record, machine: str, host: Host) -> None:
     finally:
         os.close(lock)
     log.info("%s: given back to %s", function.address, record.driver or "no driver")
+
+
+def _put_vf_back(vf: VfRecord, machine: str) -> None:
+    """Put the settings of a virtual function back; where that fails there is mostly none of that number any more."""
+    with closing(Network(machine)) as network:
+        try:
+            network.put_vf_back(vf.interface, vf.number, vf.change)
+        except HostError as e:
+            log.warning("%s", e)
 
 
 def _lock(function: SysfsFunction, in_the_way: Callable[[SysfsFunction], Iterator[Obstacle]]) -> int:

@@ -123,7 +123,11 @@ class SysfsFunction:
 
         Like any lock of flock(2) this goes with its holder. Raises HostError.
         """
-        fd = os.open(f"{self.path}/config", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        path = f"{self.path}/config"
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as e:
+            raise HostError(f"{self.address}: {path}: {errno_name(e.errno or 0)}: has it been removed?") from e
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

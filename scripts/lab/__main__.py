@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     shell = tasks.add_parser("shell", help="start an emulated host and a shell in it; the host ends with the shell")
     shell.set_defaults(tty=True, command=["bash"])
     for task in (run, shell):
-        task.add_argument("--cpus", type=int, default=CPUS)
+        task.add_argument("--cpus", type=int, default=CPUS, help="more than one is unsafe with QEMU 7.2")
         task.add_argument("--memory", default="3G")
         task.add_argument("--hardware", choices=HARDWARE, help="NICs to pass through, with an IOMMU and a bridge")
         task.add_argument("--seconds", type=int, default=LIFETIME_SECONDS, help="the host ends after that time")
@@ -66,7 +66,7 @@ def _leave(number: int, _frame: FrameType | None) -> NoReturn:
 def _make_images() -> int:
     begin = time.monotonic()
     made = images.make()
-    print(f"{'qemu':8} {made.qemu.program}")
+    print(f"{'igb':8} {made.igb_qemu.program}")
     for name, boot in {"host": made.host, **made.guests}.items():
         print(f"{name:8} {boot.vmlinuz} {boot.vmlinux} {boot.initrd}")
     print(f"{'disk':8} {made.guest_root}")

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from scripts.lab import qemu
+
 UPLINK_MAC: Final = "52:54:00:00:00:01"
 STATION_MAC: Final = "52:54:00:00:00:09"
 NIC_MACS: Final = ("52:54:00:00:01:00", "52:54:00:00:01:01", "52:54:00:00:01:02", "52:54:00:00:01:03")
@@ -46,6 +48,11 @@ class Hardware:
     nics: tuple[Nic, ...]
     passed: str
     vfs: int = 0
+
+    @property
+    def needs_igb(self) -> bool:
+        """Whether not every QEMU has what it takes."""
+        return any(nic.model == qemu.MODEL for nic in self.nics)
 
     def qemu_arguments(self) -> list[str]:
         """The words for QEMU."""

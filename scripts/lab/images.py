@@ -69,7 +69,7 @@ class Boot:
 
 @dataclass(frozen=True)
 class Images:
-    qemu: qemu.Qemu  # what plays the hosts
+    igb_qemu: qemu.Qemu  # for the hosts that need one with igb
     host: Boot
     host_modules: Path  # a lib/modules, for modprobe in an emulated host
     host_scratch: Path  # an empty file system
@@ -94,7 +94,7 @@ def make() -> Images:
         disk.make_scratch(scratch)
         disk.make_root(guest_root, _guest_files())
         return Images(
-            qemu=qemu.fetch(),
+            igb_qemu=qemu.fetch(),
             host=_boot(LAB / "host", generic, _host_archive(generic)),
             host_modules=generic.modules.parent,
             host_scratch=scratch,

@@ -1,9 +1,8 @@
-"""The QEMU that plays the hosts: one that has igb, the NIC whose SR-IOV virtual functions a host passes through.
+"""The QEMU that plays a host with igb, the NIC whose SR-IOV virtual functions are passed through.
 
 Debian 13's has it. For Debian 12 the one in bookworm-backports is unpacked below ``.lab/``, from the mirror that apt
-uses already, with apt's lists and cache of its own: nothing of the system is touched or installed. All hosts get the
-same QEMU, with or without such a NIC: so there is one emulation to know, and it is the one that does not corrupt the
-memory of a host with several CPUs (docs/lab.md).
+uses already, with apt's lists and cache of its own: nothing of the system is touched or installed. All other hosts are
+played by the system's: guests boot a third faster in those of QEMU 7.2 than in those of 10.0.
 """
 
 from __future__ import annotations

@@ -240,9 +240,12 @@ def test_next_start_gives_back_what_a_crash_at_any_step_left(
     assert os.listdir(run) == []
 
 
-def test_start_leaves_alone_what_a_living_process_has(sysfs: FakeSysfs, run: str) -> None:
+def test_start_leaves_alone_what_a_living_process_has(
+    sysfs: FakeSysfs, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
     function = claim(sysfs, run)
     recover(run, sysfs.host)
+    assert caplog.messages == []
     assert sysfs.driver(NIC) == "vfio-pci"
     function.close()
 
@@ -381,6 +384,24 @@ def test_settings_that_the_pf_refuses_leave_the_function_claimed_and_no_trace(sy
     assert pci_journal.find(run, VF) == Record(VF, rebound=True, driver="igbvf")
     function.close()
     assert sysfs.state(VF) == ("igbvf", UNSET)
+
+
+def test_function_is_given_back_even_where_its_settings_cannot_be_put_back(
+    sysfs: FakeSysfs, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, function = FakeNetwork(), claim(sysfs, run, VF)
+    function.assign(network, mac=MAC)
+
+    def fail(*_: object) -> None:
+        raise HostError("the network helper, process 5, failed")
+
+    monkeypatch.setattr(network, "put_vf_back", fail)
+    function.close()
+    assert sysfs.state(VF) == ("igbvf", UNSET)
+    assert "the network helper, process 5, failed; the next start" in caplog.text
+    noted = pci_journal.find(run, VF)
+    assert noted is not None
+    assert (noted.rebound, noted.vf is not None) == (False, True)
 
 
 def test_function_that_is_no_virtual_one_takes_no_settings(sysfs: FakeSysfs, run: str) -> None:
