@@ -154,7 +154,7 @@ def test_a_network_device_is_removed_under_traffic(lab: Lab) -> None:
 
 
 def test_a_device_is_torn_out_and_the_guest_lives_on(lab: Lab) -> None:
-    """Linux's virtio drivers wait for ever for a device that is not there, so its slot is of use again after a reset."""
+    """Linux's virtio drivers wait for ever for a device that is not there: its slot is of use again after a reset."""
     lab.add_disk("vd9", "rp2")
     lab.guest.type("dmesg -c >/dev/null")
     lab.qmp("device_del", id="vd9", force="true")
