@@ -65,7 +65,6 @@ class Passthrough:
         """The function of ``table``, reset, and all RAM mapped: seconds. By a thread that no vCPU waits for.
 
         ``ask`` asks the guest to let it go, when the host wants it back: by the io thread.
-
         `close` of it is the caller's; what ``resources`` gets is to be closed after that. Raises HostError, beginning
         with the key it concerns, with nothing left behind.
         """

@@ -25,12 +25,12 @@ SEED: Final = int(os.environ.get("KVMPY_SEED", "20260101"))
 
 GUEST_LOOP: Final = (
     "n=; b=; while :; do"
-    " if [ -d /sys/class/net/eth0 ]; then [ $n ] || { n=1; ip addr add "
+    " if [ -d /sys/class/net/eth0 ]; then [ $n ] || { ip addr add "
     + GUEST
     + "/24 dev eth0; ip link set eth0 up; ping -c 1 -W 5 "
     + HOST
-    + "; }; else n=; fi;"
-    " if [ -b /dev/vda ]; then [ $b ] || { b=1; dd if=/proc/uptime of=/dev/vda conv=fsync; }; else b=; fi;"
+    + " && n=1; }; else n=; fi;"
+    " if [ -b /dev/vda ]; then [ $b ] || { dd if=/proc/uptime of=/dev/vda conv=fsync && b=1; }; else b=; fi;"
     " sleep 0.05; done >/dev/null 2>&1 &"
 )
 WORDS: Final = "modules=virtio_pci,virtio_net,virtio_blk"
