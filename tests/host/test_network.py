@@ -20,10 +20,10 @@ import pytest
 
 from kvmpy.errors import HostError
 from kvmpy.host.links import HALF_MADE, LinkError, Links
-from kvmpy.host.netlink import Namespace as Changes
 from kvmpy.host.netns import NetworkNamespace
 from kvmpy.host.network import Network, Port
 from kvmpy.host.ownership import Mark, process_start
+from kvmpy.host.ports import Namespace as Changes
 from kvmpy.host.tap import Tap
 from tests.counts import count
 from tests.host.conftest import Namespace

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from kvmpy.errors import HostError
 from kvmpy.host import netlink, network
-from kvmpy.host.netlink import Helper, answer, bridge_mac, serve
+from kvmpy.host.netlink import Helper, answer, serve
 from kvmpy.host.network import Network, Port
 from kvmpy.host.ownership import LONGEST, Before, Mark, process_start
+from kvmpy.host.ports import bridge_mac
 
 ME = Mark("web1", os.getpid(), process_start(os.getpid()))
 GOOD = {"do": "attach", "ifname": "tap0", "bridge": "br0", "mtu": None, "netns": None}

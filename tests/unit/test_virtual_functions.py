@@ -13,10 +13,12 @@ import pytest
 
 from kvmpy.errors import HostError
 from kvmpy.host import network
+from kvmpy.host.changes import Refused
 from kvmpy.host.links import Link, LinkError, Links, Vf
-from kvmpy.host.netlink import Helper, Refused, VirtualFunctions, answer
+from kvmpy.host.netlink import Helper, answer
 from kvmpy.host.network import Network, VfChange, VfSettings
 from kvmpy.host.ownership import Mark, process_start
+from kvmpy.host.virtual_functions import VirtualFunctions
 
 PF, INDEX = "enp94s0f0", 7
 MAC, OTHER, ZEROS = "52:54:00:6f:55:cc", "52:54:00:00:00:02", "00:00:00:00:00:00"
