@@ -105,7 +105,10 @@ class DevicePlugGuestError(Event, frozen=True, kw_only=True):
 
 
 class DeviceBroken(Event, frozen=True, kw_only=True):
-    """A device has stopped until its driver resets it: the guest broke its rules, or the host failed it."""
+    """A device has stopped until its driver resets it: the guest broke its rules, or the host failed it.
+
+    Told once a second for each device, the last always, as are both guest errors.
+    """
 
     NAME = "DEVICE_BROKEN"
     OURS = True

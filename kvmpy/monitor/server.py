@@ -17,6 +17,7 @@ from kvmpy.host.stream import Listener, SocketStream
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
 from kvmpy.monitor.session import Session
+from kvmpy.monitor.throttle import Throttle
 from kvmpy.monitor.worker import Workers
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ class MonitorServer:
             self._listener = Listener(machine.control, path, self._accept)
         except OSError as e:
             raise HostError(f"monitor.qmp: {path}: {refusal(e.errno, 'cannot listen there')}") from e
-        machine.listeners.append(self._on_event)
+        machine.listeners.append(Throttle(machine.control.timer, self._on_event).take)
 
     def close(self) -> None:
         """Hang up on everybody, and wait for what is under way."""

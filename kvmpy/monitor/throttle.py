@@ -1,0 +1,44 @@
+"""Events that a guest can cause without end, held back so that they crowd nobody out.
+
+As QEMU does with its own: the first goes out at once, and of those that follow within a second, about the same device,
+only the last, when that second is over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from kvmpy.devices.base import Timer
+
+THROTTLED: Final = frozenset({"DEVICE_BROKEN", "DEVICE_PLUG_GUEST_ERROR", "DEVICE_UNPLUG_GUEST_ERROR"})
+SECONDS: Final = 1.0
+
+Send = Callable[[str, dict[str, Any]], object]
+
+
+class Throttle:
+    """``send`` is given what may go out. In the control thread."""
+
+    def __init__(self, timer: Callable[[Callable[[], object]], Timer], send: Send) -> None:
+        self._timer, self._send = timer, send
+        self._held: dict[tuple[str, object], dict[str, Any] | None] = {}
+
+    def take(self, name: str, data: dict[str, Any]) -> None:
+        """An event has happened."""
+        key = name, data.get("device")
+        if name not in THROTTLED:
+            self._send(name, data)
+        elif key in self._held:
+            self._held[key] = data
+        else:
+            self._begin(key, data)
+
+    def _begin(self, key: tuple[str, object], data: dict[str, Any]) -> None:
+        self._send(key[0], data)
+        self._held[key] = None
+        self._timer(lambda: self._over(key)).arm(SECONDS)
+
+    def _over(self, key: tuple[str, object]) -> None:
+        if (data := self._held.pop(key)) is not None:
+            self._begin(key, data)
