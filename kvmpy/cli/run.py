@@ -21,7 +21,7 @@ from kvmpy.config.schema import Config, load, warnings
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
-from kvmpy.host.terminal import EscapeFilter, RawTerminal
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, in_background
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
@@ -59,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
             log.info("the guest's serial line is %s", machine.pty)
-        with _terminal(machine):
+        with ExitStack() as terminal:
+            with signals.ending():  # in the background it stops us until we are brought to the foreground
+                terminal.enter_context(_terminal(machine, signals))
             _settle_interpreter()
             signals.end_if_caught()
             machine.start()
@@ -136,6 +138,11 @@ class _Signals:
         self._at_once = False
         raise SystemExit(128 + number)
 
+    @property
+    def caught(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self._caught)
+
     def _act(self, machine: Machine, limit: float) -> None:
         for number in os.read(self._read_fd, 16):
             if number in ENDING:
@@ -186,7 +193,7 @@ def _finish_callback(machine: Machine) -> None:
     finished.wait()
 
 
-def _terminal(machine: Machine) -> AbstractContextManager[object]:
+def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[object]:
     """Raw mode and the escape key, where the guest's serial line is on a terminal."""
     if machine.config.console.serial != "stdio":
         return nullcontext()
@@ -202,7 +209,13 @@ def _terminal(machine: Machine) -> AbstractContextManager[object]:
         # Help is for who typed, not for the file or pipe that the guest's output may go to.
         machine.console.show if os.isatty(STDOUT) else lambda text: sys.stderr.write(text.decode()),
     )
-    return RawTerminal(STDIN)
+    if in_background(STDIN):
+        log.info(
+            "%s is stopped until it is brought to the foreground (fg); "
+            "to run it in the background, give its serial line another place, such as --set console.serial=pty",
+            machine.name,
+        )
+    return RawTerminal(STDIN, lambda: signals.caught)
 
 
 def _power_button(machine: Machine) -> None:

@@ -331,6 +331,94 @@ def test_an_error_at_the_start_leaves_the_terminal_as_before(here: Path, termina
     assert terminal.mode == before
 
 
+@pytest.fixture
+def shell(here: Path, terminal: Terminal) -> Iterator[Terminal]:
+    """An interactive shell on the terminal, with job control."""
+    (here / "kvmpy").write_text(f'#!/bin/sh\nexec {sys.executable} -m kvmpy "$@"\n')
+    (here / "kvmpy").chmod(0o755)
+    argv = ["bash", "--norc", "--noprofile", "--noediting", "-i"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+    with popen(argv, **streams, preexec_fn=lead, env=os.environ | {"PS1": "prompt> "}) as bash:
+        yield terminal
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(pid)) == bash.pid:
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+GONE: Final = b"; p=$(jobs -p); while kill -0 $p; do sleep 0.05; done 2>/dev/null; wait $p; echo code=$?\n"
+
+
+def lead() -> None:
+    """Begin a session whose terminal is the standard input."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_machine_started_in_the_background_says_so_and_runs_when_brought_to_the_foreground(
+    shell: Terminal, here: Path
+) -> None:
+    (here / "kernel").write_bytes(pvh_kernel(ECHO))
+    shell.type(b"./kvmpy run m.toml &\n")
+    shell.expect(b"stopped until it is brought to the foreground")
+    until_stopped(shell)
+    shell.type(b"fg\n")
+    shell.expect(b"\nK")
+    assert shell.raw
+    shell.type(b"helloQ")
+    shell.expect(b"hello")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+
+
+def test_a_machine_that_waits_for_the_foreground_is_ended_by_sigterm(shell: Terminal, here: Path) -> None:
+    shell.type(b"./kvmpy run m.toml &\n")
+    until_stopped(shell)
+    shell.type(b"kill %1" + GONE)
+    shell.expect(b"code=143\r\n")
+
+
+def test_a_machine_stopped_while_it_ran_is_ended_by_sigterm(shell: Terminal, here: Path) -> None:
+    shell.type(b"./kvmpy run m.toml --powerdown-limit 0\n")
+    shell.expect(b"K")
+    pid = int((here / "run/m/pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    shell.expect(b"Stopped")
+    shell.type(b"bg\n")
+    until_stopped(shell)  # for the terminal
+    shell.type(b"kill %1\n")
+    until(lambda: not (here / "run/m").exists())
+    shell.expect(b"SIGTERM: the guest has not enabled its power button; stopping it in 0 s")
+
+
+def test_a_console_in_the_background_is_ended_by_sigterm(shell: Terminal, run: Start, stopped: Process) -> None:
+    shell.type(b"./kvmpy console m &\n")
+    shell.expect(b"stopped until it is brought to the foreground")
+    until_stopped(shell)
+    shell.type(b"kill %1" + GONE)
+    shell.expect(b"code=143\r\n")
+
+
+def test_a_console_is_brought_to_the_foreground(shell: Terminal, stopped: Process) -> None:
+    shell.type(b"./kvmpy console m &\n")
+    until_stopped(shell)
+    shell.type(b"fg\n")
+    shell.expect(b"m: attached; Ctrl-A x leaves, Ctrl-A h helps\r\n")
+    shell.type(b"hello")
+    shell.expect(b"hello")
+    shell.type(CTRL_A + b"x")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+
+
+def until_stopped(shell: Terminal) -> None:
+    """Ask the shell for its jobs until one has stopped."""
+    shell.type(b"until jobs -s | grep -q .; do sleep 0.05; done; echo is stop''ped\n")
+    shell.expect(b"is stopped\r\n")
+
+
 def test_what_is_typed_reaches_the_guest_and_ctrl_c_is_a_byte_like_another(run: Start, terminal: Terminal) -> None:
     process = run(ECHO, terminal=terminal)
     terminal.expect(b"K")
