@@ -64,7 +64,8 @@ def run(args: argparse.Namespace) -> int:
                 terminal.enter_context(_terminal(machine, signals))
             _settle_interpreter()
             signals.end_if_caught()
-            machine.start()
+            with signals.main_thread_only():
+                machine.start()
             signals.serve(machine, args.powerdown_limit)
             outcome = machine.wait()
             _finish_callback(machine)
@@ -115,6 +116,20 @@ class _Signals:
             yield
         finally:
             self._at_once = False
+
+    @staticmethod
+    @contextmanager
+    def main_thread_only() -> Iterator[None]:
+        """Threads that are started within, and theirs, leave signals to the main thread, where the handlers run.
+
+        When we are continued while SIGTERM waits, any thread may take the two; the main thread would not hear of them
+        before the system call for which it was stopped has begun, and stopped us, again.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, machine: Machine, limit: float) -> None:
         """From now on signals are for ``machine``; ``limit`` seconds after the first it is stopped.

@@ -16,6 +16,7 @@ import signal
 import stat
 import termios
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Final, Self
 
 from kvmpy.errors import HostError
@@ -87,7 +88,7 @@ class RawTerminal:
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
             with contextlib.suppress(termios.error):  # it was hung up meanwhile
                 if not in_background(self._fd):
-                    _retry(lambda: termios.tcsetattr(self._fd, termios.TCSADRAIN, saved))
+                    _retry(partial(termios.tcsetattr, self._fd, termios.TCSADRAIN, saved))
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             atexit.unregister(self.restore)
 
@@ -97,7 +98,7 @@ class RawTerminal:
         Only then is the terminal as the shell wants it back: at its prompt it has other settings.
         """
         try:
-            _retry(lambda: termios.tcdrain(self._fd))
+            _retry(partial(termios.tcdrain, self._fd))
         except termios.error as e:
             if e.args[0] == errno.EIO and in_background(self._fd):
                 raise HostError(
@@ -127,14 +128,17 @@ class RawTerminal:
         mode[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN | termios.ISIG)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
         # Background process groups stop here until they are brought to the front, as they should.
-        _retry(lambda: termios.tcsetattr(self._fd, termios.TCSADRAIN, mode), self._left)
+        _retry(partial(termios.tcsetattr, self._fd, termios.TCSADRAIN, mode), self._left)
 
     def _left(self) -> bool:
         return self._ending() and in_background(self._fd)
 
 
 def _retry(call: Callable[[], object], unless: Callable[[], bool] = lambda: False) -> None:
-    """``call``, again each time a signal interrupts it, such as SIGCONT after SIGTTOU. Not where ``unless``."""
+    """``call``, again each time a signal interrupts it, such as SIGCONT after SIGTTOU. Not where ``unless``.
+
+    ``call`` is not Python: between the two a handler would run, and its news come too late.
+    """
     while not unless():
         try:
             call()

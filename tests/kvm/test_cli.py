@@ -385,8 +385,6 @@ def test_a_machine_stopped_while_it_ran_is_ended_by_sigterm(shell: Terminal, her
     pid = int((here / "run/m/pid").read_text())
     os.kill(pid, signal.SIGSTOP)
     shell.expect(b"Stopped")
-    shell.type(b"bg\n")
-    until_stopped(shell)  # for the terminal
     shell.type(b"kill %1\n")
     until(lambda: not (here / "run/m").exists())
     shell.expect(b"SIGTERM: the guest has not enabled its power button; stopping it in 0 s")
