@@ -15,7 +15,7 @@ from kvmpy.cli.client import find
 from kvmpy.cli.main import tell
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host import rundir
-from kvmpy.host.terminal import EscapeFilter, RawTerminal, in_background, reopen
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background, reopen
 
 STDIN, STDOUT = 0, 1
 CHUNK: Final = 4096
@@ -57,7 +57,7 @@ def _catch_signals() -> int:
     for fd in (caught, wake):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake)
-    for number in ENDING:
+    for number in heeded(ENDING):
         signal.signal(number, _end)
     return caught
 

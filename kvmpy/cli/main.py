@@ -91,7 +91,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
     )
-    run.add_argument("--timings", action="store_true", help="say at the end where the start-up time went")
+    run.add_argument("--timings", action="store_true", help="say at the end where the time of the first boot went")
     run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
 
     check = _command(commands, "check", "check:check", "check a configuration; needs neither root nor /dev/kvm")

@@ -21,7 +21,7 @@ from kvmpy.config.schema import Config, load, warnings
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
-from kvmpy.host.terminal import EscapeFilter, RawTerminal, in_background
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
@@ -97,7 +97,7 @@ class _Signals:
     def __enter__(self) -> _Signals:
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, self._handle) for number in ENDING}
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded(ENDING)}
         return self
 
     def __exit__(self, *_: object) -> None:

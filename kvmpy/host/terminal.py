@@ -15,7 +15,7 @@ import os
 import signal
 import stat
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Final, Self
 
@@ -40,6 +40,12 @@ def reopen(fd: int, flags: int) -> int:
     if not stat.S_ISREG(kind):
         os.set_blocking(copy, False)
     return copy
+
+
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of ``numbers`` to catch: SIGINT and SIGHUP stay ignored where we were started so, by `&` or by nohup."""
+    kept = (signal.SIGINT, signal.SIGHUP)
+    return [number for number in numbers if number not in kept or signal.getsignal(number) != signal.SIG_IGN]
 
 
 def in_background(fd: int) -> bool:

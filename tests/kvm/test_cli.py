@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -153,10 +154,14 @@ def here(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    # What we ignore a command ignores too, as when a script runs these tests in the background.
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
     (tmp_path / "run").mkdir()
     (tmp_path / "m.toml").write_text('[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n')
     (tmp_path / "kernel").write_bytes(pvh_kernel(SAY_K + SPIN))
     yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert os.listdir(tmp_path / "run") == []
 
 
@@ -231,6 +236,25 @@ def test_the_exit_code_says_how_the_guest_ended(run: Start, code: bytes, exit_co
 def test_timings_say_when_the_guest_first_ran(run: Start) -> None:
     _, _, err = outcome(run(POWER_OFF, "--timings"))
     assert err.splitlines()[-1].startswith("kvmpy: where the time went: first KVM_RUN 0.")
+
+
+def test_timings_are_those_of_the_first_boot(run: Start) -> None:
+    """Also after a reset: begun and ready are said after K, and the second time long after it."""
+    stamp = b"\xb0\x41\xe6\x80\xb0\x42\xe6\x80"  # mov al, 0x41; out 0x80, al; mov al, 0x42; out 0x80, al
+    process = started(run(stamp + ECHO, "--timings", stdin=subprocess.PIPE))
+    assert process.stdin
+    seconds = 1.0
+    time.sleep(seconds)  # what must not be in the timings
+    assert main(["reset", "m"]) == 0
+    assert process.stdout
+    assert process.stdout.read(1) == b"K"
+    process.stdin.write(b"Q")
+    process.stdin.close()
+    said = process.stderr.read().decode() if process.stderr else ""
+    assert process.wait(PATIENCE) == 0
+    kernel = re.search(r"where the time went: first KVM_RUN [\d.]+ s, kernel ([\d.]+) s, init [\d.]+ s", said)
+    assert kernel
+    assert float(kernel[1]) < seconds
 
 
 def test_a_trace_goes_to_standard_error(run: Start) -> None:
@@ -504,6 +528,20 @@ def test_a_signal_presses_the_power_button(run: Start, number: signal.Signals) -
         0,
         f"{NO_TERMINAL}kvmpy: {number.name}: pressed the power button; the guest has 30 s\n",
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_when_it_started_is_ignored(run: Start, number: signal.Signals) -> None:
+    """As in a script's `kvmpy run m.toml &`, or after nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        process = started(run(OBEY))
+    finally:
+        signal.signal(number, before)
+    process.send_signal(number)
+    process.terminate()
+    ended, _, err = outcome(process)
+    assert (ended, "SIGTERM: pressed" in err, number.name in err) == (0, True, False)
 
 
 def test_a_guest_that_ignores_the_button_is_stopped_in_the_time_it_has(run: Start) -> None:
@@ -856,8 +894,21 @@ def test_a_command_says_which_process_hangs(kvmpy: Kvmpy, hanging: Process) -> N
     assert kvmpy("pause", "m") == (
         1,
         "",
-        f"kvmpy: m: its greeting: no answer in 0.2 s; see whether process {hanging.pid} is stopped\n",
+        f"kvmpy: m: greeting: no answer in 0.2 s; process {hanging.pid} is stopped; "
+        f"in its shell, fg brings it to the foreground, or: kill -CONT {hanging.pid}\n",
     )
+
+
+def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(
+    kvmpy: Kvmpy, running: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "GREETING_PATIENCE", 0.2)
+    running.send_signal(signal.SIGSTOP)
+    code, _, err = kvmpy("status", "m")
+    running.send_signal(signal.SIGCONT)
+    assert (code, err.partition(";")[0]) == (1, "kvmpy: m: greeting: no answer in 0.2 s")
+    assert main(["stop", "m"]) == 0
+    running.wait(PATIENCE)
 
 
 def test_a_monitor_that_nobody_serves_is_an_error_with_its_errno(kvmpy: Kvmpy, running: Process, here: Path) -> None:
@@ -873,7 +924,7 @@ def test_a_monitor_that_nobody_serves_is_an_error_with_its_errno(kvmpy: Kvmpy, r
 
 @pytest.mark.parametrize(
     ("greeting", "error"),
-    [(b"", "its greeting: the machine hung up"), (b"SSH-2.0\r\n", "its greeting: what answers does not speak QMP")],
+    [(b"", "greeting: the machine hung up"), (b"SSH-2.0\r\n", "greeting: what answers does not speak QMP")],
     ids=["hangs up", "something else"],
 )
 def test_a_monitor_that_does_not_greet_is_an_error(
