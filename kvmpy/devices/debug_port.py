@@ -31,7 +31,7 @@ class DebugPort(Device[DebugPortState]):
 
     @property
     def stamps(self) -> tuple[tuple[int, int], ...]:
-        """``(value, nanoseconds)`` of each value's first write since the start, oldest first; a reset forgets none. Any thread."""
+        """``(value, nanoseconds)`` of each value's first write, oldest first; a reset forgets none. Any thread."""
         with self.lock:
             return tuple(self._stamps.items())
 

@@ -249,9 +249,18 @@ def test_a_path_cannot_put_a_second_line_or_an_escape_sequence_on_the_terminal(k
         (["--set", "device.x.bus=r"], "--set device.x.bus: no device has the id 'x'"),
         (["--set", "machine.cpus=no"], '--set machine.cpus: expected an integer, got a string ("no")'),
         (["--set", "boot.kernel=/absent"], "--set boot.kernel: /absent: cannot be opened"),
+        (
+            [
+                "--set=netdev=[{type='tap', id='t', ifname='t'}]",
+                "--set=device=[{driver='virtio-net-pci', id='n', netdev='t'}]",
+                "--set=device.n.failover=true",
+            ],
+            "--set device.n.failover: this version of kvmpy has no failover pairs yet",
+        ),
+        (["--set", "machine.dirty_ring=true"], "--set machine.dirty_ring: this version of kvmpy does not migrate yet"),
         (["--name", "../x"], f'--name: {NAME_FORM}, got "../x"'),
     ],
-    ids=["no value", "no such id", "wrong type", "no such file", "no name"],
+    ids=["no value", "no such id", "wrong type", "no such file", "by id", "not yet", "no name"],
 )
 def test_a_mistake_in_an_option_is_located_there(kvmpy: Kvmpy, here: Path, options: list[str], problem: str) -> None:
     (here / "m.toml").write_text("device = []\n" + GOOD)
