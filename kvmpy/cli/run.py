@@ -22,6 +22,7 @@ from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, QMP_SOCKET, RuntimeDirectory
 from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
+from kvmpy.kvm.system import virtualization
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
@@ -59,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
             log.info("the guest's serial line is %s", machine.pty)
+        if virtualization() is None:
+            log.warning(
+                "warning: neither vmx nor svm in /proc/cpuinfo: without hardware virtualization a Linux guest most "
+                "likely hangs without a word; kvmpy doctor says more"
+            )
         with ExitStack() as terminal:
             with signals.ending():  # in the background it stops us until we are brought to the foreground
                 terminal.enter_context(_terminal(machine, signals))

@@ -31,7 +31,7 @@ from kvmpy.cli.main import main
 from kvmpy.cli.run import _Signals
 from kvmpy.config.schema import load
 from kvmpy.errors import CommandError
-from kvmpy.kvm.system import System
+from kvmpy.kvm.system import System, virtualization
 from kvmpy.machine.machine import Machine
 from tests.counts import count
 from tests.fakes.loop import each
@@ -214,7 +214,13 @@ def started(process: Process) -> Process:
 
 # How a machine ends
 
-NO_TERMINAL: Final = "kvmpy: standard input is not a terminal: no escape key; stop the guest with: kvmpy stop m\n"
+NO_VIRTUALIZATION: Final = (
+    "kvmpy: warning: neither vmx nor svm in /proc/cpuinfo: without hardware virtualization a Linux guest most "
+    "likely hangs without a word; kvmpy doctor says more\n"
+)
+NO_TERMINAL: Final = (NO_VIRTUALIZATION if virtualization() is None else "") + (
+    "kvmpy: standard input is not a terminal: no escape key; stop the guest with: kvmpy stop m\n"
+)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from kvmpy.abi import kvm as abi
 from kvmpy.cli.doctor import FAIL, Finding, Host, examine, report
 from kvmpy.cli.main import main
 from kvmpy.errors import IoctlError
-from kvmpy.kvm.system import REQUIRED, System
+from kvmpy.kvm.system import REQUIRED, System, virtualization
 from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
 from tests.unit.test_boot_bzimage import bzimage
 
@@ -563,6 +563,15 @@ def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
         "locked memory": "ok",
     }
     assert [finding.what for finding in findings if finding.verdict != "ok" and not finding.remedy] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "extension"), [("fpu vmx sse", "vmx"), ("fpu svm", "svm"), ("fpu svm_lock vmxnot", None), ("", None)]
+)
+def test_the_processors_virtualization_is_what_cpuinfo_says(here: Path, flags: str, extension: str | None) -> None:
+    (here / "cpuinfo").write_text(f"processor\t: 0\nvmx flags\t: vnmi\nflags\t\t: {flags}\n")
+    assert virtualization(str(here)) == extension
+    assert virtualization(str(here / "absent")) is None
 
 
 def test_doctor_names_a_missing_capability_and_the_kernel_that_has_it(
