@@ -117,7 +117,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     powerdown = _command(commands, "powerdown", "control:powerdown", "press the power button")
     powerdown.add_argument("name", help="the machine")
-    powerdown.add_argument("--limit", type=seconds, metavar="SECONDS", help="pull the plug if it takes longer")
+    powerdown.add_argument(
+        "--limit",
+        type=seconds,
+        metavar="SECONDS",
+        help="have the machine pull the plug if it takes longer; does not wait",
+    )
 
     console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
     console.add_argument("name", help="the machine")
