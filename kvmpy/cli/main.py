@@ -31,7 +31,9 @@ ADVICE: Final = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in ``argv``; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args, surplus = make_parser().parse_known_args(argv)
+    if surplus:
+        args.parser.error(f"unrecognized arguments: {' '.join(surplus)}")
     module, function = args.run.split(":")
     try:
         result: int = getattr(import_module(f"kvmpy.cli.{module}"), function)(args)
@@ -157,7 +159,7 @@ def _command(
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback with an error"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)  # whose usage a surplus argument is answered with
     return parser
 
 

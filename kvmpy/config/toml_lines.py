@@ -9,6 +9,7 @@ The text is untrusted. What a hostile one costs is bounded by SIZE_LIMIT, LEVELS
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -55,6 +56,8 @@ class Document:
             raise ConfigError(f"{file}: cannot be read: {errno_name(e.errno or 0)} ({e.strerror})") from e
         if len(raw) > SIZE_LIMIT:
             raise ConfigError(f"{file}: cannot be read: EFBIG (it has more than {SIZE_LIMIT >> 20} MiB)")
+        if raw.startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{file}:1: starts with a byte order mark (BOM); save it without one")
         try:
             return cls(raw.decode(), file)
         except UnicodeDecodeError as e:

@@ -148,6 +148,12 @@ CONFIG_MISTAKES: Final = (
         "m.toml:4: machine.memory: unknown unit 'MB' in \"16MB\" (did you mean 'MiB'?)",
     ),
     refusals(
+        "memory in a unit of lower case",
+        GOOD.replace("16MiB", "16mib"),
+        "m.toml:4: machine.memory: unknown unit 'mib' in \"16mib\" (did you mean 'MiB'?)",
+    ),
+    refusals("a byte order mark", "\ufeff" + GOOD, "m.toml:1: starts with a byte order mark (BOM); save it without one"),
+    refusals(
         "more vCPUs than APIC ids",
         GOOD + "cpus = 255\n",
         ("m.toml:5: machine.cpus: expected an integer <= 254, got 255"),
@@ -300,6 +306,13 @@ def test_an_unknown_command_is_answered_with_those_there_are(kvmpy: Kvmpy) -> No
     assert code == 2
     assert "invalid choice: 'rnu'" in err
     assert "'run'" in err
+
+
+def test_a_surplus_argument_is_answered_with_the_usage_of_that_command(kvmpy: Kvmpy) -> None:
+    code, _, err = kvmpy("status", "m", "n")
+    assert code == 2
+    assert err.startswith("usage: kvmpy status ")
+    assert err.endswith("kvmpy status: error: unrecognized arguments: n\n")
 
 
 def test_an_error_has_no_traceback(kvmpy: Kvmpy) -> None:
