@@ -152,7 +152,11 @@ CONFIG_MISTAKES: Final = (
         GOOD.replace("16MiB", "16mib"),
         "m.toml:4: machine.memory: unknown unit 'mib' in \"16mib\" (did you mean 'MiB'?)",
     ),
-    refusals("a byte order mark", "\ufeff" + GOOD, "m.toml:1: starts with a byte order mark (BOM); save it without one"),
+    refusals(
+        "a byte order mark",
+        "\ufeff" + GOOD,
+        "m.toml:1: starts with a byte order mark (BOM); save it without one",
+    ),
     refusals(
         "more vCPUs than APIC ids",
         GOOD + "cpus = 255\n",
