@@ -23,11 +23,25 @@ PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
 HEAD = """\
 # Configuration
 
-One TOML file describes one machine. `kvmpy check FILE` reads it without root and without /dev/kvm and reports every
-mistake at once, each with its line. `--set KEY=VALUE` changes a key for one run: `--set machine.memory=1GiB`, and in an
-array by number or id, `--set netdev.hostnet1.ifname=tap7`. Paths are relative to the file's directory; `~` is not
-expanded. A file has at most 1 MiB, 16 levels of nesting and 4096 tables in an array; of many mistakes the first 50 are
-shown. This page is written by `scripts/config_reference.py`.
+One TOML file describes one machine. Paths in it are relative to its directory; `~` is not expanded. A file has at
+most 1 MiB, 16 levels of nesting and 4096 tables in an array. This page is written by `scripts/config_reference.py`.
+
+`kvmpy check FILE` reads it without root and without /dev/kvm and reports the mistakes, each with its line, in two
+steps:
+
+1. all that is wrong in the file itself and in `--set`: keys, types, ranges such as that of `machine.memory`, ids and
+   references (of many mistakes the first 50 are shown);
+2. once there are none, all that is wrong with what it asks for: the kernel and initrd files, whether they and the
+   command line fit, what this version does not build, places on the root bus.
+
+It does not look at the host beyond these files: not at disk images, interfaces, free memory, or what KVM can do.
+`run` finds that out, and `kvmpy doctor` says what this host has.
+
+`--set KEY=VALUE` changes a key for one run, and may be repeated: `--set machine.memory=1GiB`, and in an array by
+number or id, `--set netdev.hostnet1.ifname=tap7`; it adds no table to an array, but can replace a whole one. VALUE is
+read as TOML, so `2` is an integer and `true` a boolean; what is not TOML is a string, so most need no quotes. A
+string that would be something else has quotes of its own, kept from the shell: `--set 'drive.disk0.id="42"'`. A path
+is relative to the file's directory here too.
 
 **In this version** `failover`, `failover_pair_id` and `machine.dirty_ring` are checked, and then refused by `check` and
 `run`: there is no migration yet.

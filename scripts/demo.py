@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from kvmpy.kvm.system import virtualization
+
 RUN: Final = ("kvmpy", "run", "examples/demo.toml", "--timings")
 LAB: Final = ("-m", "scripts.lab", "run", "--seconds", "28800")
 
@@ -32,8 +34,7 @@ def main() -> None:
 
 def has_hardware_kvm() -> bool:
     """/dev/kvm can be opened, and the processor virtualizes: KVM without that cannot run a stock kernel."""
-    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
-    return bool({"vmx", "svm"} & set(flags.split())) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    return virtualization() is not None and os.access("/dev/kvm", os.R_OK | os.W_OK)
 
 
 if __name__ == "__main__":

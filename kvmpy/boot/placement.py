@@ -76,11 +76,15 @@ class Room:
                 raise source.error(f"loads at {_shown(kernel.footprint)}, and {_shown(other)} is not free")
         return kernel.footprint
 
-    def place_initrd(self, source: Source, size: int, kernel: Kernel) -> range:
-        """The highest free pages for ``size`` bytes. Raises ConfigError if there are none."""
+    def check_size(self, source: Source, size: int) -> int:
+        """``size``. Raises ConfigError if the guest has not so much memory, whatever else has to be in it."""
         total = sum(size for _, size in self.ram)
         if size > total:
             raise source.error(f"is {_mib(size)}, more than the guest's memory of {_mib(total)}")
+        return size
+
+    def place_initrd(self, source: Source, size: int, kernel: Kernel) -> range:
+        """The highest free pages for ``size`` bytes. Raises ConfigError if there are none."""
         limit = min(kernel.initrd_max + 1, self.end)
         top = limit
         # Going down, each obstacle is passed once: what lies above ``top`` cannot be met again.

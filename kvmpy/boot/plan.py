@@ -122,13 +122,14 @@ def _plan(kernel: Source, initrd: Source | None, command_line: str, room: Room, 
     image = problems.of(_examine, kernel)
     initrd_size = problems.of(_size, initrd) if initrd else None
     line = problems.of(cmdline.encode, command_line)
+    if line:
+        problems.of(cmdline.check_length, line, image.command_line_max if image else cmdline.SIZE)
+    fits = initrd and initrd_size and problems.of(room.check_size, initrd, initrd_size)
     initrd_extent = None
     if image:
-        if line:
-            problems.of(cmdline.check_length, line, image.command_line_max)
         placed = problems.of(room.place_kernel, kernel, image)
-        if placed and initrd and initrd_size:
-            initrd_extent = problems.of(room.place_initrd, initrd, initrd_size, image)
+        if placed and initrd and fits:
+            initrd_extent = problems.of(room.place_initrd, initrd, fits, image)
     if problems or not image:
         raise ConfigError(*problems)
     return BootPlan(kernel, initrd, command_line, room, acpi, image, initrd_extent)

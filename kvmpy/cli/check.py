@@ -6,6 +6,7 @@ import argparse
 
 from kvmpy.cli.main import printable, tell
 from kvmpy.config.schema import load, warnings
+from kvmpy.config.values import size_text
 from kvmpy.machine.check import check as check_config
 
 
@@ -17,5 +18,5 @@ def check(args: argparse.Namespace) -> int:
     description = check_config(config).description
     machine = config.machine
     cpus = "1 vCPU" if machine.cpus == 1 else f"{machine.cpus} vCPUs"
-    print(f"{args.config}: ok: {config.name}: {description}, {cpus}, {machine.memory >> 20} MiB")
+    print(f"{args.config}: ok: {config.name}: {description}, {cpus}, {size_text(machine.memory)}")
     return 0

@@ -16,6 +16,8 @@ from kvmpy.host import rundir
 
 # The longest a running machine may take to answer: a reset reloads the kernel from disk.
 PATIENCE: Final = 60.0
+# It greets at once, unless its process is stopped or this host is very busy.
+GREETING_PATIENCE: Final = 5.0
 
 
 def find(name: str) -> rundir.Running:
@@ -44,7 +46,7 @@ class Client:
         path = os.path.join(machine.directory, rundir.QMP_SOCKET)
         with contextlib.ExitStack() as resources:
             self._socket = resources.enter_context(socket.socket(socket.AF_UNIX))
-            self._socket.settimeout(PATIENCE if patience is None else min(patience, PATIENCE))
+            self._socket.settimeout(GREETING_PATIENCE if patience is None else min(patience, GREETING_PATIENCE))
             try:
                 self._socket.connect(path)
             except OSError as e:
@@ -53,7 +55,7 @@ class Client:
                     f"it is starting or ending, or process {machine.pid} hangs"
                 ) from e
             self._lines = resources.enter_context(self._socket.makefile("rb"))
-            self._receive("its greeting")
+            self._receive("greeting")
             self("qmp_capabilities")
             self._socket.settimeout(patience)
             self._resources = resources.pop_all()
@@ -107,10 +109,13 @@ class Client:
             line = self._lines.readline()
             message: Any = json.loads(line) if line else None
         except TimeoutError as e:
-            raise HostError(
-                f"{name}: {what}: no answer in {self._socket.gettimeout():g} s; "
-                f"see whether process {self._machine.pid} is stopped"
-            ) from e
+            pid = self._machine.pid
+            advice = (
+                f"process {pid} is stopped; in its shell, fg brings it to the foreground, or: kill -CONT {pid}"
+                if _is_stopped(pid)
+                else f"see what process {pid} is doing"
+            )
+            raise HostError(f"{name}: {what}: no answer in {self._socket.gettimeout():g} s; {advice}") from e
         except OSError as e:
             raise HungUp(f"{name}: {what}: {errno_name(e.errno or 0)}: the machine hung up") from e
         except ValueError as e:
@@ -118,3 +123,10 @@ class Client:
         if message is None:
             raise HungUp(f"{name}: {what}: the machine hung up; see what it said on its standard error")
         return message if isinstance(message, dict) else {}
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether job control, or a debugger, has stopped a process; what cannot be seen is not."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] in "Tt"
+    return False

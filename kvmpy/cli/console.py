@@ -12,9 +12,10 @@ import sys
 from typing import Final, NoReturn
 
 from kvmpy.cli.client import find
+from kvmpy.cli.main import tell
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host import rundir
-from kvmpy.host.terminal import EscapeFilter, RawTerminal, reopen
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background, reopen
 
 STDIN, STDOUT = 0, 1
 CHUNK: Final = 4096
@@ -37,6 +38,8 @@ def console(args: argparse.Namespace) -> int:
         caught = _catch_signals()
         wire.setblocking(False)
         screen, blocking = reopen(STDOUT, os.O_WRONLY), os.get_blocking(STDOUT)
+        if in_background(STDIN):
+            tell(f"kvmpy: the console of {args.name} is stopped until it is brought to the foreground (fg)")
         try:
             with RawTerminal(STDIN):
                 _say(screen, f"{args.name}: attached; Ctrl-A x leaves, Ctrl-A h helps")
@@ -54,7 +57,7 @@ def _catch_signals() -> int:
     for fd in (caught, wake):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake)
-    for number in ENDING:
+    for number in heeded(ENDING):
         signal.signal(number, _end)
     return caught
 

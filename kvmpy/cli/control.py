@@ -9,6 +9,7 @@ import time
 from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
+from kvmpy.config.values import size_text
 from kvmpy.errors import HostError
 from kvmpy.host import rundir
 
@@ -29,7 +30,7 @@ def ps(args: argparse.Namespace) -> int:
     print(f"{'NAME':<24} {'PID':>8}  {'STATUS':<16} {'CPUS':>4} {'MEMORY':>10}  DEVICES")
     for row in rows:
         devices = ", ".join(_brief(device) for device in row["devices"]) or "-"
-        memory = f"{row['memory'] >> 20} MiB" if row["memory"] else "-"
+        memory = size_text(row["memory"]) if row["memory"] else "-"
         print(f"{row['name']:<24} {row['pid']:>8}  {row['status']:<16} {row['cpus'] or '-':>4} {memory:>10}  {devices}")
     return 0
 
@@ -48,7 +49,7 @@ def status(args: argparse.Namespace) -> int:
         return 0
     exits = ", ".join(f"{count} {kind} ({info['exits-per-second'][kind]:g}/s)" for kind, count in info["exits"].items())
     print(f"{info['name']}: {info['status']}, process {info['pid']}")
-    print(f"  {info['cpus']} vCPUs, {info['memory'] >> 20} MiB of memory")
+    print(f"  {info['cpus']} vCPUs, {size_text(info['memory'])} of memory")
     print(f"  kernel: {info['kernel']}")
     print(f"  serial line: {info['serial']}")
     print(f"  exits: {exits}")
@@ -105,6 +106,8 @@ def _brief(device: dict[str, Any]) -> str:
 def _show(device: dict[str, Any]) -> None:
     """A device: what and where it is, what it is doing, its queues, and why it is broken if it is."""
     facts = {key: value for key, value in device.items() if key not in SAID_APART and value not in ("", None, {})}
+    if facts.get("path") == "vhost" and not any(facts.get("userspace", {}).values()):
+        facts.pop("userspace", None)  # its frames pass by us, uncounted: zeros would say that there are none
     print(f"  {device['id']}: {device['driver']} at {device['address']}, {_driver_status(device)}")
     print("    " + ", ".join(f"{key} {_shown(value)}" for key, value in facts.items())) if facts else None
     if queues := [f"{queue['name']} {queue['size']}" for queue in device["queues"] if queue.get("enabled", True)]:

@@ -15,7 +15,7 @@ from kvmpy.errors import HostError
 from kvmpy.host import rundir
 from kvmpy.host.memory import MIB, available_memory
 from kvmpy.host.tree import Host
-from kvmpy.kvm.system import WELCOME, System
+from kvmpy.kvm.system import WELCOME, System, virtualization
 
 CAP_NET_ADMIN: Final = 1 << 12  # linux/capability.h
 
@@ -42,7 +42,7 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> int:
 def examine(host: Host) -> Iterator[Finding]:
     """Every precondition, the most important first."""
     yield from _kvm(f"{host.dev}/kvm")
-    yield _nested(_read(f"{host.proc}/cpuinfo"))
+    yield _nested(virtualization(host.proc))
     yield Finding("kernel", OK, _read(f"{host.proc}/sys/kernel/osrelease").strip() or "unknown")
     yield Finding("memory", OK, f"{available_memory() // MIB} MiB available for a guest")
     yield _huge_pages(Path(host.sys))
@@ -72,17 +72,16 @@ def _kvm(path: str) -> Iterator[Finding]:
                 yield Finding(capability.name, WARN, "missing", remedy)
 
 
-def _nested(cpuinfo: str) -> Finding:
-    flags = next((line for line in cpuinfo.splitlines() if line.startswith("flags")), "").split()
-    vendor = "vmx" if "vmx" in flags else "svm" if "svm" in flags else None
-    if vendor is None:
+def _nested(extension: str | None) -> Finding:
+    if extension is None:
         return Finding(
             "hardware virtualization",
             WARN,
             "neither vmx nor svm in /proc/cpuinfo",
-            "a KVM without it cannot run Linux guests well; make demo uses an emulated host",
+            "switch it on in the firmware, or for the virtual machine that this is; on a KVM without it a Linux guest "
+            "most likely hangs without a word, whatever else is ok here; make demo uses an emulated host",
         )
-    return Finding("hardware virtualization", OK, vendor)
+    return Finding("hardware virtualization", OK, extension)
 
 
 def _huge_pages(sys: Path) -> Finding:

@@ -23,7 +23,9 @@ LONGEST_LIMIT: Final = 86400.0  # a guest that takes more than a day to power of
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in ``argv``; returns the exit code."""
-    args = make_parser().parse_args(argv)
+    args, surplus = make_parser().parse_known_args(argv)
+    if surplus:
+        args.parser.error(f"unrecognized arguments: {' '.join(surplus)}")
     module, function = args.run.split(":")
     try:
         result: int = getattr(import_module(f"kvmpy.cli.{module}"), function)(args)
@@ -83,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
     )
-    run.add_argument("--timings", action="store_true", help="say at the end where the start-up time went")
+    run.add_argument("--timings", action="store_true", help="say at the end where the time of the first boot went")
     run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
 
     check = _command(commands, "check", "check:check", "check a configuration; needs neither root nor /dev/kvm")
@@ -110,7 +112,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     powerdown = _command(commands, "powerdown", "control:powerdown", "press the power button")
     powerdown.add_argument("name", help="the machine")
-    powerdown.add_argument("--limit", type=seconds, metavar="SECONDS", help="pull the plug if it takes longer")
+    powerdown.add_argument(
+        "--limit",
+        type=seconds,
+        metavar="SECONDS",
+        help="have the machine pull the plug if it takes longer; does not wait",
+    )
 
     console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
     console.add_argument("name", help="the machine")
@@ -147,7 +154,7 @@ def _command(
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback with an error"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)  # whose usage a surplus argument is answered with
     return parser
 
 

@@ -21,7 +21,8 @@ from kvmpy.config.schema import Config, load, warnings
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
-from kvmpy.host.terminal import EscapeFilter, RawTerminal
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
+from kvmpy.kvm.system import virtualization
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
@@ -60,10 +61,18 @@ def run(args: argparse.Namespace) -> int:
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
             log.info("the guest's serial line is %s", machine.pty)
-        with _terminal(machine):
+        if virtualization() is None:
+            log.warning(
+                "warning: neither vmx nor svm in /proc/cpuinfo: without hardware virtualization a Linux guest most "
+                "likely hangs without a word; kvmpy doctor says more"
+            )
+        with ExitStack() as terminal:
+            with signals.ending():  # in the background it stops us until we are brought to the foreground
+                terminal.enter_context(_terminal(machine, signals))
             _settle_interpreter()
             signals.end_if_caught()
-            machine.start()
+            with signals.main_thread_only():
+                machine.start()
             signals.serve(machine, args.powerdown_limit)
             outcome = machine.wait()
             _finish_callback(machine)
@@ -95,7 +104,7 @@ class _Signals:
     def __enter__(self) -> _Signals:
         self._read_fd, self._write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._wakeup = signal.set_wakeup_fd(self._write_fd, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, self._handle) for number in ENDING}
+        self._handlers = {number: signal.signal(number, self._handle) for number in heeded(ENDING)}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -114,6 +123,20 @@ class _Signals:
             yield
         finally:
             self._at_once = False
+
+    @staticmethod
+    @contextmanager
+    def main_thread_only() -> Iterator[None]:
+        """Threads that are started within, and theirs, leave signals to the main thread, where the handlers run.
+
+        When we are continued while SIGTERM waits, any thread may take the two; the main thread would not hear of them
+        before the system call for which it was stopped has begun, and stopped us, again.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT])
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def serve(self, machine: Machine, limit: float) -> None:
         """From now on signals are for ``machine``; ``limit`` seconds after the first it is stopped.
@@ -136,6 +159,11 @@ class _Signals:
         """Unwind, once: another signal would tear what is being put away out of its cleanup's hands."""
         self._at_once = False
         raise SystemExit(128 + number)
+
+    @property
+    def caught(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self._caught)
 
     def _act(self, machine: Machine, limit: float) -> None:
         for number in os.read(self._read_fd, 16):
@@ -195,7 +223,7 @@ def _finish_callback(machine: Machine) -> None:
     finished.wait()
 
 
-def _terminal(machine: Machine) -> AbstractContextManager[object]:
+def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[object]:
     """Raw mode and the escape key, where the guest's serial line is on a terminal."""
     if machine.config.console.serial != "stdio":
         return nullcontext()
@@ -211,7 +239,13 @@ def _terminal(machine: Machine) -> AbstractContextManager[object]:
         # Help is for who typed, not for the file or pipe that the guest's output may go to.
         machine.console.show if os.isatty(STDOUT) else lambda text: sys.stderr.write(text.decode()),
     )
-    return RawTerminal(STDIN)
+    if in_background(STDIN):
+        log.info(
+            "%s is stopped until it is brought to the foreground (fg); "
+            "to run it in the background, give its serial line another place, such as --set console.serial=pty",
+            machine.name,
+        )
+    return RawTerminal(STDIN, lambda: signals.caught)
 
 
 def _power_button(machine: Machine) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from functools import partial
 from posixpath import abspath, basename, dirname, splitext  # pathlib costs 5 ms of every start
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -201,6 +201,14 @@ class Config(Table, frozen=True, kw_only=True):
         except ValueError:
             return self._origin.file
 
+    def place(self, key: str, problem: str) -> str:
+        """``problem`` with where ``key`` was written before it, and ``key`` itself unless that place names it."""
+        try:
+            named = self._origin.names(self._origin.path(key))
+        except ValueError:
+            named = False
+        return f"{self.locate(key)}: {problem}" if named else f"{self.locate(key)}: {key}: {problem}"
+
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, name: str | None = None) -> Config:
     """The configuration in a file, after ``overrides`` such as "machine.memory=1GiB" and, if given, the ``name``.
@@ -327,6 +335,10 @@ def _hidden(primary: VfioPci, ids: Iterable[str]) -> str:
 
 def _override(document: Document, overrides: Sequence[str]) -> Iterator[str]:
     """Put the overrides into the document; gives those that cannot be, as one line each."""
+    if overrides:
+        for field in msgspec.structs.fields(Config):
+            if get_origin(field.type) is tuple:  # or netdev.0.ifname would be a key of a new table
+                document.data.setdefault(field.encode_name, [])
     for override in overrides:
         key, equals, value = override.partition("=")
         place = f"--set {plain(key.strip())}"

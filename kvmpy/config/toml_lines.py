@@ -9,6 +9,7 @@ The text is untrusted. What a hostile one costs is bounded by SIZE_LIMIT, LEVELS
 
 from __future__ import annotations
 
+import codecs
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,7 @@ class Document:
         self.file = file
         self._text = text
         self._outside: dict[Path, str] = {}  # what `set` put, and from where
+        self._made: dict[Path, str] = {}  # the tables it made on the way; what else is missing in them is the file's
 
     @classmethod
     def read(cls, file: str) -> Self:
@@ -54,6 +56,8 @@ class Document:
             raise ConfigError(f"{file}: cannot be read: {errno_name(e.errno or 0)} ({e.strerror})") from e
         if len(raw) > SIZE_LIMIT:
             raise ConfigError(f"{file}: cannot be read: EFBIG (it has more than {SIZE_LIMIT >> 20} MiB)")
+        if raw.startswith(codecs.BOM_UTF8):
+            raise ConfigError(f"{file}:1: starts with a byte order mark (BOM); save it without one")
         try:
             return cls(raw.decode(), file)
         except UnicodeDecodeError as e:
@@ -83,8 +87,11 @@ class Document:
         """Put ``value`` at ``key``; mistakes in it are located at ``place``. Raises ValueError like `path`."""
         path = self.path(key)
         into: Any = self.data
-        for part in path[:-1]:
-            into = into.setdefault(part, {}) if isinstance(into, dict) else into[part]
+        for depth, part in enumerate(path[:-1], 1):
+            if isinstance(into, dict) and part not in into:
+                into[part] = {}
+                self._made[path[:depth]] = place
+            into = into[part]
         into[path[-1]] = value
         self._outside = {old: said for old, said in self._outside.items() if old[: len(path)] != path}
         self._outside[path] = place
@@ -93,6 +100,10 @@ class Document:
         """Where ``path``, or else the nearest table around it, was written: "config.toml:12"."""
         place = self._place(path)
         return f"{self.file}:{place}" if isinstance(place, int) else place
+
+    def names(self, path: Path) -> bool:
+        """Whether `locate` names ``path`` already, as "--set machine.cpus" does."""
+        return path in self._outside or path in self._made
 
     def report(self, mistakes: Mapping[Path, Message]) -> Iterable[str]:
         """Each mistake on a line, "config.toml:12: machine.cpus: what is wrong", as they come in the file.
@@ -105,7 +116,7 @@ class Document:
             return place if isinstance(place, int) else SIZE_LIMIT  # what is not in the file comes after it
 
         for path in sorted(mistakes, key=line)[:MISTAKES_SHOWN]:
-            said = () if path in self._outside else (key_text(path),)  # "--set machine.cpus" names it already
+            said = () if self.names(path) else (key_text(path),)
             message = mistakes[path]
             yield ": ".join((self.locate(path), *said, message if isinstance(message, str) else message()))
         if len(mistakes) > MISTAKES_SHOWN:
@@ -120,7 +131,7 @@ class Document:
         holders = [path[:end] for end in range(len(path), 0, -1)]
         outside = (self._outside[holder] for holder in holders if holder in self._outside)
         lines = (self._lines[holder] for holder in holders if holder in self._lines)
-        return next(outside, None) or next(lines, None) or self.file
+        return next(outside, None) or self._made.get(path) or next(lines, None) or self.file
 
 
 def key_lines(text: str) -> dict[Path, int]:
@@ -261,7 +272,8 @@ def _item(path: Path, part: str, items: list[Any]) -> int:
     if re.fullmatch(r"[0-9]{1,9}", part):
         if int(part) < len(items):
             return int(part)
-        raise ValueError(f"there is no {key_text((*path, int(part)))}, only {len(items)} of them")
+        others = f", only {len(items)} of them" if items else ""
+        raise ValueError(f"there is no {key_text((*path, int(part)))}{others}")
     ids = [str(item.get("id")) if isinstance(item, dict) else "" for item in items]
     if part in ids:
         return ids.index(part)

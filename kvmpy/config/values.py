@@ -38,7 +38,8 @@ class Size(int):
             raise ValueError(f"expected {cls.FORM}, got {shown(value)}")
         whole, fraction, unit = match[1], match[2] or "", match[3]
         if unit not in UNITS:
-            hint = did_you_mean(unit, UNITS) or "; units are KiB, MiB, GiB and TiB"
+            other_case = next((f" (did you mean '{name}'?)" for name in UNITS if name.lower() == unit.lower()), "")
+            hint = other_case or did_you_mean(unit, UNITS) or "; units are KiB, MiB, GiB and TiB"
             raise ValueError(f"unknown unit '{plain(unit)}' in {shown(value)}{hint}")
         size, rest = divmod(int(whole + fraction) * UNITS[unit], 10 ** len(fraction))
         if rest:

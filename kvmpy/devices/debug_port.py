@@ -2,7 +2,8 @@
 
 A guest writes a number and the first time of each number is kept. Linux also writes to port 0x80 to pass a microsecond
 (native_io_delay), so any number may turn up and later writes of a number must be cheap and change nothing: there are at
-most 256 stamps. The stamps are the host's and do not migrate; the last number written does: the guest can read it.
+most 256 stamps. The stamps are the host's, tell of the first boot and do not migrate; the last number written does: the
+guest can read it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class DebugPort(Device[DebugPortState]):
 
     @property
     def stamps(self) -> tuple[tuple[int, int], ...]:
-        """``(value, nanoseconds)`` of each value's first write since start or reset, oldest first. Any thread."""
+        """``(value, nanoseconds)`` of each value's first write, oldest first; a reset forgets none. Any thread."""
         with self.lock:
             return tuple(self._stamps.items())
 
@@ -41,7 +42,3 @@ class DebugPort(Device[DebugPortState]):
         self.state.last = value = value & 0xFF
         if value not in self._stamps:
             self._stamps[value] = self._clock()
-
-    def reset(self) -> None:
-        super().reset()
-        self._stamps.clear()

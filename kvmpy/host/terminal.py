@@ -2,19 +2,24 @@
 
 Raw but for output processing, which stays on so that our own messages do not staircase. The descriptors are opened
 afresh where the kernel allows it: O_NONBLOCK belongs to an open file description, and setting it on ours would set it
-for the shell that started us too.
+for the shell that started us too. Of a shell's job control: a background process group waits for the foreground before
+it touches the terminal, and once it is to end it leaves the terminal to whoever has it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import os
 import signal
 import stat
 import termios
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final, Self
+
+from kvmpy.errors import HostError
 
 ESCAPE: Final = 0x01  # Ctrl-A, as in QEMU
 
@@ -37,32 +42,76 @@ def reopen(fd: int, flags: int) -> int:
     return copy
 
 
-class RawTerminal:
-    """``fd``'s terminal in raw mode between `__enter__` and `__exit__`."""
+def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:
+    """Those of ``numbers`` to catch: SIGINT and SIGHUP stay ignored where we were started so, by `&` or by nohup."""
+    kept = (signal.SIGINT, signal.SIGHUP)
+    return [number for number in numbers if number not in kept or signal.getsignal(number) != signal.SIG_IGN]
 
-    def __init__(self, fd: int) -> None:
-        self._fd = fd
+
+def in_background(fd: int) -> bool:
+    """Whether ``fd`` is our controlling terminal and another process group has it."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:  # it does not control us, or was hung up
+        return False
+
+
+class RawTerminal:
+    """``fd``'s terminal in raw mode between `__enter__` and `__exit__`.
+
+    Once ``ending`` says so, being in the background is no reason to stop any more: a signal has to end us there too.
+    """
+
+    def __init__(self, fd: int, ending: Callable[[], bool] = lambda: False) -> None:
+        self._fd, self._ending = fd, ending
         self._saved: list[Any] | None = None
         self._handler: Any = signal.SIG_DFL
 
     def __enter__(self) -> Self:
+        self._wait_for_foreground()
         self._saved = termios.tcgetattr(self._fd)
         atexit.register(self.restore)
         self._handler = signal.signal(signal.SIGCONT, self._continued)
-        self._set_raw()
+        try:
+            self._set_raw()
+        except BaseException:
+            self.restore()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self.restore()
 
     def restore(self) -> None:
-        """Put the terminal back as it was; a second call does nothing."""
+        """Put the terminal back as it was; a second call does nothing.
+
+        In the background it is somebody else's, and is as they like it.
+        """
         if self._saved is not None:
             saved, self._saved = self._saved, None
             signal.signal(signal.SIGCONT, self._handler)
+            # It may be taken from us just now, and we would stop.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
             with contextlib.suppress(termios.error):  # it was hung up meanwhile
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, saved)
+                if not in_background(self._fd):
+                    _retry(partial(termios.tcsetattr, self._fd, termios.TCSADRAIN, saved))
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             atexit.unregister(self.restore)
+
+    def _wait_for_foreground(self) -> None:
+        """A background process group stops here until it is brought to the front: the kernel sends it SIGTTOU.
+
+        Only then is the terminal as the shell wants it back: at its prompt it has other settings.
+        """
+        try:
+            _retry(partial(termios.tcdrain, self._fd))
+        except termios.error as e:
+            if e.args[0] == errno.EIO and in_background(self._fd):
+                raise HostError(
+                    "EIO: standard input is a terminal that another process group has, and no shell can bring this one "
+                    "to the foreground; redirect standard input"
+                ) from e
+            raise
 
     def _continued(self, *_: object) -> None:
         """The shell has brought us back, with the terminal as it likes it. In the main thread, whatever that does."""
@@ -85,7 +134,25 @@ class RawTerminal:
         mode[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.IEXTEN | termios.ISIG)
         mode[6][termios.VMIN], mode[6][termios.VTIME] = 1, 0
         # Background process groups stop here until they are brought to the front, as they should.
-        termios.tcsetattr(self._fd, termios.TCSADRAIN, mode)
+        _retry(partial(termios.tcsetattr, self._fd, termios.TCSADRAIN, mode), self._left)
+
+    def _left(self) -> bool:
+        return self._ending() and in_background(self._fd)
+
+
+def _retry(call: Callable[[], object], unless: Callable[[], bool] = lambda: False) -> None:
+    """``call``, again each time a signal interrupts it, such as SIGCONT after SIGTTOU. Not where ``unless``.
+
+    ``call`` is not Python: between the two a handler would run, and its news come too late.
+    """
+    while not unless():
+        try:
+            call()
+        except termios.error as e:
+            if e.args[0] != errno.EINTR:
+                raise
+        else:
+            return
 
 
 class EscapeFilter:

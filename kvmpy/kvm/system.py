@@ -62,6 +62,20 @@ WELCOME: Final = (
 """What kvmpy uses where it is."""
 
 
+def virtualization(proc: str = "/proc") -> str | None:
+    """The processor's extension that KVM runs guests with, "vmx" or "svm"; None where /proc/cpuinfo shows neither.
+
+    A KVM without one interprets, or rewrites, what a guest's kernel does, and a stock Linux seldom gets far on it. No
+    KVM_CAP says so.
+    """
+    try:
+        with open(f"{proc}/cpuinfo") as file:
+            flags = next((line for line in file if line.startswith("flags")), "").split()
+    except OSError:
+        return None
+    return next((name for name in ("vmx", "svm") if name in flags), None)
+
+
 class System:
     """An open /dev/kvm."""
 

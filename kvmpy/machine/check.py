@@ -63,7 +63,7 @@ def plan_boot(config: Config) -> BootPlan:
 
 def check_devices(config: Config) -> None:
     """Raises ConfigError for what is well formed and cannot be built: nothing is ignored."""
-    problems = [f"{config.locate(key)}: {problem}" for key, problem in _unbuildable(config)]
+    problems = [config.place(key, problem) for key, problem in _unbuildable(config)]
     if problems:
         raise ConfigError(*problems)
 
@@ -71,16 +71,15 @@ def check_devices(config: Config) -> None:
 def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
     """Key and problem."""
     if config.machine.dirty_ring:
-        yield "machine.dirty_ring", "machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out"
+        yield "machine.dirty_ring", "this version of kvmpy does not migrate yet; leave it out"
     for index, device in enumerate(config.device):
         for name, problem in unbuildable(device):
-            key = f"device[{index}].{name}"
-            yield key, f"{key}: {problem}"
+            yield f"device[{index}].{name}", problem
     on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)
     if on_root_bus > ROOT_BUS_SLOTS:
         yield (
-            "root_port[0]" if config.root_port else "device[0]",
-            f"root_port: {on_root_bus} root ports and devices without a bus, where the root bus has "
+            "root_port" if config.root_port else "device",
+            f"{on_root_bus} root ports and devices without a bus, where the root bus has "
             f"{ROOT_BUS_SLOTS} places; plug devices into root ports",
         )
 
@@ -147,6 +146,5 @@ def huge_page(config: Config) -> int:
 
 def placed(config: Config, problem: str) -> str:
     """``boot.kernel: ...`` with the file and line that set boot.kernel before it, or said in terms of its --set."""
-    key, _, text = problem.partition(":")
-    place = config.locate(key)
-    return f"{place}:{text}" if place in (f"--set {key}", f"--{key}") else f"{place}: {problem}"
+    key, _, text = problem.partition(": ")
+    return config.place(key, text) if text else f"{config.locate(key)}: {problem}"

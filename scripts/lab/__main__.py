@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--tty", action="store_true", help="give the command a terminal")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --: the command and its arguments")
     shell = tasks.add_parser("shell", help="start an emulated host and a shell in it; the host ends with the shell")
-    shell.set_defaults(tty=True, command=["bash"])
+    shell.set_defaults(tty=True, command=["bash", "--norc"])  # a bashrc of the outside machine's may set PATH
     for task in (run, shell):
         task.add_argument("--cpus", type=int, default=CPUS, help="more than one is unsafe with QEMU 7.2")
         task.add_argument("--memory", default="3G")

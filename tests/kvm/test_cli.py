@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -30,7 +31,7 @@ from kvmpy.cli.main import main
 from kvmpy.cli.run import _Signals
 from kvmpy.config.schema import load
 from kvmpy.errors import CommandError
-from kvmpy.kvm.system import System
+from kvmpy.kvm.system import System, virtualization
 from kvmpy.machine.machine import Machine
 from tests.counts import count
 from tests.fakes.loop import each
@@ -153,10 +154,14 @@ def here(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    # What we ignore a command ignores too, as when a script runs these tests in the background.
+    handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
     (tmp_path / "run").mkdir()
     (tmp_path / "m.toml").write_text('[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n')
     (tmp_path / "kernel").write_bytes(pvh_kernel(SAY_K + SPIN))
     yield tmp_path
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     assert os.listdir(tmp_path / "run") == []
 
 
@@ -209,7 +214,13 @@ def started(process: Process) -> Process:
 
 # How a machine ends
 
-NO_TERMINAL: Final = "kvmpy: standard input is not a terminal: no escape key; stop the guest with: kvmpy stop m\n"
+NO_VIRTUALIZATION: Final = (
+    "kvmpy: warning: neither vmx nor svm in /proc/cpuinfo: without hardware virtualization a Linux guest most "
+    "likely hangs without a word; kvmpy doctor says more\n"
+)
+NO_TERMINAL: Final = (NO_VIRTUALIZATION if virtualization() is None else "") + (
+    "kvmpy: standard input is not a terminal: no escape key; stop the guest with: kvmpy stop m\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -231,6 +242,25 @@ def test_the_exit_code_says_how_the_guest_ended(run: Start, code: bytes, exit_co
 def test_timings_say_when_the_guest_first_ran(run: Start) -> None:
     _, _, err = outcome(run(POWER_OFF, "--timings"))
     assert err.splitlines()[-1].startswith("kvmpy: where the time went: first KVM_RUN 0.")
+
+
+def test_timings_are_those_of_the_first_boot(run: Start) -> None:
+    """Also after a reset: begun and ready are said after K, and the second time long after it."""
+    stamp = b"\xb0\x41\xe6\x80\xb0\x42\xe6\x80"  # mov al, 0x41; out 0x80, al; mov al, 0x42; out 0x80, al
+    process = started(run(stamp + ECHO, "--timings", stdin=subprocess.PIPE))
+    assert process.stdin
+    seconds = 1.0
+    time.sleep(seconds)  # what must not be in the timings
+    assert main(["reset", "m"]) == 0
+    assert process.stdout
+    assert process.stdout.read(1) == b"K"
+    process.stdin.write(b"Q")
+    process.stdin.close()
+    said = process.stderr.read().decode() if process.stderr else ""
+    assert process.wait(PATIENCE) == 0
+    kernel = re.search(r"where the time went: first KVM_RUN [\d.]+ s, kernel ([\d.]+) s, init [\d.]+ s", said)
+    assert kernel
+    assert float(kernel[1]) < seconds
 
 
 def test_a_trace_goes_to_standard_error(run: Start) -> None:
@@ -331,6 +361,92 @@ def test_an_error_at_the_start_leaves_the_terminal_as_before(here: Path, termina
     assert terminal.mode == before
 
 
+@pytest.fixture
+def shell(here: Path, terminal: Terminal) -> Iterator[Terminal]:
+    """An interactive shell on the terminal, with job control."""
+    (here / "kvmpy").write_text(f'#!/bin/sh\nexec {sys.executable} -m kvmpy "$@"\n')
+    (here / "kvmpy").chmod(0o755)
+    argv = ["bash", "--norc", "--noprofile", "--noediting", "-i"]
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal.theirs)
+    with popen(argv, **streams, preexec_fn=lead, env=os.environ | {"PS1": "prompt> "}) as bash:
+        yield terminal
+        for pid in filter(str.isdecimal, os.listdir("/proc")):
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(int(pid)) == bash.pid:
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+GONE: Final = b"; p=$(jobs -p); while kill -0 $p; do sleep 0.05; done 2>/dev/null; wait $p; echo code=$?\n"
+
+
+def lead() -> None:
+    """Begin a session whose terminal is the standard input."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_machine_started_in_the_background_says_so_and_runs_when_brought_to_the_foreground(
+    shell: Terminal, here: Path
+) -> None:
+    (here / "kernel").write_bytes(pvh_kernel(ECHO))
+    shell.type(b"./kvmpy run m.toml &\n")
+    shell.expect(b"stopped until it is brought to the foreground")
+    until_stopped(shell)
+    shell.type(b"fg\n")
+    shell.expect(b"\nK")
+    assert shell.raw
+    shell.type(b"helloQ")
+    shell.expect(b"hello")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+
+
+def test_a_machine_that_waits_for_the_foreground_is_ended_by_sigterm(shell: Terminal, here: Path) -> None:
+    shell.type(b"./kvmpy run m.toml &\n")
+    until_stopped(shell)
+    shell.type(b"kill %1" + GONE)
+    shell.expect(b"code=143\r\n")
+
+
+def test_a_machine_stopped_while_it_ran_is_ended_by_sigterm(shell: Terminal, here: Path) -> None:
+    shell.type(b"./kvmpy run m.toml --powerdown-limit 0\n")
+    shell.expect(b"K")
+    pid = int((here / "run/m/pid").read_text())
+    os.kill(pid, signal.SIGSTOP)
+    shell.expect(b"Stopped")
+    shell.type(b"kill %1\n")
+    until(lambda: not (here / "run/m").exists())
+    shell.expect(b"SIGTERM: the guest has not enabled its power button; stopping it in 0 s")
+
+
+def test_a_console_in_the_background_is_ended_by_sigterm(shell: Terminal, run: Start, stopped: Process) -> None:
+    shell.type(b"./kvmpy console m &\n")
+    shell.expect(b"stopped until it is brought to the foreground")
+    until_stopped(shell)
+    shell.type(b"kill %1" + GONE)
+    shell.expect(b"code=143\r\n")
+
+
+def test_a_console_is_brought_to_the_foreground(shell: Terminal, stopped: Process) -> None:
+    shell.type(b"./kvmpy console m &\n")
+    until_stopped(shell)
+    shell.type(b"fg\n")
+    shell.expect(b"m: attached; Ctrl-A x leaves, Ctrl-A h helps\r\n")
+    shell.type(b"hello")
+    shell.expect(b"hello")
+    shell.type(CTRL_A + b"x")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+
+
+def until_stopped(shell: Terminal) -> None:
+    """Ask the shell for its jobs until one has stopped."""
+    shell.type(b"until jobs -s | grep -q .; do sleep 0.05; done; echo is stop''ped\n")
+    shell.expect(b"is stopped\r\n")
+
+
 def test_what_is_typed_reaches_the_guest_and_ctrl_c_is_a_byte_like_another(run: Start, terminal: Terminal) -> None:
     process = run(ECHO, terminal=terminal)
     terminal.expect(b"K")
@@ -420,12 +536,26 @@ def test_a_signal_presses_the_power_button(run: Start, number: signal.Signals) -
     )
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_was_ignored_when_it_started_is_ignored(run: Start, number: signal.Signals) -> None:
+    """As in a script's `kvmpy run m.toml &`, or after nohup."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        process = started(run(OBEY))
+    finally:
+        signal.signal(number, before)
+    process.send_signal(number)
+    process.terminate()
+    ended, _, err = outcome(process)
+    assert (ended, "SIGTERM: pressed" in err, number.name in err) == (0, True, False)
+
+
 def test_a_guest_that_ignores_the_button_is_stopped_in_the_time_it_has(run: Start) -> None:
     process = started(run(SAY_K + SPIN, "--powerdown-limit", "0.1"))
     process.terminate()
     ended, _, err = outcome(process)
     assert ended == 0
-    assert err.splitlines()[1:] == [
+    assert err.splitlines()[-2:] == [
         "kvmpy: SIGTERM: the guest has not enabled its power button; stopping it in 0.1 s, or at the next signal",
         "kvmpy: the guest has not powered off in time; stopping it",
     ]
@@ -776,8 +906,21 @@ def test_a_command_says_which_process_hangs(kvmpy: Kvmpy, hanging: Process) -> N
     assert kvmpy("pause", "m") == (
         1,
         "",
-        f"kvmpy: m: its greeting: no answer in 0.2 s; see whether process {hanging.pid} is stopped\n",
+        f"kvmpy: m: greeting: no answer in 0.2 s; process {hanging.pid} is stopped; "
+        f"in its shell, fg brings it to the foreground, or: kill -CONT {hanging.pid}\n",
     )
+
+
+def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(
+    kvmpy: Kvmpy, running: Process, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "GREETING_PATIENCE", 0.2)
+    running.send_signal(signal.SIGSTOP)
+    code, _, err = kvmpy("status", "m")
+    running.send_signal(signal.SIGCONT)
+    assert (code, err.partition(";")[0]) == (1, "kvmpy: m: greeting: no answer in 0.2 s")
+    assert main(["stop", "m"]) == 0
+    running.wait(PATIENCE)
 
 
 def test_a_monitor_that_nobody_serves_is_an_error_with_its_errno(kvmpy: Kvmpy, running: Process, here: Path) -> None:
@@ -793,7 +936,7 @@ def test_a_monitor_that_nobody_serves_is_an_error_with_its_errno(kvmpy: Kvmpy, r
 
 @pytest.mark.parametrize(
     ("greeting", "error"),
-    [(b"", "its greeting: the machine hung up"), (b"SSH-2.0\r\n", "its greeting: what answers does not speak QMP")],
+    [(b"", "greeting: the machine hung up"), (b"SSH-2.0\r\n", "greeting: what answers does not speak QMP")],
     ids=["hangs up", "something else"],
 )
 def test_a_monitor_that_does_not_greet_is_an_error(

@@ -40,3 +40,24 @@ def assert_commands_work(host: EmulatedHost, page: str, said: list[str]) -> None
     assert [text for text in said if text not in done.stdout] == []
     assert "has not powered off in time" not in done.stderr
     assert host.run(["ls", "-A", "/run/kvmpy"]).stdout == ""
+
+
+def test_the_readmes_first_configuration_runs_in_the_checkout(host: EmulatedHost) -> None:
+    text = (DOCS.parent / "README.md").read_text()
+    [config] = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    [copy] = re.findall(r"# (cp \S+ \S+)$", config, re.MULTILINE)
+    script = f"""set -e
+        {copy}
+        cat >web1.toml
+        kvmpy check web1.toml
+        kvmpy run web1.toml --set console.serial=file:/run/web1.log &
+        until grep 'KVMPY-GUEST UP .*root=/dev/vda' /run/web1.log; do kill -0 $!; sleep 1; done
+        kvmpy status web1
+        kvmpy powerdown web1 --limit 300
+        wait $!
+    """
+    done = host.run(["bash", "-c", script], input=config, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "vd0: virtio-blk-pci at" in done.stdout
+    assert "net1: virtio-net-pci at" in done.stdout
+    assert "has not powered off in time" not in done.stderr

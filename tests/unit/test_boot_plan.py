@@ -205,6 +205,23 @@ def test_every_mistake_is_reported_at_once(files: Files) -> None:
     assert cmdline == r"boot.cmdline: character 2 is '\n'; only ASCII on one line is possible"
 
 
+def test_without_a_kernel_sizes_are_checked_all_the_same(files: Files) -> None:
+    files.kernel.unlink()
+    os.truncate(files.initrd, RAM_SIZE + 1)
+    kernel, cmdline, initrd = files.refusal("x" * 2048)
+    assert kernel.startswith(f"boot.kernel: {files.kernel}: cannot be opened")
+    assert cmdline == "boot.cmdline: 2048 characters, and the kernel takes at most 2047"
+    assert initrd == f"boot.initrd: {files.initrd}: is 5 MiB, more than the guest's memory of 4 MiB"
+
+
+def test_a_kernel_and_an_initrd_that_do_not_fit_are_both_reported(files: Files) -> None:
+    files.kernel.write_bytes(bzimage(init_size=4 * MIB))
+    os.truncate(files.initrd, RAM_SIZE + 1)
+    kernel, initrd = sorted(files.refusal(), reverse=True)
+    assert kernel.startswith(f"machine.memory: the kernel {files.kernel} needs RAM")
+    assert initrd.startswith(f"boot.initrd: {files.initrd}: is 5 MiB")
+
+
 @pytest.mark.parametrize("character", ["é", "\0", "\r", "\udc80"])
 def test_a_command_line_is_one_line_of_ascii(files: Files, character: str) -> None:
     (problem,) = files.refusal(f"root={character}")

@@ -25,7 +25,7 @@ from kvmpy.cli.finding import FAIL, Finding
 from kvmpy.cli.main import main
 from kvmpy.errors import IoctlError
 from kvmpy.host.tree import Host
-from kvmpy.kvm.system import REQUIRED, System
+from kvmpy.kvm.system import REQUIRED, System, virtualization
 from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
 from tests.unit.test_boot_bzimage import bzimage
 
@@ -150,6 +150,16 @@ CONFIG_MISTAKES: Final = (
         "m.toml:4: machine.memory: unknown unit 'MB' in \"16MB\" (did you mean 'MiB'?)",
     ),
     refusals(
+        "memory in a unit of lower case",
+        GOOD.replace("16MiB", "16mib"),
+        "m.toml:4: machine.memory: unknown unit 'mib' in \"16mib\" (did you mean 'MiB'?)",
+    ),
+    refusals(
+        "a byte order mark",
+        "\ufeff" + GOOD,
+        "m.toml:1: starts with a byte order mark (BOM); save it without one",
+    ),
+    refusals(
         "more vCPUs than APIC ids",
         GOOD + "cpus = 255\n",
         ("m.toml:5: machine.cpus: expected an integer <= 254, got 255"),
@@ -252,9 +262,18 @@ def test_a_path_cannot_put_a_second_line_or_an_escape_sequence_on_the_terminal(k
         (["--set", "device.x.bus=r"], "--set device.x.bus: no device has the id 'x'"),
         (["--set", "machine.cpus=no"], '--set machine.cpus: expected an integer, got a string ("no")'),
         (["--set", "boot.kernel=/absent"], "--set boot.kernel: /absent: cannot be opened"),
+        (
+            [
+                "--set=netdev=[{type='tap', id='t', ifname='t'}]",
+                "--set=device=[{driver='virtio-net-pci', id='n', netdev='t'}]",
+                "--set=device.n.failover=true",
+            ],
+            "--set device.n.failover: this version of kvmpy has no failover pairs yet",
+        ),
+        (["--set", "machine.dirty_ring=true"], "--set machine.dirty_ring: this version of kvmpy does not migrate yet"),
         (["--name", "../x"], f'--name: {NAME_FORM}, got "../x"'),
     ],
-    ids=["no value", "no such id", "wrong type", "no such file", "no name"],
+    ids=["no value", "no such id", "wrong type", "no such file", "by id", "not yet", "no name"],
 )
 def test_a_mistake_in_an_option_is_located_there(kvmpy: Kvmpy, here: Path, options: list[str], problem: str) -> None:
     (here / "m.toml").write_text("device = []\n" + GOOD)
@@ -294,6 +313,13 @@ def test_an_unknown_command_is_answered_with_those_there_are(kvmpy: Kvmpy) -> No
     assert code == 2
     assert "invalid choice: 'rnu'" in err
     assert "'run'" in err
+
+
+def test_a_surplus_argument_is_answered_with_the_usage_of_that_command(kvmpy: Kvmpy) -> None:
+    code, _, err = kvmpy("status", "m", "n")
+    assert code == 2
+    assert err.startswith("usage: kvmpy status ")
+    assert err.endswith("kvmpy status: error: unrecognized arguments: n\n")
 
 
 def test_an_error_has_no_traceback(kvmpy: Kvmpy) -> None:
@@ -560,6 +586,15 @@ def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
         "locked memory": "ok",
     }
     assert [finding.what for finding in findings if finding.verdict != "ok" and not finding.remedy] == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "extension"), [("fpu vmx sse", "vmx"), ("fpu svm", "svm"), ("fpu svm_lock vmxnot", None), ("", None)]
+)
+def test_the_processors_virtualization_is_what_cpuinfo_says(here: Path, flags: str, extension: str | None) -> None:
+    (here / "cpuinfo").write_text(f"processor\t: 0\nvmx flags\t: vnmi\nflags\t\t: {flags}\n")
+    assert virtualization(str(here)) == extension
+    assert virtualization(str(here / "absent")) is None
 
 
 def test_doctor_names_a_missing_capability_and_the_kernel_that_has_it(

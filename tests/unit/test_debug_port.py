@@ -31,9 +31,13 @@ def test_read_gives_the_last_value() -> None:
     assert port.read(0, 1) == 0xAA
 
 
-def test_reset_forgets_the_stamps() -> None:
-    port = DebugPort("debug", Clock().ns)
+def test_reset_keeps_the_stamps_which_are_those_of_the_first_boot() -> None:
+    clock = Clock(utc=1)
+    port = DebugPort("debug", clock.ns)
     port.write(0, 1, 0x55)
     port.reset()
-    assert port.stamps == ()
+    clock.pass_(0.5)
+    port.write(0, 1, 0x55)
+    assert port.stamps == ((0x55, 1_000_000_000),)
+    port.reset()
     assert port.read(0, 1) == 0
