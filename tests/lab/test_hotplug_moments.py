@@ -37,7 +37,7 @@ WORDS: Final = "modules=virtio_pci,virtio_net,virtio_blk"
 ROUNDS: Final = count(2, 5)
 PROGRAMS: Final = "tests/lab/programs"
 IN_RATIO: Final = 2.0
-"""Of a plug, which is some hundred accesses to configuration space: an emulated host is slow to run our side of each."""
+"""Of a plug, some hundred accesses to configuration space: an emulated host is slow to run our side of each."""
 
 
 def plug_times(host: EmulatedHost, socket: str, net: dict[str, str], blk: dict[str, str]) -> dict[str, float]:
