@@ -53,9 +53,11 @@ class BridgeHeader(Header):
         super().__init__(space, ids, pin)
         self._has_io_window = True
         self.set_io_window(there=False)
-        self.on_window: Callable[[], object] = lambda: None
+        self.on_addressing: Callable[[], object] = lambda: None
         self.on_bridge_control: Callable[[], object] = lambda: None
 
+    @secondary.changed
+    @subordinate.changed
     @io_base.changed
     @io_limit.changed
     @memory_base.changed
@@ -66,8 +68,8 @@ class BridgeHeader(Header):
     @prefetchable_limit_high.changed
     @io_base_high.changed
     @io_limit_high.changed
-    def _window_changed(self, old: int, new: int) -> None:
-        self.on_window()
+    def _addressing_changed(self, old: int, new: int) -> None:
+        self.on_addressing()
 
     @bridge_control.changed
     def _bridge_control_changed(self, old: int, new: int) -> None:

@@ -44,7 +44,10 @@ class RootPortState(PciFunctionState):
 
 
 class PortRegisters(PciFunction[RootPortState]):
-    """A root port without a will of its own. It interrupts by MSI, else by INTx; `RootPort` is the whole of it."""
+    """A root port without a will of its own. It interrupts by MSI, else by INTx; `RootPort` is the whole of it.
+
+    ``buses`` are the numbers of those behind it, for any thread to read.
+    """
 
     header: BridgeHeader
     express: RootPortCapability
@@ -64,8 +67,9 @@ class PortRegisters(PciFunction[RootPortState]):
         self.slot = slot
         self.behind: PciFunction[Any] | None = None
         self.forwards = Forwards()
+        self.buses = NOWHERE
         self._reachable = self._interrupting = False
-        self.header.on_window = self._decode
+        self.header.on_addressing = self._decode
         self.header.on_bridge_control = self._follow_link
         self.express.on_link = self._follow_link
         self.express.on_events = self._drive
@@ -133,6 +137,7 @@ class PortRegisters(PciFunction[RootPortState]):
     def _decode(self) -> None:
         super()._decode()
         header, command, up = self.header, self.header.command, self._reachable
+        self.buses = range(header.secondary, header.subordinate + 1)
         forwards = Forwards(
             io=header.io if up and command & Command.IO else NOWHERE,
             memory=header.memory if up and command & Command.MEMORY else NOWHERE,

@@ -50,6 +50,7 @@ class PciRoot:
         self._lines = [SharedLine(line) for line in lines]
         self._decoder = Decoder(mmio, pio, shortcuts, windows, is_ram)
         self._bus0: Mapping[int, Function] = {}  # swapped whole
+        self._ports: tuple[RootPort, ...] = ()  # in the order in which they are asked, should two have the same bus
 
     def add(self, function: Function, device: int, function_number: int = 0) -> None:
         """Put ``function`` on bus 0. Raises ValueError where that place is taken or none."""
@@ -62,6 +63,7 @@ class PciRoot:
             self._bus0 = {**self._bus0, devfn: function}
             self._mark_multi_function(device)
             if isinstance(function, RootPort):
+                self._ports = tuple(f for _, f in sorted(self._bus0.items()) if isinstance(f, RootPort))
                 function.seats = Seats(self, function, device)
             elif function.express is not None:
                 function.express.integrate()
@@ -85,10 +87,10 @@ class PciRoot:
         """The function with that number now, None where there is none. With the lock, if the answer is to last."""
         if bus == 0:
             return self._bus0.get(devfn)
-        for port in self._ports():
-            if port.header.secondary <= bus <= port.header.subordinate:
+        for port in self._ports:
+            if bus in port.buses:
                 # Behind a port there is one device, with the number 0, and no bridge to pass the access on to.
-                here = bus == port.header.secondary and devfn == 0 and port.reachable
+                here = bus == port.buses.start and devfn == 0 and port.reachable
                 return port.behind if here else None
         return None
 
@@ -111,13 +113,9 @@ class PciRoot:
         Without the lock: an operator who looks is not kept waiting by an access that waits for a disk.
         """
         places = [(0, devfn) for devfn in sorted(self._bus0)]
-        places += sorted({(port.header.secondary, 0) for port in self._ports() if port.header.secondary})
+        places += sorted({(port.header.secondary, 0) for port in self._ports if port.header.secondary})
         found = [(bus, devfn, self.find(bus, devfn)) for bus, devfn in places]
         return iter([(bus, devfn >> 3, devfn & 7, function) for bus, devfn, function in found if function is not None])
-
-    def _ports(self) -> Iterator[RootPort]:
-        """In the order in which they are asked, should the guest give two the same bus."""
-        return (f for _, f in sorted(self._bus0.items()) if isinstance(f, RootPort))
 
     def _mark_multi_function(self, device: int) -> None:
         here = [function for devfn, function in self._bus0.items() if devfn >> 3 == device]
