@@ -181,7 +181,8 @@ def test_a_guest_that_turns_its_slot_off_gives_it_back(lab: Lab) -> None:
 def test_a_device_that_is_torn_out_works_again_later(lab: Lab) -> None:
     lab.guest.kvmpy("qmp", NAME, "device_del", f"id={DEVICE}", "force=true")
     lab.wait_deleted()
-    lab.guest.type("until [ $(cat /sys/bus/pci/slots/1/power) = 0 ]; do sleep 0.1; done", SLOW)
+    gone = "[ $(cat /sys/bus/pci/slots/1/power) = 0 ] && [ ! -e /sys/class/net/eth0 ]"
+    lab.guest.type(f"until {gone}; do sleep 0.1; done", SLOW)
     lab.add()
     assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
 
