@@ -69,6 +69,8 @@ def test_each_obstacle_of_a_function_is_a_failure_with_a_remedy(sysfs: FakeSysfs
     assert [finding.found for finding in failed] == [
         "the IOMMU does not remap interrupts",
         "shares IOMMU group 12 with 0000:03:00.1 (e1000e)",
+        "cannot be reset: the kernel's method for it, pm, is not sure to, "
+        "and there is no bridge above it that could reset its bus",
     ]
     assert all(finding.remedy for finding in failed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +23,19 @@ from kvmpy.irq import MsiMessage
 from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.loop import open_descriptors
-from tests.fakes.vfio import ADDRESS, ERROR, INTX, MSI, MSIX, REQUEST, SERIAL, FakeNic, config_space
+from tests.fakes.vfio import (
+    ADDRESS,
+    CONFIG,
+    ERROR,
+    INTX,
+    MSI,
+    MSIX,
+    REGION_SHIFT,
+    REQUEST,
+    SERIAL,
+    FakeNic,
+    config_space,
+)
 from tests.fakes.vfio_rig import BAR0, BAR1, BAR2, BAR4, ON, NicRig, reset_by
 
 MESSAGE = MsiMessage(0xFEE0_1000, 0x4041)
@@ -62,6 +75,27 @@ def test_only_known_capabilities_are_shown(rig: NicRig) -> None:
     assert {kind for kind, _ in rig.config.capabilities()} == {0x01, 0x05, 0x10, 0x11}
     assert rig.config.read(0x100, 4) == 0x0001_0003, "of the extended ones the serial number, alone"
     assert rig.config.read(0x104, 8) == SERIAL
+
+
+def test_a_conventional_device_whose_configuration_space_ends_at_256_is_read_to_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nic, pread = FakeNic(config=config_space()[:256]), os.pread
+    start = CONFIG << REGION_SHIFT
+
+    def strict_pread(fd: int, size: int, offset: int) -> bytes:
+        if start <= offset and offset + size > start + 256:
+            raise OSError(errno.EFAULT, "beyond the end of the region")
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", strict_pread)
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        assert rig.config.read(0, 4) == 0x10CA_8086
+        assert rig.config.read(0x100, 4) == 0, "no serial number"
+        rig.enable()
+        assert nic.command & ON == ON
 
 
 def test_reset_by_the_guest_is_not_offered(rig: NicRig) -> None:

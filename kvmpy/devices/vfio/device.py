@@ -155,10 +155,10 @@ class VfioDevice:
 
     def _read_config(self) -> bytes:
         """As much as there is: the kernel gives 4096 bytes, or 256 for a conventional device."""
-        data = b""
+        data, size = b"", min(self._config.size, CONFIG_SIZE)
         try:
-            while len(data) < min(self._config.size, CONFIG_SIZE):
-                piece = os.pread(self.fd, CONFIG_SIZE - len(data), self._config.offset + len(data))
+            while len(data) < size:  # a read that goes beyond the end fails, and is not cut short
+                piece = os.pread(self.fd, size - len(data), self._config.offset + len(data))
                 if not piece:
                     break
                 data += piece

@@ -11,16 +11,15 @@ one; else the bus is reset by name.
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 from typing import Final, Protocol
 
 from kvmpy.abi import vfio as abi
 from kvmpy.devices.vfio.config import HostConfig
 from kvmpy.errors import HostError, IoctlError
+from kvmpy.host.pci_function import SysfsFunction
+from kvmpy.host.pci_reset import TRUSTED, first_method
+from kvmpy.host.tree import Host
 
-SYSFS: Final = Path("/sys/bus/pci/devices")
-# Those of /sys/bus/pci/devices/*/reset_method that reset the function, all of it, and nothing else but it.
-TRUSTED: Final = ("device_specific", "flr", "af_flr", "bus", "cxl_bus")
 MOST_DEVICES: Final = 256 * 8  # on a bus, and its subordinates
 
 
@@ -87,19 +86,11 @@ class BusReset:
             raise HostError(f"{self.address}: {e}: its bus has not been reset") from e
 
 
-def choose(address: str, config: HostConfig, *, resets: bool, sysfs: Path = SYSFS) -> Reset:
+def choose(address: str, config: HostConfig, *, resets: bool, host: Host = Host()) -> Reset:  # noqa: B008  immutable
     """The best way for a function; ``resets`` is whether the kernel has any for it."""
-    method = _first_method(sysfs / address / "reset_method")
+    method = first_method(SysfsFunction(address, host))
     if method is None and config.has_flr:  # before Linux 5.15, where it comes before all but the device's own
         method = "flr"
     if resets and method in TRUSTED:
         return FunctionReset(address, method)
     return BusReset(address)
-
-
-def _first_method(path: Path) -> str | None:
-    """What the kernel would do; None where it does not say."""
-    try:
-        return next(iter(path.read_text().split()), None)
-    except OSError:
-        return None
