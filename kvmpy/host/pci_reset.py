@@ -2,7 +2,7 @@
 
 Not told are bridges that the kernel knows not to survive a reset of their bus; those show when the function is open.
 
-Specification: Documentation/ABI/testing/sysfs-bus-pci, reset_method (Linux 5.15). This file, and that of reset before it,
+Specification: Documentation/ABI/testing/sysfs-bus-pci, reset_method (Linux 5.15). It, and the older reset before it,
 are there only where the kernel has a method.
 """
 

@@ -73,6 +73,13 @@ class FakeSysfs:
         (self.devices / pf / f"virtfn{number}").symlink_to(path)
         return path
 
+    def add_interface(self, address: str, name: str, *, place: str = "net") -> Path:
+        """A network interface of the function's, which is down; returns its directory."""
+        path = self.devices / address / place / name
+        path.mkdir(parents=True)
+        (path / "flags").write_text("0x1002\n")
+        return path
+
     def driver(self, address: str) -> str:
         link = self.devices / address / "driver"
         return os.readlink(link).rpartition("/")[2] if link.is_symlink() else ""

@@ -130,6 +130,20 @@ def test_function_that_somebody_took_meanwhile_is_left_to_them(sysfs: FakeSysfs,
     assert sysfs.state(NIC) == ("igb", "igb")
 
 
+def test_interface_that_the_host_has_up_is_not_taken_without_a_word(
+    sysfs: FakeSysfs, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    interface = sysfs.add_interface(NIC, "eth3")
+    claim(sysfs, run).close()
+    assert caplog.messages == [], "it was down"
+    (interface / "flags").write_text("0x1003\n")
+    (interface / "master").symlink_to(sysfs.add_interface(PF, "br0"))
+    claim(sysfs, run).close()
+    assert caplog.messages == [
+        f"{NIC}: is taken from the host, though eth3 is up and is a port of br0: the host uses the function"
+    ]
+
+
 def test_two_functions_are_given_back_one_by_one(sysfs: FakeSysfs, run: str) -> None:
     first, second = claim(sysfs, run, NIC), claim(sysfs, run, VF)
     first.close()
