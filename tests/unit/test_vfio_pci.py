@@ -500,7 +500,8 @@ def test_a_reset_that_fails_breaks_the_device_and_a_later_one_mends_it(
     rig.kernel.fail("VFIO_DEVICE_RESET", errno.EIO)
     with rig.function.lock:
         rig.function.reset()
-    assert broken == [f"{ADDRESS}: VFIO_DEVICE_RESET: EIO: it has not been reset"]
+    assert broken == ["VFIO_DEVICE_RESET: EIO: it has not been reset"]
+    assert caplog.messages == [f"host0: {ADDRESS}: {broken[0]}"]
     assert rig.function.info()["broken"] == broken[0]
     assert rig.config.read(0, 4) == 0xFFFF_FFFF
     rig.kernel.recover("VFIO_DEVICE_RESET")
@@ -542,6 +543,54 @@ def test_the_host_that_wants_it_back_is_heard(rig: NicRig) -> None:
     rig.io.stop()
     assert wanted == [True]
     assert rig.nic.command & ON == ON, "and decides nothing"
+
+
+def test_a_device_that_the_host_waits_for_leaves_without_the_reset_that_the_kernel_refuses(
+    rig: NicRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.signal(REQUEST)
+    rig.io.start()
+    rig.io.stop()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    with rig.function.lock:
+        rig.function.release()
+    assert not rig.function.finish_reset(), "it cannot be plugged in again"
+    assert rig.nic.command & ON == 0, "and it is stopped"
+    rig.function.close()
+    assert (broken, rig.function.info()["broken"]) == ([], None)
+    assert "not reset" in caplog.messages[-1]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_reset_refused_to_a_device_that_nobody_waits_for_breaks_it(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    with rig.function.lock:
+        rig.function.release()
+    rig.settle()
+    assert broken == [
+        "VFIO_DEVICE_RESET: EAGAIN: it has not been reset: the host is about to take it back, or busy with it otherwise"
+    ]
+
+
+def test_a_device_that_the_host_waits_for_is_broken_by_a_reset_that_fails_for_another_reason(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.signal(REQUEST)
+    rig.io.start()
+    rig.io.stop()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EIO)
+    with rig.function.lock:
+        rig.function.release()
+    rig.settle()
+    assert broken == ["VFIO_DEVICE_RESET: EIO: it has not been reset"]
 
 
 def test_it_blocks_migration_and_its_state_is_what_the_guest_sees(rig: NicRig) -> None:

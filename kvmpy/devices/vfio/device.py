@@ -135,7 +135,7 @@ class VfioDevice:
         self.resets.reset(self.fd, self._space.group_fd(self._group))
 
     def close(self) -> None:
-        """Unmap and close it; the kernel resets it once more, so this takes as long. Closing twice is allowed."""
+        """Unmap and close it; the kernel resets it once more if it can: it takes as long. Closing twice is allowed."""
         for mapped in self._maps:
             mapped.close()
         self._maps.clear()

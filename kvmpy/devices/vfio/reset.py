@@ -4,6 +4,10 @@ What one guest left in a device must not reach the next, and a device that goes 
 level reset does it; so does a reset of the bus it is on, if nothing else is there. A reset by power management (D3hot
 and back) is not trusted: many devices keep all their registers, and say otherwise.
 
+While the host waits for a device, to unbind it from vfio-pci, the kernel refuses every reset of it, its own when the
+device is closed among them. It stops the device's DMA all the same. Whoever has it next resets it: most drivers when
+they start, vfio-pci when it is opened, a machine before its guest gets it.
+
 VFIO_DEVICE_RESET takes the first method of the kernel's list for the device, so it is used only where that is a good
 one; else the bus is reset by name.
 """
@@ -21,6 +25,10 @@ from kvmpy.host.pci_reset import TRUSTED, first_method
 from kvmpy.host.tree import Host
 
 MOST_DEVICES: Final = 256 * 8  # on a bus, and its subordinates
+
+
+class ResetRefused(HostError):
+    """The kernel is busy with the device, most often because it waits to take it back, and resets nothing meanwhile."""
 
 
 class Reset(Protocol):
@@ -49,7 +57,7 @@ class FunctionReset:
         try:
             abi.VFIO_DEVICE_RESET(fd)
         except IoctlError as e:
-            raise HostError(f"{self.address}: {e}: it has not been reset") from e
+            raise _failure(self.address, e, "it has not been reset") from e
 
 
 class BusReset:
@@ -83,7 +91,13 @@ class BusReset:
         try:
             abi.VFIO_DEVICE_PCI_HOT_RESET(fd, count=1, group_fds=[group])
         except IoctlError as e:
-            raise HostError(f"{self.address}: {e}: its bus has not been reset") from e
+            raise _failure(self.address, e, "its bus has not been reset") from e
+
+
+def _failure(address: str, e: IoctlError, outcome: str) -> HostError:
+    if e.errno == errno.EAGAIN:  # it is locked: an unbind holds the lock until we have closed the device
+        return ResetRefused(f"{address}: {e}: {outcome}: the host is about to take it back, or busy with it otherwise")
+    return HostError(f"{address}: {e}: {outcome}")
 
 
 def choose(address: str, config: HostConfig, *, resets: bool, host: Host = Host()) -> Reset:  # noqa: B008  immutable
