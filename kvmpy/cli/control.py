@@ -111,7 +111,9 @@ def _show(device: dict[str, Any]) -> None:
     place = f"at {device['address']}" if device["address"] else "at no address yet"
     print(f"  {device['id']}: {device['driver']} {place}, {_driver_status(device)}")
     print("    " + ", ".join(f"{key} {_shown(value)}" for key, value in facts.items())) if facts else None
-    if queues := [f"{queue['name']} {queue['size']}" for queue in device.get("queues", ()) if queue.get("enabled", True)]:
+    if queues := [
+        f"{queue['name']} {queue['size']}" for queue in device.get("queues", ()) if queue.get("enabled", True)
+    ]:
         print(f"    queues: {', '.join(queues)}")
     if device["broken"]:
         print(f"    broken until the guest resets it: {device['broken']}")

@@ -503,6 +503,47 @@ def test_r26_a_card_that_leaves_does_nothing_more_from_the_first_moment_on(rig: 
     assert order == ["bus master False, slot True", "released, mapped None, answers False, 0x108"]
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_what_was_torn_out_reads_as_its_kind_says_until_the_slot_is_off(rig: Rig, zero: bool) -> None:
+    rig.card.ZERO_WHEN_TORN_OUT = zero  # type: ignore[misc]  # of this card, not of its class
+    rig.plugged()
+    config = rig.board.config(5, 0)
+    config.place(0, MEMORY.start)
+    config.enable()
+
+    def register() -> int:
+        return rig.board.mmio.read(MEMORY.start + 0x14, 1)
+
+    assert register() == 0x14
+    rig.port.tear_out()
+    assert register() == (0 if zero else 0xFF)
+    assert config.read(0, 4) == NOTHING
+    rig.guest.pass_(5)
+    assert register() == 0xFF
+    rig.port.insert(rig.card)
+    rig.guest.pass_(5)
+    config.place(0, MEMORY.start)
+    config.enable()
+    assert register() == 0x14
+
+
+@pytest.mark.parametrize("end", ["insert", "reset"])
+def test_nothing_is_left_of_a_card_that_was_torn_out_once_another_comes_or_all_is_reset(rig: Rig, end: str) -> None:
+    rig.card.ZERO_WHEN_TORN_OUT = True  # type: ignore[misc]  # of this card, not of its class
+    rig.plugged()
+    config = rig.board.config(5, 0)
+    config.place(0, MEMORY.start)
+    config.enable()
+    rig.port.tear_out()
+    assert rig.board.mmio.read(MEMORY.start, 1) == 0
+    if end == "insert":
+        rig.port.insert(rig.card)
+    else:
+        with rig.port.lock:
+            rig.port.reset()
+    assert rig.board.mmio.read(MEMORY.start, 1) == 0xFF
+
+
 def test_surprise_removal_is_one_message(rig: Rig) -> None:
     rig.plugged()
     rig.messages()
