@@ -155,12 +155,9 @@ def test_a_network_device_is_removed_under_traffic(lab: Lab) -> None:
 
 @pytest.mark.parametrize("bus", ["rp2", "rp4"], ids=["power controller", "no power controller"])
 def test_a_device_is_torn_out_and_another_put_in(lab: Lab, bus: str) -> None:
-    number = bus.removeprefix("rp")
     lab.add_disk("vd9", bus)
-    lab.guest.type("dmesg -c >/dev/null")
     lab.qmp("device_del", id="vd9", force="true")
     lab.wait_deleted("vd9")
-    lab.until(f"[ $(cat /sys/bus/pci/slots/{number}/power) = 0 ]")
-    assert lab.guest.type("ls /dev/vdb 2>&-") == ""
+    lab.until("[ ! -b /dev/vdb ]")
     lab.add_disk("vd9", bus)
     lab.remove("vd9")
