@@ -479,6 +479,20 @@ def test_a_card_is_shown_to_a_guest_that_takes_very_long_over_the_last_one_and_s
     assert rig.released == ["card", "second"]
 
 
+def test_a_button_pressed_for_a_card_that_was_torn_out_is_not_for_the_next(rig: Rig) -> None:
+    rig.port.plug(rig.card)
+    rig.port.request()
+    assert (len(rig.presses), rig.events()) == (1, BUTTON)
+    rig.port.tear_out()
+    second = Card("second")
+    rig.port.insert(second)
+    assert not rig.events() & BUTTON
+    rig.guest.scan()
+    rig.guest.bind()
+    rig.guest.pass_(20)
+    assert (rig.released, rig.guest.found) == (["card"], True)
+
+
 def test_a_card_torn_out_while_the_guest_boots_keeps_no_other_waiting(rig: Rig) -> None:
     rig.port.plug(rig.card)
     rig.guest.scan()

@@ -86,8 +86,8 @@ class Slot:
         self._answered = False  # the indicator, which was on, blinks since
         self._used = False  # the indicator has been on since the card came, or was turned on
         self._given_up = False
-        self._torn = False  # the guest, which had a card and lost it, has not turned off the slot since
-        self._owed = False  # power went off with a card there, or one torn out: the indicator follows
+        self._torn = False  # should the guest turn the slot off now, that is for a card that was torn out
+        self._owed = False  # it is about to, or has turned off the power and not yet the indicator
         self._paused_at: float | None = now()
         self._last_press = self._power_off = self._steady = self._shown = self._begun = -math.inf
 
@@ -121,9 +121,9 @@ class Slot:
 
     def remove(self) -> None:
         """The card leaves unasked, whatever the guest does with it."""
-        listens = self._control & SlotControl.INTERRUPT_ENABLE
-        if self.present and listens and not self._is_off(self._control):
+        if self.present and not self._is_off(self._control):
             self._torn = True
+            self._owed = self._owed or bool(self._control & SlotControl.INTERRUPT_ENABLE)
             self._begun = self._now() if self._paused_at is None else self._paused_at
         self._leave()
 
@@ -139,17 +139,16 @@ class Slot:
             self._answered = self._pressed and (before, after) == (Indicator.ON, Indicator.BLINK)
         if new & ~old & SlotControl.POWER_OFF:
             self._power_off = self._begun = now
-            self._owed = self.present or self._torn
+            self._owed = self._owed or self.present
         if self._is_off(new) and not self._is_off(old):
             was_torn, self._torn, self._owed = self._torn, False, False
             if self.present and (self.requested or not was_torn):
                 self._turned_off(old, new)
-        elif self.present and after is Indicator.ON:
-            self._used, self._given_up = True, False
-            self._torn = self._torn and before is after
-            if self.requested and was_answered and before is Indicator.BLINK:
-                self.requested = False
-                self._hands.refused()
+        elif self.present and after is not Indicator.OFF:
+            if before is not after:  # it has begun with the card that is there now
+                self._torn = self._owed = False
+            if after is Indicator.ON:
+                self._turned_on(went_back=was_answered and before is Indicator.BLINK)
         self._consider()
 
     # The life cycle
@@ -219,7 +218,7 @@ class Slot:
     def _show_due(self) -> float:
         """When a card may appear, should the guest write nothing until then."""
         powered_down = self._power_controller and self._control & SlotControl.POWER_OFF
-        if self._torn or (powered_down and self._owed and self.indicator is not Indicator.OFF):
+        if self._owed:
             return self._begun + PATIENCE
         if powered_down and self.indicator is Indicator.BLINK:
             return max(self._power_off, self._steady) + PATIENCE
@@ -242,6 +241,12 @@ class Slot:
         self.present, self.waiting = True, False
         self._shown = self._now()
         self._used, self._given_up = self.indicator is Indicator.ON, False
+
+    def _turned_on(self, *, went_back: bool) -> None:
+        self._used, self._given_up = True, False
+        if self.requested and went_back:
+            self.requested = False
+            self._hands.refused()
 
     def _turned_off(self, old: int, new: int) -> None:
         attention = new & SlotControl.ATTENTION == SlotControl.ATTENTION_ON
