@@ -391,6 +391,18 @@ def test_r21_no_card_appears_between_power_off_and_indicator_off() -> None:
     rig.close()
 
 
+def test_r21_nor_while_a_guest_without_power_writes_other_indicators() -> None:
+    rig = Rig().plugged()
+    rig.guest.write(CONTROL, rig.slot(CONTROL) & ~0x300 | POWER_OFF)  # a reserved value
+    rig.port.tear_out()
+    rig.port.insert(Card("other"))
+    rig.board.clock.pass_(29)
+    assert not rig.slot(STATUS) & PRESENT
+    rig.board.clock.pass_(2)
+    assert rig.slot(STATUS) & PRESENT
+    rig.close()
+
+
 def test_r21_nor_within_a_second_of_power_off() -> None:
     rig = Rig().plugged()
     rig.guest.write(CONTROL, rig.slot(CONTROL) | 0x700)

@@ -145,7 +145,7 @@ class Slot:
             if self.present and (self.requested or not was_torn):
                 self._turned_off(old, new)
         elif self.present and after is not Indicator.OFF:
-            if before is not after:  # it has begun with the card that is there now
+            if before is not after and not new & SlotControl.POWER_OFF:  # it has begun with the card that is there now
                 self._torn = self._owed = False
             if after is Indicator.ON:
                 self._turned_on(went_back=was_answered and before is Indicator.BLINK)
