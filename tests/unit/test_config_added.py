@@ -90,8 +90,9 @@ def test_a_netdev_is_one_more(config: Config) -> None:
     assert (netdev.id, netdev.queues, netdev.vhost) == ("hostnet2", 2, False)
 
 
-@pytest.mark.parametrize("path", ["/x\0", "/\ud800", "/a\udc7f", "/a\udd00b", "/\udffe"])
-def test_a_path_that_no_file_can_have_is_refused(config: Config, path: str) -> None:
+@pytest.mark.parametrize("code", [0, 0xD800, 0xDC7F, 0xDD00, 0xDFFF])
+def test_a_path_that_no_file_can_have_is_refused(config: Config, code: int) -> None:
+    path = f"/a{chr(code)}b"
     for chardev in (f"file:{path}", f"unix:{path}"):
         with pytest.raises(CommandError, match="chardev': expected"):
             read_device(config, {"driver": "virtio-serial-pci", "id": "con1", "bus": "root2", "chardev": chardev})
