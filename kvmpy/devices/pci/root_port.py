@@ -250,7 +250,9 @@ class RootPort(PortRegisters):
         self._trace("released")
         self._unseat(function)
         self._preset_only_for_reset(SLOT_EMPTY, 0)
-        self.express.slot_status = self.express.slot_status & ~SlotStatus.PRESENT | SlotStatus.PRESENCE_CHANGED
+        # A press that the guest has not seen yet was for this card, not for the next.
+        gone = SlotStatus.PRESENT | SlotStatus.BUTTON
+        self.express.slot_status = self.express.slot_status & ~gone | SlotStatus.PRESENCE_CHANGED
         self._report_link(active=False)
         self._drive()
         self.on_released(function)
