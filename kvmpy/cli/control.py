@@ -18,7 +18,7 @@ PS_PATIENCE: Final = 2.0
 # How long `status` counts exits for
 RATE_SECONDS: Final = 0.5
 # Of a device, what has a place of its own in `status` or is for --json
-SAID_APART: Final = ("id", "driver", "address", "kind", "status", "features", "queues", "broken")
+SAID_APART: Final = ("host", "id", "driver", "address", "kind", "status", "features", "queues", "broken")
 
 
 def ps(args: argparse.Namespace) -> int:
@@ -108,15 +108,20 @@ def _show(device: dict[str, Any]) -> None:
     facts = {key: value for key, value in device.items() if key not in SAID_APART and value not in ("", None, {})}
     if facts.get("path") == "vhost" and not any(facts.get("userspace", {}).values()):
         facts.pop("userspace", None)  # its frames pass by us, uncounted: zeros would say that there are none
-    print(f"  {device['id']}: {device['driver']} at {device['address']}, {_driver_status(device)}")
+    place = f"at {device['address']}" if device["address"] else "at no address yet"
+    print(f"  {device['id']}: {device['driver']} {place}, {_driver_status(device)}")
     print("    " + ", ".join(f"{key} {_shown(value)}" for key, value in facts.items())) if facts else None
-    if queues := [f"{queue['name']} {queue['size']}" for queue in device["queues"] if queue.get("enabled", True)]:
+    if queues := [
+        f"{queue['name']} {queue['size']}" for queue in device.get("queues", ()) if queue.get("enabled", True)
+    ]:
         print(f"    queues: {', '.join(queues)}")
     if device["broken"]:
         print(f"    broken until the guest resets it: {device['broken']}")
 
 
 def _driver_status(device: dict[str, Any]) -> str:
+    if "status" not in device:  # no virtio device
+        return f"the host's {device['host']}"
     return "in use" if "driver_ok" in device["status"] else "the guest has no driver for it yet"
 
 

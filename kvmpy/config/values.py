@@ -20,6 +20,8 @@ UNITS: Final = {
     **dict.fromkeys(("GiB", "G"), 1 << 30),
     **dict.fromkeys(("TiB", "T"), 1 << 40),
 }
+IN_PATHS: Final = r"[^\0\ud800-\udc7f\udd00-\udfff]"
+"""A pattern for what a path may have. The surrogates left stand for bytes that are no UTF-8 (os.fsencode)."""
 SOCKET_PATH_MAX: Final = 107  # bytes: sockaddr_un.sun_path without its zero
 
 
@@ -90,7 +92,7 @@ class Interface(Text):
 class NetworkNamespace(Text):
     """A network namespace: a name that `ip netns` knows, or the absolute path of one such as /proc/1/ns/net."""
 
-    PATTERN = r"/[^\0\n]+|(?!\.\.?$)[A-Za-z0-9._-]{1,255}"
+    PATTERN = rf"/(?:(?!\n){IN_PATHS})+|(?!\.\.?$)[A-Za-z0-9._-]{{1,255}}"
     FORM = "a network namespace's name, or an absolute path"
 
     @property
@@ -131,7 +133,7 @@ class PciAddress(Text):
 class HostPath(Text):
     """A path on the host. In a file, it is relative to that file's directory."""
 
-    PATTERN = r"(?s)[^\0]+"
+    PATTERN = rf"(?s){IN_PATHS}+"
     FORM = "a path"
 
     def within(self, directory: str) -> Self:
@@ -142,7 +144,7 @@ class HostPath(Text):
 class Backend(Text):
     """Where a character device ends on the host. ``kind`` is the word before the path, ``path`` empty without one."""
 
-    PATTERN = r"(?s)stdio|pty|null|(file|unix):[^\0]+"
+    PATTERN = rf"(?s)stdio|pty|null|(file|unix):{IN_PATHS}+"
     FORM = "stdio, pty, null, file:PATH or unix:PATH"
 
     @property
@@ -166,14 +168,14 @@ class Backend(Text):
 class CharacterDevice(Backend):
     """A Backend that is not the terminal: that one is the serial line's."""
 
-    PATTERN = r"(?s)pty|null|(file|unix):[^\0]+"
+    PATTERN = rf"(?s)pty|null|(file|unix):{IN_PATHS}+"
     FORM = "pty, null, file:PATH or unix:PATH"
 
 
 class UnixSocket(Backend):
     """A Backend that is a unix socket."""
 
-    PATTERN = r"(?s)unix:[^\0]+"
+    PATTERN = rf"(?s)unix:{IN_PATHS}+"
     FORM = "unix:PATH"
 
 

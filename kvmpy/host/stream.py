@@ -260,10 +260,11 @@ class Listener:
         """Take the socket away; clients keep their streams."""
         self._again.cancel()
         self._reactor.unwatch(self._socket.fileno())
+        # While it is listened at nobody else takes the name: afterwards it could be another's.
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
         self._socket.close()
         self._drop_spare()
-        if os.path.lexists(self._path):
-            os.unlink(self._path)
 
     def _accept(self) -> None:
         try:

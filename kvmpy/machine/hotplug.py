@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import difflib  # noqa: F401  what a mistake in a client's table is compared by
 import gc
-import logging
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TypeVar
@@ -37,13 +36,12 @@ from kvmpy.config.added import ROOT_BUS, read_device, read_netdev
 from kvmpy.config.schema import Config, Device
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.root_port import RootPort
-from kvmpy.errors import CommandError, HostError, KvmpyError
+from kvmpy.errors import CommandError, HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.build import Board
 from kvmpy.machine.check import unbuildable
 from kvmpy.machine.inventory import Plugged
-
-log = logging.getLogger(__name__)
+from kvmpy.machine.plug import give_back
 
 T = TypeVar("T")
 PERIPHERAL: Final = "/machine/peripheral/"  # where QEMU has them in its tree of objects
@@ -233,15 +231,13 @@ class HotPlug:
         self._post(lambda: self._forget(name))
 
     def _close(self, name: str, plugged: Plugged) -> None:
-        try:
+        def close() -> None:
             for part in plugged.parts:
                 part.pause()
             self._let_io_pass()
             plugged.resources.close()
-        except (KvmpyError, OSError) as e:
-            log.error("%s: not all that it had of the host could be given back: %s", name, e)
-        except Exception:
-            log.exception("%s: failed to give back what it had of the host", name)
+
+        give_back(name, close)
 
     def _let_io_pass(self) -> None:
         """Wait until the io thread has done what it was about to do for the device."""

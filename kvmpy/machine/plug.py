@@ -31,7 +31,7 @@ from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pci.slot import MakeTimer
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, KvmpyError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
@@ -78,6 +78,16 @@ class Host(NamedTuple):
     groups: GroupListener
     directory: str
     now: Callable[[], float] = time.monotonic
+
+
+def give_back(name: str, close: Callable[[], object]) -> None:
+    """Have device ``name`` give back what it has of the host; a failure is logged, and keeps nobody from going on."""
+    try:
+        close()
+    except (KvmpyError, OSError) as e:
+        log.error("%s: not all that it had of the host could be given back: %s", name, e)
+    except Exception:
+        log.exception("%s: failed to give back what it had of the host", name)
 
 
 class Plugger:
@@ -279,8 +289,8 @@ class Plugger:
     def _close(self) -> None:
         """All that is plugged in gives back what it has of the host, the last first."""
         self._ending = True
-        for plugged in reversed(list(self._inventory.plugged.values())):
-            plugged.resources.close()
+        for name, plugged in reversed(list(self._inventory.plugged.items())):
+            give_back(name, plugged.resources.close)
 
     @contextmanager
     def _located(self, key: str = "") -> Iterator[None]:

@@ -248,7 +248,7 @@ def hosts(netns: Namespace, other_netns: Namespace, loop: Reactor, resources: Ex
 
 
 def test_tcp_runs_over_it_with_segments_left_whole(hosts: tuple[Host, Host]) -> None:
-    data = random.Random(2).randbytes(count(16, 1024) << 20)
+    data = random.Random(2).randbytes(count(16, 200) << 20)
     with Cable(*hosts) as cable, hosts[1].netns.run(lambda: socket.create_server(("10.0.0.2", 7))) as server:
         server.settimeout(BOUND)
         client = hosts[0].netns.run(lambda: socket.create_connection(("10.0.0.2", 7), BOUND))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvmpy.config.added import read_device, read_netdev
 from kvmpy.config.schema import Config, VirtioBlkPci, VirtioNetPci, VirtioSerialPci, load
+from kvmpy.config.values import HostPath
 from kvmpy.errors import CommandError
 from tests.counts import count
 
@@ -86,6 +88,25 @@ def test_a_relative_path_is_that_of_the_file(config: Config) -> None:
 def test_a_netdev_is_one_more(config: Config) -> None:
     netdev = read_netdev(config, {"type": "tap", "id": "hostnet2", "ifname": "tap2", "queues": "2", "vhost": "off"})
     assert (netdev.id, netdev.queues, netdev.vhost) == ("hostnet2", 2, False)
+
+
+@pytest.mark.parametrize("code", [0, 0xD800, 0xDC7F, 0xDD00, 0xDFFF])
+def test_a_path_that_no_file_can_have_is_refused(config: Config, code: int) -> None:
+    path = f"/a{chr(code)}b"
+    for chardev in (f"file:{path}", f"unix:{path}"):
+        with pytest.raises(CommandError, match="chardev': expected"):
+            read_device(config, {"driver": "virtio-serial-pci", "id": "con1", "bus": "root2", "chardev": chardev})
+    with pytest.raises(CommandError, match="netns': expected"):
+        read_netdev(config, {"type": "tap", "id": "hostnet2", "ifname": "tap2", "netns": path})
+    with pytest.raises(ValueError, match="expected a path"):
+        HostPath(path)
+
+
+def test_a_path_of_bytes_that_are_no_utf_8_is_one(config: Config) -> None:
+    chardev = f"file:/{os.fsdecode(bytes(range(0x80, 0x100)))}"
+    device = read_device(config, {"driver": "virtio-serial-pci", "id": "con1", "bus": "root2", "chardev": chardev})
+    assert isinstance(device, VirtioSerialPci)
+    assert os.fsencode(device.chardev.path) == b"/" + bytes(range(0x80, 0x100))
 
 
 WORDS: Final = st.sampled_from(

@@ -173,6 +173,8 @@ def test_r17_a_message_is_sent_when_the_first_event_comes_and_not_with_the_next(
     rig.guest.write(STATUS, BUTTON)
     assert rig.messages() == 0
     rig.guest.write(STATUS, rig.events())
+    rig.guest.command(0x700, 0x700)
+    rig.board.clock.pass_(1.2)
     assert rig.messages() == 0
     rig.port.insert(rig.card)
     assert rig.messages() == 1
@@ -382,10 +384,22 @@ def test_r21_no_card_appears_between_power_off_and_indicator_off() -> None:
     rig.port.tear_out()
     rig.port.insert(other)
     assert (rig.port.info()["behind"], rig.port.card) == (None, other)
-    rig.board.clock.pass_(60)
+    rig.board.clock.pass_(29)
     assert rig.port.info()["behind"] is None
     rig.guest.command(0x300, 0x300)
     assert rig.port.info()["behind"] == "other"
+    rig.close()
+
+
+def test_r21_nor_while_a_guest_without_power_writes_other_indicators() -> None:
+    rig = Rig().plugged()
+    rig.guest.write(CONTROL, rig.slot(CONTROL) & ~0x300 | POWER_OFF)  # a reserved value
+    rig.port.tear_out()
+    rig.port.insert(Card("other"))
+    rig.board.clock.pass_(29)
+    assert not rig.slot(STATUS) & PRESENT
+    rig.board.clock.pass_(2)
+    assert rig.slot(STATUS) & PRESENT
     rig.close()
 
 
@@ -432,6 +446,75 @@ def test_r23_a_guest_that_ejects_by_itself_is_followed(rig: Rig) -> None:
     rig.guest.write_power(on=False)
     rig.guest.pass_(2)
     assert (rig.released, rig.presses, rig.guest.cards) == (["card"], [], ["on", "off"])
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.02, 0.05, 0.15])
+def test_a_card_that_comes_right_after_one_was_torn_out_stays(rig: Rig, seconds: float) -> None:
+    rig.plugged()
+    rig.guest.delay = 0.1
+    rig.port.tear_out()
+    rig.guest.pass_(seconds)
+    second = Card("second", bars={0: (0x1000, BarKind.MEM32)})
+    rig.port.insert(second)
+    rig.guest.pass_(30)
+    assert (rig.released, rig.port.behind, rig.guest.found) == (["card"], second, True)
+
+
+def test_a_card_that_comes_while_two_others_were_torn_out_stays(rig: Rig) -> None:
+    rig.plugged()
+    rig.guest.delay = 3
+    for name in ("second", "third"):
+        rig.port.tear_out()
+        rig.guest.pass_(1)
+        rig.port.insert(Card(name))
+    rig.guest.pass_(30)
+    assert (rig.released, rig.guest.found) == (["card", "second"], True)
+
+
+def test_a_card_is_shown_to_a_guest_that_takes_very_long_over_the_last_one_and_stays(rig: Rig) -> None:
+    rig.plugged()
+    rig.guest.delay = 40
+    rig.port.tear_out()
+    second = Card("second")
+    rig.port.insert(second)
+    rig.port.pause()
+    rig.board.clock.pass_(100)
+    rig.port.resume()
+    rig.guest.pass_(29)
+    assert not rig.slot(STATUS) & PRESENT
+    rig.guest.pass_(2)
+    assert rig.slot(STATUS) & PRESENT
+    rig.guest.pass_(60)
+    assert (rig.released, rig.port.behind, rig.guest.found) == (["card"], second, True)
+    rig.port.request()
+    rig.guest.pass_(60)
+    assert rig.released == ["card", "second"]
+
+
+def test_a_button_pressed_for_a_card_that_was_torn_out_is_not_for_the_next(rig: Rig) -> None:
+    rig.port.plug(rig.card)
+    rig.port.request()
+    assert (len(rig.presses), rig.events()) == (1, BUTTON)
+    rig.port.tear_out()
+    second = Card("second")
+    rig.port.insert(second)
+    assert not rig.events() & BUTTON
+    rig.guest.scan()
+    rig.guest.bind()
+    rig.guest.pass_(20)
+    assert (rig.released, rig.guest.found) == (["card"], True)
+
+
+def test_a_card_torn_out_while_the_guest_boots_keeps_no_other_waiting(rig: Rig) -> None:
+    rig.port.plug(rig.card)
+    rig.guest.scan()
+    rig.port.tear_out()
+    rig.guest.bind()
+    rig.guest.pass_(5)
+    rig.port.insert(Card("second"))
+    rig.guest.pass_(20)
+    assert rig.slot(STATUS) & PRESENT
+    assert (rig.guest.found, rig.released) == (True, ["card"])
 
 
 @pytest.mark.parametrize("moment", ["before the scan", "after the scan", "with the driver"])
@@ -503,6 +586,47 @@ def test_r26_a_card_that_leaves_does_nothing_more_from_the_first_moment_on(rig: 
     assert order == ["bus master False, slot True", "released, mapped None, answers False, 0x108"]
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_what_was_torn_out_reads_as_its_kind_says_until_the_slot_is_off(rig: Rig, zero: bool) -> None:
+    rig.card.ZERO_WHEN_TORN_OUT = zero  # type: ignore[misc]  # of this card, not of its class
+    rig.plugged()
+    config = rig.board.config(5, 0)
+    config.place(0, MEMORY.start)
+    config.enable()
+
+    def register() -> int:
+        return rig.board.mmio.read(MEMORY.start + 0x14, 1)
+
+    assert register() == 0x14
+    rig.port.tear_out()
+    assert register() == (0 if zero else 0xFF)
+    assert config.read(0, 4) == NOTHING
+    rig.guest.pass_(5)
+    assert register() == 0xFF
+    rig.port.insert(rig.card)
+    rig.guest.pass_(5)
+    config.place(0, MEMORY.start)
+    config.enable()
+    assert register() == 0x14
+
+
+@pytest.mark.parametrize("end", ["insert", "reset"])
+def test_nothing_is_left_of_a_card_that_was_torn_out_once_another_comes_or_all_is_reset(rig: Rig, end: str) -> None:
+    rig.card.ZERO_WHEN_TORN_OUT = True  # type: ignore[misc]  # of this card, not of its class
+    rig.plugged()
+    config = rig.board.config(5, 0)
+    config.place(0, MEMORY.start)
+    config.enable()
+    rig.port.tear_out()
+    assert rig.board.mmio.read(MEMORY.start, 1) == 0
+    if end == "insert":
+        rig.port.insert(rig.card)
+    else:
+        with rig.port.lock:
+            rig.port.reset()
+    assert rig.board.mmio.read(MEMORY.start, 1) == 0xFF
+
+
 def test_surprise_removal_is_one_message(rig: Rig) -> None:
     rig.plugged()
     rig.messages()
@@ -530,6 +654,16 @@ def test_r53_a_reset_completes_a_request(rig: Rig) -> None:
     assert (rig.released, rig.port.card) == (["card"], None)
     empty = 0x07C0 if rig.guest.has_power_controller else 0x03C0
     assert (rig.slot(CONTROL), rig.slot(STATUS)) == (empty, 0)
+
+
+def test_after_a_reset_no_card_waits_for_what_the_guest_owed_before(rig: Rig) -> None:
+    rig.plugged()
+    rig.port.tear_out()
+    rig.port.finish()
+    with rig.port.lock:
+        rig.port.reset()
+    rig.port.insert(Card("second"))
+    assert rig.slot(STATUS) & PRESENT
 
 
 def test_a_reset_has_a_hot_plugged_card_present_from_power_on_on(rig: Rig) -> None:
@@ -594,13 +728,15 @@ class Campaign:
     def __init__(self, *, power_controller: bool) -> None:
         self.rig = Rig(power_controller=power_controller)
         self.inserted: list[str] = []
+        self.asked: set[str] = set()  # every card that somebody wanted gone
         self.cancelling_presses: list[float] = []
         self.power_off_at = -100.0
+        self.owed = False  # power went off with a card there
         show = self.rig.port.show
 
         def checked() -> None:
             control = self.rig.port.express.slot_control
-            if power_controller and control & POWER_OFF:
+            if self.owed and control & POWER_OFF and self.rig.now() - self.power_off_at < 30:
                 assert control & 0x300 == 0x300, "a plug between power off and indicator off"
             assert self.rig.now() - self.power_off_at >= 1.1 - 1e-6, "a plug while the guest does not look"
             show()
@@ -611,12 +747,15 @@ class Campaign:
         def note(old: int, new: int) -> None:
             if new & ~old & POWER_OFF:
                 self.power_off_at = self.rig.now()
+                self.owed = power_controller and self.rig.port.behind is not None
             written(old, new)
 
         self.rig.port.express.on_slot = note
 
     def do(self, action: str, value: float) -> None:
         rig, guest = self.rig, self.rig.guest
+        if action in ("request", "tear_out", "eject") and rig.port.card is not None:
+            self.asked.add(rig.port.card.name)
         match action:
             case "pass":
                 guest.pass_(value)
@@ -663,6 +802,8 @@ def test_any_plugs_and_requests_beside_a_driver_keep_every_rule(
     rig.guest.works = True
     rig.guest.pass_(60)
     campaign.check()
+    assert set(rig.released) <= campaign.asked, "a card has gone that nobody wanted gone"
+    assert rig.port.card is rig.port.behind, "a card waits for ever"
     if rig.port.card is not None and not rig.failed and not rig.refused:
         assert rig.guest.found or rig.slot(CONTROL) & 0x300 == 0x300
     rig.port.request()

@@ -382,6 +382,36 @@ def test_listener_hands_over_each_client_and_only_its_owner_may_connect(reactor:
     assert not os.path.lexists(path)
 
 
+def test_listener_takes_its_name_away_while_it_still_listens(
+    reactor: Reactor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else another could take over the name in between, and lose it."""
+    path = str(tmp_path / "socket")
+    listener = Listener(reactor, path, lambda stream: stream.close())
+    unlink, listened = os.unlink, []
+
+    def noted(name: str) -> None:
+        with socket.socket(socket.AF_UNIX) as client:
+            listened.append((name, client.connect_ex(path)))
+        unlink(name)
+
+    monkeypatch.setattr(os, "unlink", noted)
+    listener.close()
+    assert listened == [(path, 0)]
+    assert not os.path.lexists(path)
+
+
+def test_listener_whose_name_cannot_be_taken_away_closes_nevertheless(reactor: Reactor, tmp_path: Path) -> None:
+    before = open_descriptors()
+    gone, replaced = Listener(reactor, f"{tmp_path}/1", print), Listener(reactor, f"{tmp_path}/2", print)
+    os.unlink(tmp_path / "1")
+    os.unlink(tmp_path / "2")
+    (tmp_path / "2").mkdir()
+    gone.close()
+    replaced.close()
+    assert open_descriptors() == before
+
+
 def test_listener_whose_path_is_taken_leaves_nothing_open(reactor: Reactor, tmp_path: Path) -> None:
     before = open_descriptors()
     (tmp_path / "taken").touch()

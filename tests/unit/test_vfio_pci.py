@@ -534,6 +534,56 @@ def test_an_error_of_the_device_stops_it_and_is_told(rig: NicRig) -> None:
     assert rig.config.read(0, 4) == 0xFFFF_FFFF
 
 
+def test_an_error_during_a_reset_leaves_the_device_broken(rig: NicRig) -> None:
+    rig.enable()
+    go_on = threading.Event()
+    rig.nic.resetting = lambda: go_on.wait(20)
+    rig.port_config.write(0x3E, 2, 0x40)
+    rig.port_config.write(0x3E, 2, 0)
+    rig.nic.signal(ERROR)
+    rig.io.start()
+    rig.io.stop()
+    go_on.set()
+    rig.settle()
+    assert "AER" in rig.function.info()["broken"]
+    assert rig.config.read(0, 4) == 0xFFFF_FFFF
+    with rig.function.lock:
+        rig.function.reset()
+    assert (rig.function.info()["broken"], rig.config.read(0, 4)) == (None, 0x10CA_8086)
+
+
+def test_a_device_whose_command_register_cannot_be_set_is_broken_and_not_mapped(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.nic.poke(CONFIG, 4, 2, 0xFFFF)  # as of a device that is gone
+    rig.enable()
+    assert rig.slots == {}
+    assert rig.config.read(0, 4) == 0xFFFF_FFFF
+    (why,) = broken
+    assert "command register" in why
+    rig.nic.poke(CONFIG, 4, 2, 0)
+    with rig.function.lock:
+        rig.function.reset()
+    rig.enable()
+    assert rig.slots[BAR0] == 0x8000
+    assert rig.nic.command & ON == ON
+
+
+def test_a_device_that_cannot_be_stopped_is_told_of_once_and_stopped_after_its_reset(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.poke(CONFIG, 4, 2, 0xFFFF)
+    rig.config.enable(0)
+    assert (len(broken), rig.slots) == (1, {})
+    rig.nic.poke(CONFIG, 4, 2, ON)
+    with rig.function.lock:
+        rig.function.reset()
+    assert rig.nic.command & ON == 0
+    rig.enable()
+    assert rig.nic.command & ON == ON
+
+
 def test_the_host_that_wants_it_back_is_heard(rig: NicRig) -> None:
     wanted: list[bool] = []
     rig.function.on_wanted_back = lambda: wanted.append(True)

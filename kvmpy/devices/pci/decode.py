@@ -8,10 +8,11 @@ nowhere (tracepoint ``pci.bar``), and is tried again whenever any decode changes
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
-from kvmpy.bus import Bus
+from kvmpy.bus import Bus, Window
 from kvmpy.devices.base import Shortcuts
 from kvmpy.devices.pci.bar import Bar, BarKind, trace_bar
 from kvmpy.devices.pci.function import PciFunction
@@ -24,6 +25,32 @@ class PciWindows(NamedTuple):
     io: range
     mem32: range
     mem64: range
+
+
+class Remains:
+    """Where the BARs were of a function that was torn out: reads as 0 (a `kvmpy.bus.Target`) until `close`."""
+
+    def __init__(self, name: str, bus: Bus, places: Sequence[range], then: Callable[[], object]) -> None:
+        """``then`` is called when they are free again."""
+        self.name, self.lock = name, threading.RLock()
+        self._bus, self._then = bus, then
+        self._windows: list[Window] = []
+        for place in places:
+            with suppress(ValueError):  # something else is there by now
+                self._windows.append(bus.map(place.start, len(place), self))
+
+    def read(self, offset: int, size: int) -> int:
+        """A guest's read."""
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A guest's write, which has no effect."""
+
+    def close(self) -> None:
+        """Answer no more; closing twice is allowed."""
+        while self._windows:
+            self._bus.unmap(self._windows.pop())
+        self._then()
 
 
 class Decoder:
@@ -54,6 +81,15 @@ class Decoder:
             for bar in function.bars.values():
                 bar.unmap()
         self.update()
+
+    def places(self, function: PciFunction[Any]) -> list[range]:
+        """Where its BARs in memory are mapped now."""
+        bars = [bar for bar in function.bars.values() if bar.kind is not BarKind.IO]
+        return [range(bar.address, bar.address + bar.size) for bar in bars if bar.address is not None]
+
+    def remains(self, name: str, places: Sequence[range]) -> Remains:
+        """Have ``places`` read as 0 until what is returned is closed."""
+        return Remains(name, self._mmio, places, self.update)
 
     def update(self) -> None:
         """Something that decides has changed: move what must move."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from msgspec import Meta, field
 
@@ -80,6 +80,9 @@ class PciFunction(Device[F]):
 
     Every function but the host bridge has a PCI Express capability, ``express``.
     """
+
+    ZERO_WHEN_TORN_OUT: ClassVar[bool] = False
+    """What was its BARs reads 0, not all ones, until the guest has turned the slot off."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from kvmpy.bus import Bus, Target
-from kvmpy.devices.base import Shortcuts
+from kvmpy.devices.base import Closable, Shortcuts
 from kvmpy.devices.pci.config import MULTI_FUNCTION
 from kvmpy.devices.pci.decode import Decoder, PciWindows
 from kvmpy.devices.pci.function import PciFunction
@@ -48,7 +48,7 @@ class PciRoot:
         self.ecam = Ecam(self)
         self.ports = ConfigPorts("pci-config-ports", self, reset_register)
         self._lines = [SharedLine(line) for line in lines]
-        self._decoder = Decoder(mmio, pio, shortcuts, windows, is_ram)
+        self.decoder = Decoder(mmio, pio, shortcuts, windows, is_ram)
         self._bus0: Mapping[int, Function] = {}  # swapped whole
         self._ports: tuple[RootPort, ...] = ()  # in the order in which they are asked, should two have the same bus
 
@@ -73,12 +73,12 @@ class PciRoot:
         """Give ``function`` its interrupt wire and its windows; ``device`` is the one on bus 0. Used by Seats too."""
         if pin := function.header.interrupt_pin:
             function.intx.wire = self._lines[swizzle(pin, device) - 1].source()
-        function.on_decode = self._decoder.update
-        self._decoder.add(function, port)
+        function.on_decode = self.decoder.update
+        self.decoder.add(function, port)
 
     def disconnect(self, function: Function) -> None:
         """Undo `connect`."""
-        self._decoder.remove(function)
+        self.decoder.remove(function)
         function.on_decode = lambda: None
         function.intx.wire.set(level=False)
         function.intx.wire = Unconnected()
@@ -138,6 +138,14 @@ class Seats:
     def unseat(self, function: Function) -> None:
         """It is not any more; none of its BARs is mapped and its interrupt is low."""
         self._root.disconnect(function)
+
+    def places(self, function: Function) -> list[range]:
+        """Where its BARs in memory are mapped now."""
+        return self._root.decoder.places(function)
+
+    def remains(self, places: Sequence[range]) -> Closable:
+        """Have ``places`` read as 0 until what is returned is closed."""
+        return self._root.decoder.remains(f"{self._port.name} (torn out)", places)
 
 
 class Ecam:

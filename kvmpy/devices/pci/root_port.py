@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from kvmpy.devices.base import Closable
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.express import SLOT_EMPTY, SLOT_OCCUPIED, Link, SlotControl, SlotStatus
 from kvmpy.devices.pci.function import PciFunction
@@ -32,6 +33,12 @@ class Seats(Protocol):
 
     def unseat(self, function: PciFunction[Any]) -> None:
         """It is not any more; none of its BARs is mapped and its interrupt is low."""
+
+    def places(self, function: PciFunction[Any]) -> Sequence[range]:
+        """Where its BARs in memory are mapped now."""
+
+    def remains(self, places: Sequence[range]) -> Closable:
+        """Have ``places`` read as 0 until what is returned is closed."""
 
 
 class RootPort(PortRegisters):
@@ -60,6 +67,7 @@ class RootPort(PortRegisters):
         self.on_refused: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_failed: Callable[[PciFunction[Any], str], object] = lambda function, reason: None
         self._waiting: PciFunction[Any] | None = None
+        self._remains: Closable | None = None
         self._slot = Slot(self, timer(self._tick), now, power_controller=power_controller)
         self._slot.settle(self.express.slot_control, present=False)
         self.express.on_slot = self._slot_written
@@ -124,9 +132,14 @@ class RootPort(PortRegisters):
     def tear_out(self) -> None:
         """Take the function out unasked; a guest that uses it is surprised. `on_released` follows."""
         with self._seats().lock, self.lock:
-            if self.card is not None:
-                self._slot.remove()
-                self.take_out()
+            if self.card is None:
+                return
+            zero = self.behind is not None and self.behind.ZERO_WHEN_TORN_OUT
+            places = self._seats().places(self.behind) if self.behind is not None and zero else ()
+            self._slot.remove()
+            self.take_out()
+            if places:
+                self._remains = self._seats().remains(places)
 
     # What the slot has us do (`slot.Hands`), with both locks
 
@@ -174,6 +187,7 @@ class RootPort(PortRegisters):
     def post_load(self) -> None:
         # Whether a card is there is a fact of this machine; the function behind has a state of its own.
         present = SlotStatus.PRESENT if self.behind is not None else 0
+        self._forget()
         super().post_load()
         express = self.express
         express.slot_status = express.slot_status & ~SlotStatus.PRESENT | present
@@ -212,9 +226,16 @@ class RootPort(PortRegisters):
             raise ValueError(f"{self.name}: {self.card.name} is in the slot")
 
     def _seat(self, function: PciFunction[Any]) -> None:
+        self._forget()
         self.behind = function
         self.header.set_io_window(there=any(bar.kind is BarKind.IO for bar in function.bars.values()))
         self._seats().seat(function)
+
+    def _forget(self) -> None:
+        """Nothing is left of a function that was torn out."""
+        if self._remains is not None:
+            self._remains.close()
+            self._remains = None
 
     def _unseat(self, function: PciFunction[Any]) -> None:
         """From the first line on the function does nothing to the guest, and from the last one on nobody finds it."""
@@ -229,7 +250,9 @@ class RootPort(PortRegisters):
         self._trace("released")
         self._unseat(function)
         self._preset_only_for_reset(SLOT_EMPTY, 0)
-        self.express.slot_status = self.express.slot_status & ~SlotStatus.PRESENT | SlotStatus.PRESENCE_CHANGED
+        # A press that the guest has not seen yet was for this card, not for the next.
+        gone = SlotStatus.PRESENT | SlotStatus.BUTTON
+        self.express.slot_status = self.express.slot_status & ~gone | SlotStatus.PRESENCE_CHANGED
         self._report_link(active=False)
         self._drive()
         self.on_released(function)
@@ -247,6 +270,8 @@ class RootPort(PortRegisters):
     def _slot_written(self, old: int, new: int) -> None:
         if (old ^ new) & SlotControl.POWER_OFF:
             self._follow_link()
+        if new & SlotControl.POWER_INDICATOR == SlotControl.POWER_INDICATOR_OFF:
+            self._forget()
         self._slot.control_written(old, new)
         self._drive()
 

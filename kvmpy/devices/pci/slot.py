@@ -10,7 +10,10 @@ control and what the operator wants, and tells its port (`Hands`) what to do. It
   no power controller. It may do so unasked.
 - The same with the attention indicator turned on is a guest that cannot use a card. That card stays, unused.
 - No card appears between power off and indicator off, nor within 1.1 s of power off: a guest throws away what it is
-  told of the slot meanwhile.
+  told of the slot meanwhile. Power that goes off in an empty slot has no indicator to follow: pciehp does that as it
+  binds.
+- A guest whose card was torn out turns off power and indicator as if it let one go. The next card appears after that,
+  or it would be taken for the one that the guest lets go. After 30 s it appears nevertheless, and stays.
 
 What is pending here stays on this host: after a migration or a reset nobody has asked for anything. All that a guest
 can notice is in the registers.
@@ -32,6 +35,9 @@ CANCEL_WITHIN: Final = 4.0
 """Seconds after a press in which a second one still cancels it for certain."""
 POWER_OFF_GUARD: Final = 1.1
 """Seconds after power off in which the guest does not look: pciehp sleeps for one."""
+
+PATIENCE: Final = 30.0
+"""Seconds that a card waits for a guest to be done with the last one."""
 
 MakeTimer = Callable[[Callable[[], object]], Timer]
 
@@ -80,15 +86,17 @@ class Slot:
         self._answered = False  # the indicator, which was on, blinks since
         self._used = False  # the indicator has been on since the card came, or was turned on
         self._given_up = False
+        self._torn = False  # should the guest turn the slot off now, that is for a card that was torn out
+        self._owed = False  # it is about to, or has turned off the power and not yet the indicator
         self._paused_at: float | None = now()
-        self._last_press = self._power_off = self._steady = self._shown = -math.inf
+        self._last_press = self._power_off = self._steady = self._shown = self._begun = -math.inf
 
     # What the operator wants
 
     def insert(self) -> bool:
         """A card comes, to a slot that has none. True: it can be seen at once; else `Hands.show` follows."""
         due = self._show_due()
-        self.waiting = due is None or due > self._now()
+        self.waiting = due > self._now()
         if self.waiting:
             self._consider()
         else:
@@ -113,6 +121,10 @@ class Slot:
 
     def remove(self) -> None:
         """The card leaves unasked, whatever the guest does with it."""
+        if self.present and not self._is_off(self._control):
+            self._torn = True
+            self._owed = self._owed or bool(self._control & SlotControl.INTERRUPT_ENABLE)
+            self._begun = self._now() if self._paused_at is None else self._paused_at
         self._leave()
 
     # What the guest does
@@ -126,14 +138,17 @@ class Slot:
             self._steady = now
             self._answered = self._pressed and (before, after) == (Indicator.ON, Indicator.BLINK)
         if new & ~old & SlotControl.POWER_OFF:
-            self._power_off = now
-        if self.present and self._is_off(new) and not self._is_off(old):
-            self._turned_off(old, new)
-        elif self.present and after is Indicator.ON:
-            self._used, self._given_up = True, False
-            if self.requested and was_answered and before is Indicator.BLINK:
-                self.requested = False
-                self._hands.refused()
+            self._power_off = self._begun = now
+            self._owed = self._owed or self.present
+        if self._is_off(new) and not self._is_off(old):
+            was_torn, self._torn, self._owed = self._torn, False, False
+            if self.present and (self.requested or not was_torn):
+                self._turned_off(old, new)
+        elif self.present and after is not Indicator.OFF:
+            if before is not after and not new & SlotControl.POWER_OFF:  # it has begun with the card that is there now
+                self._torn = self._owed = False
+            if after is Indicator.ON:
+                self._turned_on(went_back=was_answered and before is Indicator.BLINK)
         self._consider()
 
     # The life cycle
@@ -142,9 +157,9 @@ class Slot:
         """The registers say this now, after power-on or a move: nothing is pending."""
         self._timer.cancel()
         self._control, self.present = control, present
-        self.waiting = self.requested = self._given_up = False
+        self.waiting = self.requested = self._given_up = self._torn = self._owed = False
         self._used = present and self.indicator is Indicator.ON
-        self._last_press = self._power_off = self._steady = self._shown = -math.inf
+        self._last_press = self._power_off = self._steady = self._shown = self._begun = -math.inf
 
     def pause(self) -> None:
         """Time stops."""
@@ -160,6 +175,7 @@ class Slot:
             self._power_off += passed
             self._steady += passed
             self._shown += passed
+            self._begun += passed
             self._consider()
 
     def tick(self) -> None:
@@ -199,11 +215,13 @@ class Slot:
             self._press()
             self._timer.arm(PRESS_INTERVAL)
 
-    def _show_due(self) -> float | None:
-        """When a card may appear; None while that depends on the guest."""
+    def _show_due(self) -> float:
+        """When a card may appear, should the guest write nothing until then."""
         powered_down = self._power_controller and self._control & SlotControl.POWER_OFF
-        if powered_down and self.indicator is not Indicator.OFF:
-            return None
+        if self._owed:
+            return self._begun + PATIENCE
+        if powered_down and self.indicator is Indicator.BLINK:
+            return max(self._power_off, self._steady) + PATIENCE
         return self._power_off + POWER_OFF_GUARD
 
     def _press_due(self) -> float:
@@ -223,6 +241,12 @@ class Slot:
         self.present, self.waiting = True, False
         self._shown = self._now()
         self._used, self._given_up = self.indicator is Indicator.ON, False
+
+    def _turned_on(self, *, went_back: bool) -> None:
+        self._used, self._given_up = True, False
+        if self.requested and went_back:
+            self.requested = False
+            self._hands.refused()
 
     def _turned_off(self, old: int, new: int) -> None:
         attention = new & SlotControl.ATTENTION == SlotControl.ATTENTION_ON

@@ -47,6 +47,11 @@ STATUS: Final = 0x06
 EXTENDED: Final = 0x100
 SERIAL_NUMBER: Final = 0x0001_0003  # ID and version of the extended capability, the last in the chain
 FLR: Final = 1 << 28
+DEAF: Final = "it does not answer: its command register cannot be set"
+UNRESET: Final = (
+    "goes back to the host stopped, but not reset: the kernel resets nothing that it waits to take back; whoever has "
+    "it next does"
+)
 
 
 class VfioPciState(PciFunctionState):
@@ -93,8 +98,8 @@ class BarTarget:
 class VfioPci(PciFunction[VfioPciState]):
     """``device``, which it owns; ``io`` watches for what the kernel says of it.
 
-    ``on_broken`` is told why the device does no more, ``on_wanted_back`` that the host waits for us to let go of it:
-    both by the io thread. `close` takes as long as a reset.
+    ``on_broken`` is told why the device does no more, by any thread; ``on_wanted_back`` that the host waits for us to
+    let go of it, by the io thread. `close` takes as long as a reset.
     """
 
     blocks_migration = (
@@ -108,7 +113,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.broken: str | None = None
         self.on_broken: Callable[[str], object] = lambda why: None
         self.on_wanted_back: Callable[[], object] = lambda: None
-        self._passed = 0
+        self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
         self._wanted_back = False  # by the host, which waits until it is closed
         self._used = False  # the guest may have changed it since its last reset
@@ -160,10 +165,8 @@ class VfioPci(PciFunction[VfioPciState]):
         self._resetter.start()
         if not self._resetter.wait(RESET_SECONDS):
             self._break(f"it has not come out of its reset in {RESET_SECONDS:.0f} seconds")
-        elif self._resetter.error is not None:
-            self._break(str(self._resetter.error))
         else:
-            self.broken, self._used, self._answers = None, False, True
+            self._come_back()
 
     def bus_reset(self) -> None:
         """The link above went down. It answers again when its reset has ended, for which a driver waits."""
@@ -280,17 +283,20 @@ class VfioPci(PciFunction[VfioPciState]):
     def _follow(self) -> None:
         """The device answers and does DMA as the guest's command register says; nothing is mapped that does not."""
         wanted = self.header.command & PASSED if self._answers else 0
-        if self._passed & ~wanted:
+        if (self._passed or 0) & ~wanted:
             self._decode()
-        self._pass(wanted)
+        if not self._pass(wanted) and self._answers:
+            self._break(DEAF)
+            return
         super()._follow()
         self._select()
 
-    def _pass(self, bits: int) -> None:
+    def _pass(self, bits: int) -> bool:
+        """Whether the device's command register says ``bits`` now."""
         if bits != self._passed:
-            self._passed, self._used = bits, self._used or bool(bits)
-            if not self.device.set_command(bits):
-                log.warning("%s: the device does not answer: its command register cannot be set", self.name)
+            self._used = self._used or bool(bits)
+            self._passed = bits if self.device.set_command(bits) else None
+        return self._passed is not None
 
     def _select(self) -> None:
         self._irqs.select(self._kind() if self._answers else None)
@@ -306,7 +312,7 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _stop(self) -> None:
         """No DMA and no interrupts when this returns: microseconds."""
-        self._pass(self._passed & ~Command.BUS_MASTER)
+        self._pass((self._passed or 0) & ~Command.BUS_MASTER)
         self._irqs.select(None)
 
     def _quiesce(self) -> None:
@@ -317,19 +323,22 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _after_bus_reset(self) -> None:
         with self.lock:
-            if not self._resetter.is_over:  # another has begun since
+            # Else another has begun since, or it broke meanwhile, or a system reset has seen to it.
+            if not self._resetter.is_over or self.broken is not None or self._answers:
                 return
-            error = self._resetter.error
-            if error is None:
-                self._used, self._answers = False, True
-            elif self._wanted_back and isinstance(error, ResetRefused):
-                log.info(
-                    "%s: goes back to the host stopped, but not reset: the kernel resets nothing that it "
-                    "waits to take back; whoever has it next does",
-                    self.name,
-                )
+            if self._wanted_back and isinstance(self._resetter.error, ResetRefused):
+                log.info("%s: %s", self.name, UNRESET)
             else:
-                self._break(str(error))
+                self._come_back()
+
+    def _come_back(self) -> None:
+        """After its reset."""
+        if self._resetter.error is not None:
+            self._break(str(self._resetter.error))
+        elif not self._pass(0):
+            self._break(DEAF)
+        else:
+            self.broken, self._used, self._answers = None, False, True
 
     def _break(self, why: str) -> None:
         why = why.removeprefix(f"{self.device.address}: ")

@@ -100,6 +100,9 @@ class VirtioPci(PciFunction[VirtioPciState]):
     for each queue and one more; 0 is no MSI-X.
     """
 
+    # Linux's driver resets a device that it loses, and waits for the status to read 0, whether it is there or not.
+    ZERO_WHEN_TORN_OUT = True
+
     def __init__(self, name: str, device: VirtioDevice[Any], sink: MsiSink, vectors: int | None = None) -> None:
         """Raises HostError where the host has not so many vectors."""
         ids = PciIds(

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from tests.lab.programs.plug_times import Qmp
+from bench.plug_times import Qmp
 
 POLL = 0.01
 PATIENCE = 120.0

@@ -2,7 +2,7 @@
 
     python plug_times.py QMP-SOCKET ROUNDS BRIDGE DISK NET-TABLE BLK-TABLE         prints a line of JSON
 
-The guest's side is `GUEST` of test_hotplug.py: once a network device is there it gives it an address and pings; once a
+The guest's side is `GUEST_LOOP` of hotplug.py: once a network device is there it gives it an address and pings; once a
 disk is there it writes to it. A network device is usable when its first echo request arrives on BRIDGE, a disk when its
 file DISK has changed; both are gone when DEVICE_DELETED comes. Each round waits until the guest has seen that too.
 "asked" is what device_add takes, "in" the time from then on until the device is usable, "out" is device_del's.
