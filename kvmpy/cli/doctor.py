@@ -11,9 +11,10 @@ from typing import Final
 
 from kvmpy.cli.doctor_pci import examine_device, node, passthrough
 from kvmpy.cli.finding import FAIL, OK, WARN, Finding
-from kvmpy.errors import HostError
+from kvmpy.errors import ConfigError, HostError
 from kvmpy.host import rundir
 from kvmpy.host.memory import MIB, available_memory
+from kvmpy.host.pci_function import parse_address
 from kvmpy.host.tree import Host
 from kvmpy.kvm.system import WELCOME, System, virtualization
 
@@ -23,8 +24,15 @@ CAP_NET_ADMIN: Final = 1 << 12  # linux/capability.h
 def doctor(args: argparse.Namespace) -> int:
     """Print every finding; the exit code is 1 where one is a failure."""
     host = Host()
-    findings = examine(host) if args.device is None else examine_device(args.device, host)
+    findings = examine(host) if args.device is None else examine_device(_address(args.device), host)
     return report(list(findings), as_json=args.json)
+
+
+def _address(text: str) -> str:
+    try:
+        return parse_address(text)
+    except HostError as e:
+        raise ConfigError(f"--device: {e}") from e
 
 
 def report(findings: Sequence[Finding], *, as_json: bool) -> int:

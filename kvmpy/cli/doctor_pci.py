@@ -22,12 +22,12 @@ from kvmpy.host.passable import (
     unsafe_interrupts_allowed,
 )
 from kvmpy.host.pci_function import SysfsFunction
-from kvmpy.host.tree import Host, read
+from kvmpy.host.pci_reset import find_reset
+from kvmpy.host.pci_use import uses
+from kvmpy.host.tree import Host
 
 # QEMU's and libvirt's usual advice: enough locked memory to map a small guest for a device
 LOCKED_MEMORY_WANTED: Final = 1024 * MIB
-# Documentation/ABI/testing/sysfs-bus-pci, reset_method: those that bring a device back to what it was after power-on
-RESETS: Final = frozenset({"flr", "af_flr", "device_specific", "acpi", "bus", "cxl_bus"})
 
 
 def passthrough(host: Host) -> Iterator[Finding]:
@@ -54,8 +54,9 @@ def examine_device(address: str, host: Host) -> Iterator[Finding]:
         driver = function.driver or "no driver"
         yield Finding(function.address, OK, f"can be passed through; IOMMU group {function.group}, {driver}")
     yield from _settings(function)
-    yield from _use(function)
-    yield _reset(function)
+    for use in uses(function):
+        yield Finding(use.what, WARN, use.how, use.remedy)
+    yield from _reset(function)
 
 
 def node(path: str, purpose: str, remedy: str) -> Finding:
@@ -106,17 +107,11 @@ def _settings(function: SysfsFunction) -> Iterator[Finding]:
         yield Finding("MAC and VLAN", WARN, f"{found}, which has no network interface here", remedy)
 
 
-def _use(function: SysfsFunction) -> Iterator[Finding]:
-    """The host's own use of it, which would end."""
-    for name in function.interfaces():
-        if read(f"{function.path}/net/{name}/operstate") == "up":
-            remedy = f"see that the host does without it (ip link set {name} down)"
-            yield Finding(name, WARN, "is up: the host uses the function", remedy)
-
-
-def _reset(function: SysfsFunction) -> Finding:
-    methods = read(f"{function.path}/reset_method").split()
-    if good := [method for method in methods if method in RESETS]:
-        return Finding("reset", OK, good[0])
-    remedy = "it keeps what one guest left in it for the next; pass it to guests that trust each other"
-    return Finding("reset", WARN, f"no method that is sure to work ({' '.join(methods) or 'none at all'})", remedy)
+def _reset(function: SysfsFunction) -> Iterator[Finding]:
+    """By what it would be reset; where that is by nothing there was an obstacle."""
+    name, why_not = find_reset(function)
+    if name:
+        yield Finding("reset", OK, name)
+    elif not why_not:
+        remedy = "a start shows it: a function without a function level reset, or a bus of its own, is refused"
+        yield Finding("reset", WARN, "by a method that this kernel does not name", remedy)

@@ -1,7 +1,8 @@
 """What is in the way of passing a function through, each with how to mend it: for whoever claims one, and the doctor.
 
 Type 1 of vfio wants an IOMMU, remapped interrupts (else a device could forge any interrupt) and a group in which no
-driver of the host's drives anything: a group's functions reach each other, so all go to a guest together, or none.
+driver of the host's drives anything: a group's functions reach each other, so all go to a guest together, or none. And
+it must be sure that a reset clears it, which kvmpy wants, not vfio.
 
 Specification: Documentation/driver-api/vfio.rst.
 """
@@ -16,6 +17,7 @@ from typing import Final, NamedTuple
 from kvmpy.errors import errno_name
 from kvmpy.host.lock import named
 from kvmpy.host.pci_function import BRIDGE, VFIO_PCI, SysfsFunction
+from kvmpy.host.pci_reset import find_reset
 from kvmpy.host.tree import Host, read
 
 NO_IOMMU: Final = (
@@ -71,6 +73,9 @@ def obstacles(function: SysfsFunction) -> Iterator[Obstacle]:
         yield Obstacle("is a bridge", "choose a function behind it")
         return
     yield from _isolation(function)
+    if why_not := find_reset(function).why_not:
+        remedy = "passed through it could leak one guest's data to the next: choose another function"
+        yield Obstacle(f"cannot be reset: {why_not}", remedy)
     if count := function.virtual_functions:
         remedy = f"pass those through, or write 0 to {function.path}/sriov_numvfs"
         yield Obstacle(f"has {count} virtual functions, which would vanish with its driver", remedy)

@@ -30,6 +30,7 @@ from kvmpy.host.network import Network, VfChange
 from kvmpy.host.passable import Obstacle, group_in_use, is_vfio, obstacles
 from kvmpy.host.pci_function import VFIO_PCI, SysfsFunction, VirtualFunction
 from kvmpy.host.pci_journal import Record, VfRecord
+from kvmpy.host.pci_use import uses
 from kvmpy.host.tree import Host
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,9 @@ class HostFunction:
         function = self._function
         if is_vfio(function.driver):
             return
+        for use in uses(function):
+            subject = "" if use.what == self.address else f"{use.what} "
+            log.warning("%s: is taken from the host, though %s%s", self.address, subject, use.how)
         self._note(rebound=True, driver=function.driver, override=function.override)
         try:
             function.set_override(VFIO_PCI)

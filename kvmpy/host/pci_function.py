@@ -96,6 +96,17 @@ class SysfsFunction:
         return [SysfsFunction(name, self.host) for name in others if name != self.address and ADDRESS.fullmatch(name)]
 
     @property
+    def upstream_bridge(self) -> str | None:
+        """The address of the bridge above its bus; None on a root bus."""
+        above = os.path.basename(os.path.dirname(os.path.realpath(self.path)))
+        return above if ADDRESS.fullmatch(above) else None
+
+    def bus_neighbours(self) -> list[str]:
+        """The addresses of the other functions on its bus."""
+        names = sorted(_list(os.path.dirname(os.path.realpath(self.path))))
+        return [name for name in names if name != self.address and ADDRESS.fullmatch(name)]
+
+    @property
     def virtual_functions(self) -> int:
         """How many virtual functions it has made; 0 also for what is no PF."""
         count = read(f"{self.path}/sriov_numvfs")

@@ -56,7 +56,10 @@ def device_add(caller: Caller, table: dict[str, Any]) -> Nothing:
 
 @command("device_del", DeviceDel, Nothing, slow=True)
 def device_del(caller: Caller, arguments: DeviceDel) -> Nothing:
-    """Ask the guest to let go of a device that is on a root port. DEVICE_DELETED says that it has, and is unplugged."""
+    """Ask the guest to let go of a device that is on a root port. DEVICE_DELETED says that it has, and is unplugged.
+
+    With `force` too the reply comes before that: wait for DEVICE_DELETED until the host has back what the device used.
+    """
     caller.machine.device_del(arguments.id, force=arguments.force)
     return Nothing()
 

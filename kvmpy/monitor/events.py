@@ -117,7 +117,11 @@ class DeviceBroken(Event, frozen=True, kw_only=True):
 
 
 class DeviceWantedBack(Event, frozen=True, kw_only=True):
-    """The host waits for a passed-through function: unplug the device, or its driver there stays stuck."""
+    """The host waits for a passed-through function, and the guest has been asked to let the device go.
+
+    DEVICE_DELETED follows if the guest does. Where it does not, or the device has no `bus`, whoever waits on the host
+    goes on waiting: until `device_del` with `force`, or the machine's end.
+    """
 
     NAME = "DEVICE_WANTED_BACK"
     OURS = True

@@ -36,10 +36,24 @@ class FakeSysfs:
         for file in ("bind", "unbind"):
             (self.drivers / name / file).touch()
 
-    def add(self, address: str, *, group: int | None = 0, driver: str = "", kind: int = NIC) -> Path:
-        """A function; returns its directory."""
+    def add(
+        self,
+        address: str,
+        *,
+        group: int | None = 0,
+        driver: str = "",
+        kind: int = NIC,
+        below: str = "",
+        methods: str = "flr",
+    ) -> Path:
+        """A function, on a root bus unless it is ``below`` a bridge; returns its directory. Resets: ``methods``."""
         path = self.devices / address
-        path.mkdir()
+        if below:
+            path.symlink_to(self.devices / below / address)
+            path = path.readlink()
+        path.mkdir(parents=True)
+        if methods:
+            (path / "reset_method").write_text(f"{methods}\n")
         (path / "config").write_bytes(bytes(64))
         (path / "class").write_text(f"{kind:#08x}\n")
         (path / "driver_override").write_text("(null)\n")
@@ -57,6 +71,13 @@ class FakeSysfs:
         path = self.add(address, group=group, driver="igbvf")
         (path / "physfn").symlink_to(self.devices / pf)
         (self.devices / pf / f"virtfn{number}").symlink_to(path)
+        return path
+
+    def add_interface(self, address: str, name: str, *, place: str = "net") -> Path:
+        """A network interface of the function's, which is down; returns its directory."""
+        path = self.devices / address / place / name
+        path.mkdir(parents=True)
+        (path / "flags").write_text("0x1002\n")
         return path
 
     def driver(self, address: str) -> str:

@@ -203,7 +203,7 @@ class VfioKernel(Kernel):
 
     def _vfio_device_get_region_info(self, argument: Any) -> None:
         index = argument.index
-        size, flags = (4096, 3) if index == CONFIG else self.nic.regions.get(index, (0, 0))
+        size, flags = (len(self.nic.config), 3) if index == CONFIG else self.nic.regions.get(index, (0, 0))
         argument.size, argument.offset = size, index << REGION_SHIFT
         areas = self.nic.areas.get(index)
         argument.flags = flags | (abi.REGION_CAPS if areas is not None else 0)

@@ -87,6 +87,39 @@ def is_as_before(host: NicHost, address: str, driver: str) -> bool:
     return (host.driver(address), host.override(address)) == (driver, "")
 
 
+def test_function_that_cannot_be_reset_stays_the_hosts_and_the_doctor_says_the_same(e1000e_host: NicHost) -> None:
+    host = e1000e_host
+    uplink = host.run(["readlink", "-f", f"/sys/class/net/{host.uplink}/device"], check=True).stdout.split("/")[-2]
+    said = refusal(host, uplink)
+    assert said.startswith(f"{uplink}: cannot be reset: ")
+    assert is_as_before(host, uplink, "virtio-pci")
+    assert host.run(["cat", f"/sys/class/net/{host.uplink}/operstate"], check=True).stdout.strip() == "up"
+    doctor = host.run(["kvmpy", "doctor", "--device", uplink])
+    assert doctor.returncode == 1
+    assert f"fail  {said.partition(';')[0]}\n" in doctor.stdout
+    assert f"warn  {host.uplink}: is up and is a port of br0: the host uses the function\n" in doctor.stdout
+    assert "can be passed through" not in doctor.stdout
+
+
+def test_doctor_sees_an_interface_that_is_in_another_network_namespace(e1000e_host: NicHost) -> None:
+    found = 'for d in /sys/bus/pci/devices/*/virtio*/net; do [ -n "$(ls $d)" ] || echo $d; done'
+    (station,) = e1000e_host.run(["sh", "-c", found], check=True).stdout.split()
+    address = station.split("/")[5]
+    doctor = e1000e_host.run(["kvmpy", "doctor", "--device", address])
+    assert f"warn  {address}: has a network interface in another network namespace" in doctor.stdout
+
+
+def test_interface_that_the_host_has_up_is_named_when_it_is_taken(e1000e_host: NicHost) -> None:
+    function = e1000e_host.functions[0]
+    (name,) = e1000e_host.run(["ls", f"/sys/bus/pci/devices/{function}/net"], check=True).stdout.split()
+    e1000e_host.run(["ip", "link", "set", name, "up"], check=True)
+    process = machine(e1000e_host, function)
+    claimed(process)
+    assert f"{function}: is taken from the host, though {name} is up" in process.output
+    end(process)
+    assert is_as_before(e1000e_host, function, "e1000e")
+
+
 def test_virtual_function_is_taken_with_its_settings_and_given_back(igb_host: NicHost) -> None:
     function = igb_host.functions[1]
     before = [vf(igb_host, number) for number in (0, 1)]

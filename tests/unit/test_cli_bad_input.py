@@ -568,6 +568,12 @@ def test_doctor_finds_nothing_to_mend_where_everything_is_there(rich: Host) -> N
     assert ("huge pages", "7 free of 2048kB (for machine.hugepages)") in [(f.what, f.found) for f in findings]
 
 
+@pytest.mark.parametrize("text", ["xx", "", "eth0", "0000:00:05"])
+def test_doctor_takes_what_is_no_address_for_a_mistake_in_the_command_line(kvmpy: Kvmpy, text: str) -> None:
+    complaint = f'kvmpy: --device: {text!r}: expected a PCI address such as "0000:5e:00.2"\n'
+    assert kvmpy("doctor", "--device", text) == (2, "", complaint)
+
+
 def test_doctor_says_of_each_missing_thing_what_to_do(bare: Host) -> None:
     findings = list(examine(bare))
     assert verdicts(iter(findings)) | {"locked memory": "ok"} == {

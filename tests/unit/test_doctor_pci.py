@@ -18,8 +18,7 @@ NIC, PF, VF = "0000:03:00.0", "0000:5e:00.0", "0000:5e:10.2"
 def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSysfs:
     fake = FakeSysfs(tmp_path, monkeypatch)
     (fake.dev / "vfio/vfio").touch()
-    nic = fake.add(NIC, group=12, driver="e1000e")
-    (nic / "reset_method").write_text("pm\n")
+    fake.add(NIC, group=12, driver="e1000e", methods="pm")
     fake.add(PF, group=7, driver="igb")
     (fake.add_vf(VF, PF, 1, group=8) / "reset_method").write_text("flr pm\n")
     return fake
@@ -69,6 +68,8 @@ def test_each_obstacle_of_a_function_is_a_failure_with_a_remedy(sysfs: FakeSysfs
     assert [finding.found for finding in failed] == [
         "the IOMMU does not remap interrupts",
         "shares IOMMU group 12 with 0000:03:00.1 (e1000e)",
+        "cannot be reset: the kernel's method for it, pm, is not sure to, "
+        "and there is no bridge above it that could reset its bus",
     ]
     assert all(finding.remedy for finding in failed)
 
@@ -79,18 +80,40 @@ def test_function_that_is_not_there_is_a_failure_and_a_mistyped_one_an_error(sys
         found(sysfs, "eth0")
 
 
-def test_pm_reset_is_no_reset(sysfs: FakeSysfs) -> None:
-    finding = found(sysfs, NIC)["reset"]
-    assert (finding.verdict, finding.found) == (WARN, "no method that is sure to work (pm)")
+@pytest.mark.parametrize("methods", ["pm", ""])
+def test_function_that_a_start_refuses_for_want_of_a_reset_is_not_said_to_be_fit(
+    sysfs: FakeSysfs, methods: str
+) -> None:
+    sysfs.add("0000:00:05.0", group=20, driver="e1000", methods=methods)
+    findings = found(sysfs, "0000:00:05.0")
+    assert findings["0000:00:05.0"].verdict == FAIL
+    assert "cannot be reset" in findings["0000:00:05.0"].found
+    assert "reset" not in findings
 
 
-def test_interface_that_the_host_uses_is_pointed_out(sysfs: FakeSysfs) -> None:
-    interface = sysfs.devices / NIC / "net/eth3"
-    interface.mkdir(parents=True)
-    (interface / "operstate").write_text("down\n")
-    assert "eth3" not in found(sysfs, NIC)
-    (interface / "operstate").write_text("up\n")
-    assert found(sysfs, NIC)["eth3"].verdict == WARN
+def test_reset_that_an_old_kernel_does_not_name_is_a_doubt(sysfs: FakeSysfs) -> None:
+    (sysfs.add("0000:00:05.0", group=20, methods="") / "reset").touch()
+    findings = found(sysfs, "0000:00:05.0")
+    assert (findings["0000:00:05.0"].verdict, findings["reset"].verdict) == (OK, WARN)
+
+
+@pytest.mark.parametrize("place", ["net", "virtio3/net"])
+def test_interface_that_the_host_uses_is_pointed_out(sysfs: FakeSysfs, place: str) -> None:
+    interface = sysfs.add_interface(VF, "eth3", place=place)
+    assert "eth3" not in found(sysfs, VF)
+    (interface / "flags").write_text("0x1003\n")
+    assert found(sysfs, VF)["eth3"] == Finding(
+        "eth3", WARN, "is up: the host uses the function", "see that the host does without it (ip link set eth3 down)"
+    )
+    (interface / "master").symlink_to(sysfs.add_interface(NIC, "br0"))
+    assert found(sysfs, VF)["eth3"].found == "is up and is a port of br0: the host uses the function"
+
+
+@pytest.mark.parametrize("place", ["net", "virtio3/net"])
+def test_interface_in_another_network_namespace_is_pointed_out(sysfs: FakeSysfs, place: str) -> None:
+    (sysfs.devices / VF / place).mkdir(parents=True)
+    warned = [finding.found for finding in examine_device(VF, sysfs.host) if finding.what == VF]
+    assert warned[-1] == "has a network interface in another network namespace, which may use it"
 
 
 def test_virtual_function_whose_pf_has_no_interface_keeps_its_address(sysfs: FakeSysfs) -> None:

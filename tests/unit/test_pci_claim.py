@@ -22,6 +22,7 @@ from kvmpy.host.passable import obstacles
 from kvmpy.host.pci import HostFunction, recover
 from kvmpy.host.pci_function import SysfsFunction, VirtualFunction, parse_address
 from kvmpy.host.pci_journal import Record, VfRecord
+from kvmpy.host.pci_reset import find_reset
 from tests.fakes.sysfs import BRIDGE, FakeSysfs
 
 NIC, OTHER, PF, VF = "0000:03:00.0", "0000:03:00.1", "0000:5e:00.0", "0000:5e:10.2"
@@ -129,6 +130,20 @@ def test_function_that_somebody_took_meanwhile_is_left_to_them(sysfs: FakeSysfs,
     assert sysfs.state(NIC) == ("igb", "igb")
 
 
+def test_interface_that_the_host_has_up_is_not_taken_without_a_word(
+    sysfs: FakeSysfs, run: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    interface = sysfs.add_interface(NIC, "eth3")
+    claim(sysfs, run).close()
+    assert caplog.messages == [], "it was down"
+    (interface / "flags").write_text("0x1003\n")
+    (interface / "master").symlink_to(sysfs.add_interface(PF, "br0"))
+    claim(sysfs, run).close()
+    assert caplog.messages == [
+        f"{NIC}: is taken from the host, though eth3 is up and is a port of br0: the host uses the function"
+    ]
+
+
 def test_two_functions_are_given_back_one_by_one(sysfs: FakeSysfs, run: str) -> None:
     first, second = claim(sysfs, run, NIC), claim(sysfs, run, VF)
     first.close()
@@ -194,6 +209,48 @@ def test_obstacle_is_named_with_its_remedy_and_nothing_is_changed(
         claim(sysfs, run)
     assert sysfs.writes == []
     assert os.listdir(run) == []
+
+
+CONVENTIONAL, UNDER = "0000:00:05.0", "0000:02:00.0"
+NO_METHOD = "cannot be reset: the kernel has no method for it"
+
+
+@pytest.mark.parametrize(
+    ("address", "methods", "message"),
+    [
+        (CONVENTIONAL, "", f"{NO_METHOD}, and there is no bridge above it"),
+        (CONVENTIONAL, "pm", "cannot be reset: the kernel's method for it, pm, is not sure to, and there is no bridge"),
+        (UNDER, "", f"{NO_METHOD}, and a reset of its bus would hit 0000:02:00.1 too"),
+    ],
+)
+def test_function_that_no_reset_clears_stays_its_drivers(
+    sysfs: FakeSysfs, run: str, address: str, methods: str, message: str
+) -> None:
+    sysfs.add("0000:00:01.0", group=14, driver="pcieport", kind=BRIDGE)
+    sysfs.add("0000:02:00.1", group=15, below="0000:00:01.0")
+    below = "0000:00:01.0" if address == UNDER else ""
+    sysfs.add(address, group=16, driver="e1000e", methods=methods, below=below)
+    with pytest.raises(HostError, match=rf"^{address}: {message}.*; passed through it could leak one guest's data"):
+        claim(sysfs, run, address)
+    assert (sysfs.writes, sysfs.driver(address)) == ([], "e1000e")
+
+
+@pytest.mark.parametrize(
+    ("methods", "expected"), [("pm", "bus"), ("", "bus"), ("bus", "bus"), ("flr pm", "flr"), ("af_flr", "af_flr")]
+)
+def test_function_alone_on_a_bus_below_a_bridge_is_reset_with_that_at_the_least(
+    sysfs: FakeSysfs, methods: str, expected: str
+) -> None:
+    sysfs.add("0000:00:01.0", driver="pcieport", kind=BRIDGE)
+    sysfs.add(UNDER, group=16, methods=methods, below="0000:00:01.0")
+    function = SysfsFunction(UNDER, sysfs.host)
+    assert find_reset(function) == (expected, "")
+    assert list(obstacles(function)) == []
+
+
+def test_kernel_that_does_not_say_how_it_resets_is_asked_when_the_function_is_open(sysfs: FakeSysfs) -> None:
+    (sysfs.add(CONVENTIONAL, group=16, methods="") / "reset").touch()
+    assert list(obstacles(SysfsFunction(CONVENTIONAL, sysfs.host))) == []
 
 
 @pytest.mark.parametrize("driver", ["", "vfio-pci", "pcieport", "mlx5_vfio_pci"])

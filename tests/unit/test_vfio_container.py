@@ -65,6 +65,25 @@ def test_the_first_device_maps_all_ram_and_the_last_one_unmaps_it(
     assert kernel.told == ["added", "added", "removed", "removed"]
 
 
+def test_a_container_that_the_host_has_emptied_has_nothing_to_unmap(
+    container: Container, kernel: VfioKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = container.open(ADDRESS, GROUP)
+    kernel.fail("VFIO_IOMMU_UNMAP_DMA", errno.EINVAL)
+    kernel.fail("VFIO_IOMMU_GET_INFO", errno.EINVAL)
+    container.close(device, GROUP)
+    assert caplog.messages == []
+
+
+def test_memory_that_stays_mapped_in_a_container_that_works_is_an_error(
+    container: Container, kernel: VfioKernel, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = container.open(ADDRESS, GROUP)
+    kernel.fail("VFIO_IOMMU_UNMAP_DMA", errno.EINVAL)
+    container.close(device, GROUP)
+    assert "VFIO_IOMMU_UNMAP_DMA: EINVAL: the guest's memory" in caplog.text
+
+
 def test_a_device_comes_and_goes_fifty_times_and_leaves_nothing(container: Container, kernel: VfioKernel) -> None:
     container.close(container.open(ADDRESS, GROUP), GROUP)
     kernel.nic.close()

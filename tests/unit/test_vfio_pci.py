@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -22,7 +23,19 @@ from kvmpy.irq import MsiMessage
 from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.loop import open_descriptors
-from tests.fakes.vfio import ADDRESS, CONFIG, ERROR, INTX, MSI, MSIX, REQUEST, SERIAL, FakeNic, config_space
+from tests.fakes.vfio import (
+    ADDRESS,
+    CONFIG,
+    ERROR,
+    INTX,
+    MSI,
+    MSIX,
+    REGION_SHIFT,
+    REQUEST,
+    SERIAL,
+    FakeNic,
+    config_space,
+)
 from tests.fakes.vfio_rig import BAR0, BAR1, BAR2, BAR4, ON, NicRig, reset_by
 
 MESSAGE = MsiMessage(0xFEE0_1000, 0x4041)
@@ -62,6 +75,27 @@ def test_only_known_capabilities_are_shown(rig: NicRig) -> None:
     assert {kind for kind, _ in rig.config.capabilities()} == {0x01, 0x05, 0x10, 0x11}
     assert rig.config.read(0x100, 4) == 0x0001_0003, "of the extended ones the serial number, alone"
     assert rig.config.read(0x104, 8) == SERIAL
+
+
+def test_a_conventional_device_whose_configuration_space_ends_at_256_is_read_to_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nic, pread = FakeNic(config=config_space()[:256]), os.pread
+    start = CONFIG << REGION_SHIFT
+
+    def strict_pread(fd: int, size: int, offset: int) -> bytes:
+        if start <= offset and offset + size > start + 256:
+            raise OSError(errno.EFAULT, "beyond the end of the region")
+        return pread(fd, size, offset)
+
+    monkeypatch.setattr(os, "pread", strict_pread)
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        assert rig.config.read(0, 4) == 0x10CA_8086
+        assert rig.config.read(0x100, 4) == 0, "no serial number"
+        rig.enable()
+        assert nic.command & ON == ON
 
 
 def test_reset_by_the_guest_is_not_offered(rig: NicRig) -> None:
@@ -466,7 +500,8 @@ def test_a_reset_that_fails_breaks_the_device_and_a_later_one_mends_it(
     rig.kernel.fail("VFIO_DEVICE_RESET", errno.EIO)
     with rig.function.lock:
         rig.function.reset()
-    assert broken == [f"{ADDRESS}: VFIO_DEVICE_RESET: EIO: it has not been reset"]
+    assert broken == ["VFIO_DEVICE_RESET: EIO: it has not been reset"]
+    assert caplog.messages == [f"host0: {ADDRESS}: {broken[0]}"]
     assert rig.function.info()["broken"] == broken[0]
     assert rig.config.read(0, 4) == 0xFFFF_FFFF
     rig.kernel.recover("VFIO_DEVICE_RESET")
@@ -558,6 +593,54 @@ def test_the_host_that_wants_it_back_is_heard(rig: NicRig) -> None:
     rig.io.stop()
     assert wanted == [True]
     assert rig.nic.command & ON == ON, "and decides nothing"
+
+
+def test_a_device_that_the_host_waits_for_leaves_without_the_reset_that_the_kernel_refuses(
+    rig: NicRig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.signal(REQUEST)
+    rig.io.start()
+    rig.io.stop()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    with rig.function.lock:
+        rig.function.release()
+    assert not rig.function.finish_reset(), "it cannot be plugged in again"
+    assert rig.nic.command & ON == 0, "and it is stopped"
+    rig.function.close()
+    assert (broken, rig.function.info()["broken"]) == ([], None)
+    assert "not reset" in caplog.messages[-1]
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_a_reset_refused_to_a_device_that_nobody_waits_for_breaks_it(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    with rig.function.lock:
+        rig.function.release()
+    rig.settle()
+    assert broken == [
+        "VFIO_DEVICE_RESET: EAGAIN: it has not been reset: the host is about to take it back, or busy with it otherwise"
+    ]
+
+
+def test_a_device_that_the_host_waits_for_is_broken_by_a_reset_that_fails_for_another_reason(rig: NicRig) -> None:
+    broken: list[str] = []
+    rig.function.on_broken = broken.append
+    rig.enable()
+    rig.nic.signal(REQUEST)
+    rig.io.start()
+    rig.io.stop()
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EIO)
+    with rig.function.lock:
+        rig.function.release()
+    rig.settle()
+    assert broken == ["VFIO_DEVICE_RESET: EIO: it has not been reset"]
 
 
 def test_it_blocks_migration_and_its_state_is_what_the_guest_sees(rig: NicRig) -> None:

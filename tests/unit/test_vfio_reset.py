@@ -12,15 +12,17 @@ from kvmpy.devices.vfio.config import HostConfig
 from kvmpy.devices.vfio.reset import BusReset, FunctionReset, choose
 from kvmpy.devices.vfio.resetter import Resetter
 from kvmpy.errors import HostError
+from kvmpy.host.tree import Host
 from tests.fakes.vfio import ADDRESS, VfioKernel, config_space
 
 
-def chosen(sysfs: Path, methods: str | None, *, flr: bool = False, resets: bool = True) -> tuple[type, str]:
-    (sysfs / ADDRESS).mkdir(exist_ok=True)
+def chosen(root: Path, methods: str | None, *, flr: bool = False, resets: bool = True) -> tuple[type, str]:
+    path = root / "bus/pci/devices" / ADDRESS
+    path.mkdir(parents=True, exist_ok=True)
     if methods is not None:
-        (sysfs / ADDRESS / "reset_method").write_text(methods)
+        (path / "reset_method").write_text(methods)
     config = HostConfig(ADDRESS, bytes(config_space(flr=flr)))
-    found = choose(ADDRESS, config, resets=resets, sysfs=sysfs)
+    found = choose(ADDRESS, config, resets=resets, host=Host(sys=str(root)))
     return type(found), found.name
 
 

@@ -135,7 +135,7 @@ class VfioDevice:
         self.resets.reset(self.fd, self._space.group_fd(self._group))
 
     def close(self) -> None:
-        """Unmap and close it; the kernel resets it once more, so this takes as long. Closing twice is allowed."""
+        """Unmap and close it; the kernel resets it once more if it can: it takes as long. Closing twice is allowed."""
         for mapped in self._maps:
             mapped.close()
         self._maps.clear()
@@ -155,10 +155,10 @@ class VfioDevice:
 
     def _read_config(self) -> bytes:
         """As much as there is: the kernel gives 4096 bytes, or 256 for a conventional device."""
-        data = b""
+        data, size = b"", min(self._config.size, CONFIG_SIZE)
         try:
-            while len(data) < min(self._config.size, CONFIG_SIZE):
-                piece = os.pread(self.fd, CONFIG_SIZE - len(data), self._config.offset + len(data))
+            while len(data) < size:  # a read that goes beyond the end fails, and is not cut short
+                piece = os.pread(self.fd, size - len(data), self._config.offset + len(data))
                 if not piece:
                     break
                 data += piece

@@ -11,7 +11,8 @@ MSI-X, power management, and the serial number. A guest sees a single function, 
 While the machine is paused the device's DMA goes on: to stop it would break what its driver knows of it.
 
 R26, release: the device's bus-master bit is cleared and its interrupts are off before anything else; then it answers
-nothing, and a thread of its own resets it. Until that has ended it is not used again.
+nothing, and a thread of its own resets it. Until that has ended it is not used again. A device that the host waits for
+is not reset, for the kernel refuses to (`kvmpy.devices.vfio.reset`), and is not broken by that.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from kvmpy.devices.registers import Field
 from kvmpy.devices.vfio.config import MSI, MsixPlace
 from kvmpy.devices.vfio.device import PASSED, Region, VfioDevice
 from kvmpy.devices.vfio.interrupts import Interrupts, Kind
+from kvmpy.devices.vfio.reset import ResetRefused
 from kvmpy.devices.vfio.resetter import Resetter
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
@@ -109,6 +111,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.on_wanted_back: Callable[[], object] = lambda: None
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
+        self._wanted_back = False  # by the host, which waits until it is closed
         self._used = False  # the guest may have changed it since its last reset
         self._irqs = Interrupts(name, device, self.intx)
         self._resetter = Resetter(name, device.reset)
@@ -118,7 +121,7 @@ class VfioPci(PciFunction[VfioPciState]):
             self._add_capabilities(sink)
             self._map_bars()
             self._watch(abi.ERROR_IRQ, self._failed)
-            self._watch(abi.REQUEST_IRQ, self._wanted_back)
+            self._watch(abi.REQUEST_IRQ, self._host_wants_it)
             device.set_command(0)
             self._answers = True
         except BaseException:
@@ -322,14 +325,22 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _come_back(self) -> None:
         """After its reset."""
-        if self._resetter.error is not None:
-            self._break(str(self._resetter.error))
+        error = self._resetter.error
+        if self._wanted_back and isinstance(error, ResetRefused):
+            log.info(
+                "%s: goes back to the host stopped, but not reset: the kernel resets nothing that it "
+                "waits to take back; whoever has it next does",
+                self.name,
+            )
+        elif error is not None:
+            self._break(str(error))
         elif not self._pass(0):
             self._break(DEAF)
         else:
             self.broken, self._used, self._answers = None, False, True
 
     def _break(self, why: str) -> None:
+        why = why.removeprefix(f"{self.device.address}: ")
         self._quiesce()
         self.broken = why
         log.error("%s: %s: %s", self.name, self.device.address, why)
@@ -340,8 +351,9 @@ class VfioPci(PciFunction[VfioPciState]):
             if event.take():
                 self._break("the host reports an error that the device cannot recover from (AER)")
 
-    def _wanted_back(self, event: EventFd) -> None:
+    def _host_wants_it(self, event: EventFd) -> None:
         if event.take():
+            self._wanted_back = True
             log.warning("%s: the host wants %s back", self.name, self.device.address)
             self.on_wanted_back()
 

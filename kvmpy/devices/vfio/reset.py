@@ -4,6 +4,10 @@ What one guest left in a device must not reach the next, and a device that goes 
 level reset does it; so does a reset of the bus it is on, if nothing else is there. A reset by power management (D3hot
 and back) is not trusted: many devices keep all their registers, and say otherwise.
 
+While the host waits for a device, to unbind it from vfio-pci, the kernel refuses every reset of it, its own when the
+device is closed among them. It stops the device's DMA all the same. Whoever has it next resets it: most drivers when
+they start, vfio-pci when it is opened, a machine before its guest gets it.
+
 VFIO_DEVICE_RESET takes the first method of the kernel's list for the device, so it is used only where that is a good
 one; else the bus is reset by name.
 """
@@ -11,17 +15,20 @@ one; else the bus is reset by name.
 from __future__ import annotations
 
 import errno
-from pathlib import Path
 from typing import Final, Protocol
 
 from kvmpy.abi import vfio as abi
 from kvmpy.devices.vfio.config import HostConfig
 from kvmpy.errors import HostError, IoctlError
+from kvmpy.host.pci_function import SysfsFunction
+from kvmpy.host.pci_reset import TRUSTED, first_method
+from kvmpy.host.tree import Host
 
-SYSFS: Final = Path("/sys/bus/pci/devices")
-# Those of /sys/bus/pci/devices/*/reset_method that reset the function, all of it, and nothing else but it.
-TRUSTED: Final = ("device_specific", "flr", "af_flr", "bus", "cxl_bus")
 MOST_DEVICES: Final = 256 * 8  # on a bus, and its subordinates
+
+
+class ResetRefused(HostError):
+    """The kernel is busy with the device, most often because it waits to take it back, and resets nothing meanwhile."""
 
 
 class Reset(Protocol):
@@ -50,7 +57,7 @@ class FunctionReset:
         try:
             abi.VFIO_DEVICE_RESET(fd)
         except IoctlError as e:
-            raise HostError(f"{self.address}: {e}: it has not been reset") from e
+            raise _failure(self.address, e, "it has not been reset") from e
 
 
 class BusReset:
@@ -84,22 +91,20 @@ class BusReset:
         try:
             abi.VFIO_DEVICE_PCI_HOT_RESET(fd, count=1, group_fds=[group])
         except IoctlError as e:
-            raise HostError(f"{self.address}: {e}: its bus has not been reset") from e
+            raise _failure(self.address, e, "its bus has not been reset") from e
 
 
-def choose(address: str, config: HostConfig, *, resets: bool, sysfs: Path = SYSFS) -> Reset:
+def _failure(address: str, e: IoctlError, outcome: str) -> HostError:
+    if e.errno == errno.EAGAIN:  # it is locked: an unbind holds the lock until we have closed the device
+        return ResetRefused(f"{address}: {e}: {outcome}: the host is about to take it back, or busy with it otherwise")
+    return HostError(f"{address}: {e}: {outcome}")
+
+
+def choose(address: str, config: HostConfig, *, resets: bool, host: Host = Host()) -> Reset:  # noqa: B008  immutable
     """The best way for a function; ``resets`` is whether the kernel has any for it."""
-    method = _first_method(sysfs / address / "reset_method")
+    method = first_method(SysfsFunction(address, host))
     if method is None and config.has_flr:  # before Linux 5.15, where it comes before all but the device's own
         method = "flr"
     if resets and method in TRUSTED:
         return FunctionReset(address, method)
     return BusReset(address)
-
-
-def _first_method(path: Path) -> str | None:
-    """What the kernel would do; None where it does not say."""
-    try:
-        return next(iter(path.read_text().split()), None)
-    except OSError:
-        return None

@@ -7,6 +7,7 @@ from below (no MADV_DONTNEED, no balloon): the device would go on with pages tha
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 from collections.abc import Sequence
@@ -89,7 +90,7 @@ class Type1:
             self._available -= 1
 
     def _unmap(self, iova: int, size: int) -> None:
-        """One request takes every map in the range. It cannot fail but by a mistake of ours."""
+        """One request takes every map in the range. It fails where none is left, else by a mistake of ours."""
         if not size:
             return
         try:
@@ -97,7 +98,20 @@ class Type1:
             if done.size != size:
                 log.error("vfio: %#x of %#x bytes at %#x were mapped for DMA", done.size, size, iova)
         except IoctlError as e:
+            if self._is_gone():
+                return
             log.error("%s: the guest's memory at %#x stays mapped for DMA until the device is closed", e, iova)
+
+    def _is_gone(self) -> bool:
+        """Whether the container has lost its IOMMU, and so every map: the host took its last group's last device back.
+
+        The kernel does that as soon as the device is closed, and then answers every request so.
+        """
+        try:
+            abi.VFIO_IOMMU_GET_INFO(self._fd)
+        except IoctlError as e:
+            return e.errno == errno.EINVAL
+        return False
 
 
 def check_locked_memory(needed: int, status: Path = Path("/proc/self/status")) -> None:
