@@ -4,6 +4,8 @@ A machine that ends gives everything back and removes it. After a crash the next
 does that (`kvmpy.host.pci.recover`). It names the process as the marks of `kvmpy.host.ownership` do, and the boot: a
 reboot has undone it all.
 
+A machine of `kvmpy run` has that directory as long as it runs. A program's gets one here, while the journal is in it.
+
 Each change is a new file that takes the old one's place, so that there is always a whole one. One process writes, the
 one that has the machine's name; its threads take turns.
 """
@@ -19,6 +21,7 @@ import msgspec
 from msgspec import Meta
 
 from kvmpy.errors import HostError, errno_name
+from kvmpy.host import rundir
 from kvmpy.host.network import VfChange
 from kvmpy.host.ownership import Mark, process_start
 from kvmpy.host.rundir import PCI_JOURNAL, PCI_JOURNAL_NEW
@@ -66,6 +69,7 @@ class Journal(msgspec.Struct, frozen=True):
 
 
 _writing = threading.Lock()
+_made: Final[set[str]] = set()  # directories that were not there
 # Made now: nothing is built beside running vCPUs.
 _decode: Final = msgspec.json.Decoder(Journal).decode
 _encode: Final = msgspec.json.Encoder().encode
@@ -119,7 +123,10 @@ def _save(directory: str, records: list[Record]) -> None:
         if not records:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
+            _remove(directory)
             return
+        if rundir.make(directory):
+            _made.add(directory)
         pid = os.getpid()
         journal = Journal(_boot(), os.path.basename(directory), pid, process_start(pid), records)
         new = os.path.join(directory, PCI_JOURNAL_NEW)
@@ -133,7 +140,17 @@ def _save(directory: str, records: list[Record]) -> None:
         os.rename(new, path)
         _sync(directory)
     except OSError as e:
+        if not os.path.lexists(path):
+            _remove(directory)
         raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written; see the runtime directory") from e
+
+
+def _remove(directory: str) -> None:
+    """If it was made for the journal, and nobody has put anything else there."""
+    if directory in _made:
+        _made.discard(directory)
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
 
 
 def _sync(directory: str) -> None:

@@ -46,6 +46,22 @@ def base() -> str:
     return os.path.join(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.geteuid()}"), "kvmpy")
 
 
+def make(directory: str) -> bool:
+    """Make the directory of a machine that no `RuntimeDirectory` has; whether it was not there.
+
+    Raises OSError, and HostError where strangers could change what will be in it.
+    """
+    parent = os.path.dirname(directory)
+    os.makedirs(parent, 0o755, exist_ok=True)
+    _require_safe(os.path.realpath(parent), shared=True)
+    try:
+        os.mkdir(directory, 0o750)
+    except FileExistsError:
+        _require_safe(directory)
+        return False
+    return True
+
+
 class Running(NamedTuple):
     """A machine that runs now."""
 

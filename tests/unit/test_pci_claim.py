@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -372,6 +373,52 @@ def test_journal_that_is_a_link_is_not_followed(sysfs: FakeSysfs, run: str, tmp_
     with pytest.raises(HostError, match=r"pci\.json: ELOOP"):
         claim(sysfs, run)
     assert sysfs.driver(NIC) == "e1000e"
+
+
+def test_a_machine_without_a_runtime_directory_has_one_while_it_has_a_function(
+    sysfs: FakeSysfs, tmp_path: Path
+) -> None:
+    """That of `kvmpy run` has one always; a program's may not."""
+    directory = tmp_path / "base/m"
+    first, second = claim(sysfs, str(directory)), claim(sysfs, str(directory), VF)
+    assert stat.S_IMODE(directory.stat().st_mode) & 0o027 == 0
+    assert (directory / "pci.json").exists()
+    first.close()
+    assert (directory / "pci.json").exists()
+    second.close()
+    assert not directory.exists()
+    again = claim(sysfs, str(directory))
+    again.close()
+    assert not directory.exists()
+
+
+def test_a_runtime_directory_that_was_there_stays(sysfs: FakeSysfs, run: str, tmp_path: Path) -> None:
+    claim(sysfs, run).close()
+    assert os.listdir(run) == []
+    made = claim(sysfs, str(tmp_path / "m"))
+    (tmp_path / "m/another").touch()
+    made.close()
+    assert os.listdir(tmp_path / "m") == ["another"]
+
+
+def test_a_runtime_directory_goes_with_a_journal_that_cannot_be_written(
+    sysfs: FakeSysfs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pci_journal, "PCI_JOURNAL_NEW", "no/such/directory")
+    with pytest.raises(HostError, match="ENOENT: cannot be written"):
+        claim(sysfs, str(tmp_path / "m"))
+    assert not (tmp_path / "m").exists()
+    assert sysfs.driver(NIC) == "e1000e"
+
+
+def test_a_runtime_directory_that_strangers_can_write_to_is_refused(sysfs: FakeSysfs, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    base.chmod(0o777)
+    with pytest.raises(HostError, match="only its owner"):
+        claim(sysfs, str(base / "m"))
+    assert sysfs.driver(NIC) == "e1000e"
+    assert not (base / "m").exists()
 
 
 # Virtual functions

@@ -621,6 +621,7 @@ def test_nothing_is_left_of_a_card_that_was_torn_out_once_another_comes_or_all_i
     assert rig.board.mmio.read(MEMORY.start, 1) == 0
     if end == "insert":
         rig.port.insert(rig.card)
+        rig.guest.pass_(10)
     else:
         with rig.port.lock:
             rig.port.reset()

@@ -48,10 +48,6 @@ EXTENDED: Final = 0x100
 SERIAL_NUMBER: Final = 0x0001_0003  # ID and version of the extended capability, the last in the chain
 FLR: Final = 1 << 28
 DEAF: Final = "it does not answer: its command register cannot be set"
-UNRESET: Final = (
-    "goes back to the host stopped, but not reset: the kernel resets nothing that it waits to take back; whoever has "
-    "it next does"
-)
 
 
 class VfioPciState(PciFunctionState):
@@ -324,17 +320,20 @@ class VfioPci(PciFunction[VfioPciState]):
     def _after_bus_reset(self) -> None:
         with self.lock:
             # Else another has begun since, or it broke meanwhile, or a system reset has seen to it.
-            if not self._resetter.is_over or self.broken is not None or self._answers:
-                return
-            if self._wanted_back and isinstance(self._resetter.error, ResetRefused):
-                log.info("%s: %s", self.name, UNRESET)
-            else:
+            if self._resetter.is_over and self.broken is None and not self._answers:
                 self._come_back()
 
     def _come_back(self) -> None:
         """After its reset."""
-        if self._resetter.error is not None:
-            self._break(str(self._resetter.error))
+        error = self._resetter.error
+        if self._wanted_back and isinstance(error, ResetRefused):
+            log.info(
+                "%s: goes back to the host stopped, but not reset: the kernel resets nothing that it "
+                "waits to take back; whoever has it next does",
+                self.name,
+            )
+        elif error is not None:
+            self._break(str(error))
         elif not self._pass(0):
             self._break(DEAF)
         else:
