@@ -320,20 +320,21 @@ class VfioPci(PciFunction[VfioPciState]):
     def _after_bus_reset(self) -> None:
         with self.lock:
             # Else another has begun since, or it broke meanwhile, or a system reset has seen to it.
-            if self._resetter.is_over and self.broken is None and not self._answers:
+            if not self._resetter.is_over or self.broken is not None or self._answers:
+                return
+            if self._wanted_back and isinstance(self._resetter.error, ResetRefused):
+                log.info(
+                    "%s: goes back to the host stopped, but not reset: the kernel resets nothing that it "
+                    "waits to take back; whoever has it next does",
+                    self.name,
+                )
+            else:
                 self._come_back()
 
     def _come_back(self) -> None:
         """After its reset."""
-        error = self._resetter.error
-        if self._wanted_back and isinstance(error, ResetRefused):
-            log.info(
-                "%s: goes back to the host stopped, but not reset: the kernel resets nothing that it "
-                "waits to take back; whoever has it next does",
-                self.name,
-            )
-        elif error is not None:
-            self._break(str(error))
+        if self._resetter.error is not None:
+            self._break(str(self._resetter.error))
         elif not self._pass(0):
             self._break(DEAF)
         else:
