@@ -296,6 +296,8 @@ class Machine:
     # The control thread
 
     def _start(self) -> None:
+        if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
+            return
         self._become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
         self._run()

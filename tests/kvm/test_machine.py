@@ -129,6 +129,14 @@ def test_a_guest_that_ignores_the_power_button_is_stopped_in_time(spinning: Mach
     assert spinning.wait(60) is Outcome.POWER_OFF
 
 
+def test_a_machine_stopped_before_it_ran_has_ended(make_config: MakeConfig) -> None:
+    with Machine(make_config(SPIN)) as machine:
+        machine.control.post(machine.stop)  # as the escape key does, before all else
+        machine.start()
+        assert machine.wait(60) is Outcome.POWER_OFF
+        assert machine.state is RunState.SHUTDOWN
+
+
 def test_an_ended_machine_refuses_commands_with_its_state(make_config: MakeConfig) -> None:
     with Machine(make_config(POWER_OFF)) as machine:
         machine.start()
