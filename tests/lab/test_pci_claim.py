@@ -208,17 +208,20 @@ def test_whole_nic_takes_no_settings_and_is_given_back(e1000e_host: NicHost) -> 
     assert is_as_before(e1000e_host, function, "e1000e")
 
 
-def test_shared_group_is_refused_with_the_member_named_until_that_is_given_up(e1000e_host: NicHost) -> None:
+def test_shared_group_is_refused_with_the_member_named_and_then_for_what_a_reset_would_hit(
+    e1000e_host: NicHost,
+) -> None:
     _, _, third, fourth = e1000e_host.functions
     group = e1000e_host.group(third)
     expected = f"{third}: shares IOMMU group {group} with {fourth} (e1000e); give those up too"
     assert refusal(e1000e_host, third).startswith(expected)
     assert is_as_before(e1000e_host, third, "e1000e")
     e1000e_host.bind(fourth, "vfio-pci")
-    process = machine(e1000e_host, third)
-    claimed(process)
-    end(process)
-    e1000e_host.bind(fourth, "e1000e")
+    try:
+        said = refusal(e1000e_host, third)
+    finally:
+        e1000e_host.bind(fourth, "e1000e")
+    assert re.match(rf"{third}: cannot be reset: .* a reset of its bus would hit {fourth} too; ", said)
     assert is_as_before(e1000e_host, third, "e1000e")
 
 
