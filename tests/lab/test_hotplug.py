@@ -66,7 +66,8 @@ class Lab:
         self.qmp("netdev_add", type="tap", id=f"tap-{name}", ifname=TAP, bridge=BRIDGE)
         self.qmp("device_add", driver="virtio-net-pci", id=name, netdev=f"tap-{name}", bus=bus)
         self.until("[ -d /sys/class/net/eth0 ]")
-        up = f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; busybox ping -c 1 -w 20 {HOST} >&-"
+        heard = f"for n in $(seq 30); do busybox ping -c 1 -W 2 {HOST} >&- && break; done"
+        up = f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; {heard}"
         assert self.guest.type(f"{up}; echo $?", SLOW) == "0"
 
     def add_disk(self, name: str, bus: str) -> None:
@@ -137,17 +138,25 @@ def test_r23_a_guest_ejects_a_device_by_itself(lab: Lab) -> None:
     lab.remove("vd9")
 
 
+@contextmanager
+def iperf_server(host: EmulatedHost) -> Iterator[Process]:
+    server = host.spawn(["iperf3", "-s", "--forceflush"])
+    try:
+        server.expect("listening")
+        yield server
+    finally:
+        server.signal(15)
+        server.wait()
+
+
 def test_a_network_device_is_removed_under_traffic(lab: Lab) -> None:
-    server = lab.host.spawn(["iperf3", "-s", "--forceflush"])
-    server.expect("listening")
-    lab.add_nic("hot0", "rp1")
-    lab.guest.type(f"iperf3 -c {HOST} -t 60 --connect-timeout 5000 >/tmp/iperf 2>&1 &")
-    server.expect(re.compile(r"sec .*bits/sec"))
-    lab.remove("hot0")
-    assert lab.guest.type("ls /sys/class/net") == "lo"
-    lab.guest.type("kill -9 $!; wait", SLOW)
-    server.signal(15)
-    server.wait()
+    with iperf_server(lab.host) as server:
+        lab.add_nic("hot0", "rp1")
+        lab.guest.type(f"iperf3 -c {HOST} -t 60 --connect-timeout 5000 >/tmp/iperf 2>&1 &")
+        server.expect(re.compile(r"sec .*bits/sec"))
+        lab.remove("hot0")
+        assert lab.guest.type("ls /sys/class/net") == "lo"
+        lab.guest.type("kill -9 $!; wait", SLOW)
     lab.qmp("netdev_del", id="tap-hot0")
     status = lab.guest.status()
     assert (status["status"], status["device-faults"]) == ("running", 0)

@@ -47,8 +47,9 @@ class Lab:
 
     def set_up(self) -> None:
         """Give the guest its address."""
-        up = f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; busybox ping -c 1 -w 20 {HOST} >&-"
-        assert self.guest.type(f"{up}; echo $?") == "0"
+        heard = f"for n in $(seq 30); do busybox ping -c 1 -W 2 {HOST} >&- && break; done"
+        up = f"ip addr add {GUEST}/24 dev eth0; ip link set eth0 up; {heard}"
+        assert self.guest.type(f"{up}; echo $?", SLOW) == "0"
 
     def ping(self, count: int = 10) -> str:
         """The guest, from the host; the line that says what was lost."""
