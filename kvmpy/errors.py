@@ -6,6 +6,9 @@
     │   ├── IoctlError       also an OSError: names the request, errno kept
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
+    ├── MigrationError       peer       a migration came to nothing: the source keeps its guest
+    │   ├── StreamError                 corrupt, hostile or cut bytes
+    │   └── IncompatibleError           a good stream that this machine cannot hold
     ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
     └── CommandError         client     becomes an error reply on the monitor
 
@@ -16,6 +19,7 @@ that escapes is a bug of ours and shows a traceback.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from typing import Final
 
 # What to do about an errno that can come from anywhere.
@@ -93,6 +97,22 @@ class VcpuError(KvmpyError):
     def __init__(self, message: str, registers: str = "") -> None:
         super().__init__(message)
         self.registers = registers
+
+
+class MigrationError(KvmpyError):
+    """A migration came to nothing; says on which side, and why."""
+
+
+class StreamError(MigrationError):
+    """What came from the other side is corrupt, hostile, or ends too soon."""
+
+
+class IncompatibleError(MigrationError):
+    """This machine cannot go on with that one's state. ``problems`` has each difference."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
 
 
 class CommandError(KvmpyError):

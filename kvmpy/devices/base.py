@@ -101,6 +101,19 @@ class Device(Generic[S]):
     def resume(self) -> None:
         """Go on after `pause`, or begin: a device is made paused. By the control thread, before the vCPUs run."""
 
+    def hand_over(self) -> None:
+        """The guest, paused, is about to run on another host: make durable and unlock what both may reach.
+
+        Raises HostError, and OSError where what was written may be lost.
+        """
+
+    def take_over(self) -> None:
+        """The guest is to run here, before `resume`: lock what `hand_over` unlocks. Raises HostError if it cannot."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a device must have alike to go on with this one's state, as JSON values. Any thread."""
+        return {}
+
     def info(self) -> dict[str, Any]:
         """What an operator is shown of the device, as JSON values. Any thread."""
         return {}

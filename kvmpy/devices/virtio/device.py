@@ -319,6 +319,9 @@ class VirtioDevice(Device[V]):
             for queue in self.queues:
                 queue.close()
 
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.DEVICE_ID.name.lower(), "queues": [queue.max_size for queue in self.queues]}
+
     def info(self) -> dict[str, Any]:
         with self.lock:
             v = self.virtio

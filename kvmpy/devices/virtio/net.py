@@ -219,6 +219,9 @@ class VirtioNet(VirtioDevice[NetState]):
                 return False
             return True
 
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"mac": self._mac.hex(":"), "mtu": self._mtu}
+
     def info(self) -> dict[str, Any]:
         with self.lock:
             c = self.counters
