@@ -114,6 +114,10 @@ class Device(Generic[S]):
         """What a device must have alike to go on with this one's state, as JSON values. Any thread."""
         return {}
 
+    def negotiated(self) -> tuple[list[str], list[str]]:
+        """The names of the features that it offers its driver, and of those that the driver uses. With the lock."""
+        return [], []
+
     def info(self) -> dict[str, Any]:
         """What an operator is shown of the device, as JSON values. Any thread."""
         return {}

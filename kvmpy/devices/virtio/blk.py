@@ -97,6 +97,7 @@ class VirtioBlk(VirtioDevice[BlkState]):
     """
 
     DEVICE_ID = DeviceId.BLOCK
+    FEATURES = BlkFeature
 
     def __init__(
         self,

@@ -141,6 +141,7 @@ class VirtioNet(VirtioDevice[NetState]):
     """
 
     DEVICE_ID = DeviceId.NET
+    FEATURES = NetFeature
 
     def __init__(
         self,
