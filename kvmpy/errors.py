@@ -6,10 +6,11 @@
     │   ├── IoctlError       also an OSError: names the request, errno kept
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
-    ├── MigrationError       peer       a migration came to nothing: the source keeps its guest
-    │   ├── StreamError                 corrupt, hostile or cut bytes
-    │   └── IncompatibleError           a good stream that this machine cannot hold
     ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
+    ├── MigrationError       peer       the other side of a migration, or what lies between; the source keeps its guest
+    │   ├── StreamError                 the stream ends, stalls, or has bytes that nobody of ours writes
+    │   ├── IncompatibleError           a good stream of a machine that this one cannot hold
+    │   └── MigrationCancelled          nobody's: somebody here asked for it
     └── CommandError         client     becomes an error reply on the monitor
 
 Messages are sentences without a final stop, numbers in hex where they are addresses, the offender first. Anything else
@@ -19,7 +20,6 @@ that escapes is a bug of ours and shows a traceback.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
 from typing import Final
 
 # What to do about an errno that can come from anywhere.
@@ -100,19 +100,23 @@ class VcpuError(KvmpyError):
 
 
 class MigrationError(KvmpyError):
-    """A migration came to nothing; says on which side, and why."""
+    """A migration cannot go on. Whoever has the guest keeps it."""
 
 
 class StreamError(MigrationError):
-    """What came from the other side is corrupt, hostile, or ends too soon."""
+    """A migration stream ends or stalls, is corrupt, or hostile. The message has the place, in bytes from its start."""
 
 
 class IncompatibleError(MigrationError):
-    """This machine cannot go on with that one's state. ``problems`` has each difference."""
+    """This machine cannot become the one that a stream describes: each entry of ``problems`` is one difference."""
 
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("; ".join(problems))
-        self.problems = tuple(problems)
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class MigrationCancelled(MigrationError):
+    """Whoever waited in a migration was woken by somebody here, who knows why."""
 
 
 class CommandError(KvmpyError):

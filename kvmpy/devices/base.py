@@ -92,6 +92,9 @@ class Device(Generic[S]):
     def post_load(self) -> None:
         """Rebuild what follows from the state (a line's level, a timer). Touches no other device."""
 
+    def advance(self, nanoseconds: int) -> None:
+        """Count time that no host's clock has seen: the machine was on its way from one to another. Before `resume`."""
+
     def pause(self) -> None:
         """Stop touching the guest's memory; nothing is lost.
 

@@ -60,7 +60,8 @@ class Stands(Protocol):
 class Handoff:
     """The migration that goes on, as the machine sees it. Any thread, but for what is said to be the control thread's.
 
-    ``busy`` is why nothing may be changed now, ``held`` why the machine may not simply go on.
+    ``busy`` is why nothing may be changed now, ``held`` why the machine may not simply go on. ``was_running`` says
+    whether it ran before it was stopped.
     """
 
     def __init__(self, machine: Stands) -> None:
@@ -70,7 +71,7 @@ class Handoff:
         self._abort: Callable[[str], object] = lambda reason: None
         self._forced: Callable[[], object] = lambda: None
         self._closers: list[Callable[[], object]] = []
-        self._was_running = False
+        self.was_running = False
         self._was_reset = False
         self._given: list[Device[Any]] = []  # whose part of the host is not ours now
 
@@ -162,12 +163,11 @@ class Handoff:
     def _stop(self) -> int:
         machine = self._machine
         machine.require_alive()
-        self._was_running, self._was_reset = machine.state is RunState.RUNNING, False
-        if self._was_running:
-            machine.halt()
+        self.was_running, self._was_reset = machine.state is RunState.RUNNING, False
+        machine.halt()  # also one that was paused: its devices' time is up to date then
         stopped_ns = time.time_ns()
         machine.become(RunState.FINISH_MIGRATE)
-        if self._was_running:
+        if self.was_running:
             machine.report("STOP")
         return stopped_ns
 
@@ -191,7 +191,7 @@ class Handoff:
         except HostError:
             machine.become(RunState.PAUSED)
             raise
-        if not self._was_running:
+        if not self.was_running:
             machine.become(RunState.PAUSED)
             return
         machine.tell_paused()

@@ -94,7 +94,7 @@ def parse(data: object) -> Description:
     try:
         return msgspec.convert(data, Description, strict=True)
     except msgspec.ValidationError as e:
-        raise IncompatibleError([f"the machine's description cannot be read: {str(e)[:200]}"]) from e
+        raise IncompatibleError(f"the machine's description cannot be read: {str(e)[:200]}") from e
 
 
 def blockers(machine: Machine) -> list[str]:
