@@ -27,9 +27,12 @@ from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
+from kvmpy.kvm import vcpu_state
 from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
-from kvmpy.kvm.vcpu import VcpuState, accept_kicks
-from kvmpy.kvm.vm import InterruptState
+from kvmpy.kvm.tsc import load_tsc
+from kvmpy.kvm.vcpu import accept_kicks
+from kvmpy.kvm.vcpu_registers import VcpuRegisters
+from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
@@ -59,8 +62,8 @@ MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
 class PowerOn(NamedTuple):
     """What KVM holds of a machine that has just been made: a reset puts it back."""
 
-    interrupts: InterruptState
-    vcpus: tuple[VcpuState, ...]
+    interrupts: InterruptsState
+    vcpus: tuple[VcpuRegisters, ...]
 
 
 class Machine:
@@ -104,7 +107,7 @@ class Machine:
             )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
-            self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
+            self._power_on = PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._announcer = Announcer(self.control, lambda: self.board.nics)
             self.handoff = Handoff(self)
@@ -372,9 +375,10 @@ class Machine:
         board = self.board
         for port in board.ports.values():
             port.finish()
-        board.vm.set_interrupt_state(self._power_on.interrupts)
+        load_interrupts(board.vm, self._power_on.interrupts)
         for vcpu, state in zip(board.vcpus, self._power_on.vcpus, strict=True):
-            vcpu.set_state(state)
+            vcpu_state.load(vcpu, state)
+        load_tsc(board.vcpus, self._power_on.vcpus, goes_on=False)
         for device in board.devices:
             with device.lock:
                 device.reset()
