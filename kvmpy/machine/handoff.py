@@ -221,13 +221,23 @@ class Handoff:
         machine = self._machine
         if machine.state is not RunState.INMIGRATE:
             raise CommandError(f"the machine is {machine.state.value}")
-        self._given = list(machine.board.devices)
+        devices = machine.board.devices
+        self._given = list(devices)
         self._take_back()
-        machine.become(RunState.RUNNING if running else RunState.PAUSED)
-        if running:
-            machine.tell_paused()
-            if not machine.run():
-                raise HostError("a device could not go on here")
-            machine.first_run_ns = time.monotonic_ns()
-            machine.report("RESUME")
+        try:
+            machine.become(RunState.RUNNING if running else RunState.PAUSED)
+            if running:
+                self._run()
+        except BaseException:
+            for device in devices:  # before anybody hears that the source has the guest again
+                device.hand_over()
+            raise
         return time.time_ns()
+
+    def _run(self) -> None:
+        machine = self._machine
+        machine.tell_paused()
+        if not machine.run():
+            raise HostError("a device could not go on here")
+        machine.first_run_ns = time.monotonic_ns()
+        machine.report("RESUME")

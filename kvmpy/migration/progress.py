@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, NamedTuple
 
@@ -70,22 +69,25 @@ class Round(NamedTuple):
     dirty_rate: float
 
 
-@dataclass
-class Peer:
-    """What the other side says of itself: its phases by CLOCK_REALTIME, as (name, start, length) in nanoseconds."""
+class Said(NamedTuple):
+    """A phase of the other side's: by CLOCK_REALTIME, in nanoseconds."""
 
-    phases: list[tuple[str, int, int]] = field(default_factory=list)
-    first_run_ns: int = 0
+    name: str
+    start_ns: int
+    ns: int
 
 
 class Progress:
-    """One migration, of either side. ``total`` is the bytes of RAM.
+    """One migration, of one side; ``other`` is what the other one is. ``total`` is the bytes of RAM.
 
     ``on_status`` is told each new status; by the thread that changes it, which must not be kept.
     """
 
-    def __init__(self, total: int, on_status: Callable[[Status], object] = lambda status: None) -> None:
+    def __init__(
+        self, total: int, on_status: Callable[[Status], object] = lambda status: None, *, other: str = "destination"
+    ) -> None:
         self.status = Status.NONE
+        self.other = other
         self.total = total
         self.error: str | None = None
         self.problems: list[str] = []
@@ -101,7 +103,8 @@ class Progress:
         self.stopped_ns = 0  # and by CLOCK_REALTIME
         self.went: int | None = None
         self.heard: int | None = None
-        self.peer: Peer | None = None
+        self.first_run_ns = 0  # at the destination, by CLOCK_REALTIME
+        self.said: list[Said] = []
         self.began = time.monotonic_ns()
         self.began_ns = time.time_ns()
         self.active: int | None = None
@@ -117,6 +120,8 @@ class Progress:
     def become(self, status: Status) -> None:
         """Change the status."""
         with self._lock:
+            if self.status is Status.CANCELLING and status not in OVER:
+                return  # whoever goes on will hear of it
             if status not in LEGAL[self.status]:
                 raise AssertionError(f"a migration that is {self.status.value} cannot become {status.value}")
             self.status = status
@@ -125,6 +130,14 @@ class Progress:
             if status in OVER:
                 self.ended = time.monotonic_ns()
         self._on_status(status)
+
+    def cancelling(self) -> None:
+        """Somebody wants it to end, unless it has."""
+        with self._lock:
+            if self.is_over or self.status is Status.CANCELLING:
+                return
+            self.status = Status.CANCELLING
+        self._on_status(Status.CANCELLING)
 
     def fail(self, status: Status, error: str) -> None:
         """It has come to nothing, because of ``error``."""
@@ -152,6 +165,11 @@ class Progress:
         self.size += made.size
         self.remaining = 0
 
+    def note_round(self, number: int, remaining: int, received: tuple[int, int, int]) -> None:
+        """At the destination: round ``number`` begins, and so much has come: pages, zero pages, bytes."""
+        self.passes, self.remaining = number, remaining
+        self.pages, self.zero_pages, self.size = received
+
     def realtime(self, moment: int) -> int:
         """A moment of the monotonic clock by CLOCK_REALTIME, as that was when it began."""
         return self.began_ns + moment - self.began
@@ -159,12 +177,12 @@ class Progress:
     @property
     def blackout(self) -> float | None:
         """Milliseconds from the last instruction here to the first there; None while that is not known."""
-        if self.stopped is None or self.peer is None or not self.peer.first_run_ns:
+        if not self.stopped_ns or not self.first_run_ns:
             return None
-        said = self.peer.first_run_ns - self.stopped_ns
-        least = 0 if self.went is None else self.went - self.stopped
-        most = said if self.heard is None else self.heard - self.stopped
-        return max(least, min(said, most)) / MS
+        said = self.first_run_ns - self.stopped_ns
+        if self.stopped is None or self.went is None or self.heard is None:
+            return max(0, said) / MS
+        return max(self.went - self.stopped, min(said, self.heard - self.stopped)) / MS
 
     def info(self) -> dict[str, Any]:
         """For query-migrate."""
@@ -191,7 +209,7 @@ class Progress:
             "ram": self._ram(),
             "phases": [self._phase(*phase) for phase in tuple(self.phases)],
             "rounds": [self._round(each) for each in tuple(self.rounds)],
-            **({} if self.peer is None else {"destination": self._destination(self.peer)}),
+            **({self.other: self._other()} if self.said else {}),
         }
 
     def _ram(self) -> dict[str, Any]:
@@ -227,9 +245,13 @@ class Progress:
             "dirty-rate": each.dirty_rate,
         }
 
-    def _destination(self, peer: Peer) -> dict[str, Any]:
-        at = [(name, (start - self.began_ns) / MS, length / MS) for name, start, length in peer.phases]
-        said = {"phases": [{"name": name, "start-ms": start, "ms": length} for name, start, length in at]}
-        if not peer.first_run_ns:
-            return said
-        return said | {"first-run-ns": peer.first_run_ns, "first-run-ms": (peer.first_run_ns - self.began_ns) / MS}
+    def _other(self) -> dict[str, Any]:
+        said: dict[str, Any] = {
+            "phases": [
+                {"name": name, "start-ms": (start - self.began_ns) / MS, "ms": length / MS}
+                for name, start, length in self.said
+            ]
+        }
+        if self.first_run_ns:
+            said |= {"first-run-ns": self.first_run_ns, "first-run-ms": (self.first_run_ns - self.began_ns) / MS}
+        return said
