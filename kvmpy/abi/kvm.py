@@ -34,12 +34,6 @@ class ClearDirtyLog(Layout, c="struct kvm_clear_dirty_log"):
     padding2: int  # the bitmap's address
 
 
-class EnableCap(Layout, c="struct kvm_enable_cap"):
-    cap: int
-    flags: int
-    args: MutableSequence[int]
-
-
 class Regs(Layout, c="struct kvm_regs"):
     rax: int
     rbx: int
@@ -313,7 +307,6 @@ KVM_SET_PIT2 = Put("KVM_SET_PIT2", PitState2)
 KVM_GET_CLOCK = Get("KVM_GET_CLOCK", ClockData)
 KVM_SET_CLOCK = Put("KVM_SET_CLOCK", ClockData)
 KVM_CREATE_DEVICE = Put("KVM_CREATE_DEVICE", CreateDevice)
-KVM_ENABLE_CAP = Put("KVM_ENABLE_CAP", EnableCap)
 KVM_GET_DIRTY_LOG = Put("KVM_GET_DIRTY_LOG", DirtyLog)
 KVM_CLEAR_DIRTY_LOG = Put("KVM_CLEAR_DIRTY_LOG", ClearDirtyLog)
 KVM_SET_DEVICE_ATTR = Put("KVM_SET_DEVICE_ATTR", DeviceAttr)

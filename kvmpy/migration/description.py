@@ -71,15 +71,15 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-def describe(machine: Machine, cpu: Mapping[str, Any]) -> Description:
-    """``machine`` now; ``cpu`` is what `kvmpy.kvm.cpu_model` says of its processor. Reads its kernel and initrd."""
+def describe(machine: Machine) -> Description:
+    """``machine`` now. Reads its kernel and initrd."""
     board = machine.board
     root_bus = {f"{d:02x}.{f:x}": each.name for bus, d, f, each in board.pci.functions() if not bus}
     return Description(
         name=machine.name,
         host=Host(name=os.uname().nodename, boot=_boot_id(), kvmpy=__version__),
         cpus=len(board.vcpus),
-        cpu=dict(cpu),
+        cpu={},
         memory=_memory(machine),
         root_bus=root_bus,
         ports={port.id: {"slot": board.ports[port.id].slot} for port in machine.config.root_port},

@@ -84,7 +84,9 @@ def check_names(machine: Machine, sections: Mapping[str, object]) -> None:
     own = [MACHINE, *(_vcpu(index) for index in range(len(machine.board.vcpus))), VM]
     own += [device.name for device in machine.board.devices]
     missing = [f"there is no state of {name}" for name in own if name not in sections]
-    surplus = [f"there is a state of {name[:200]!r}, which this machine does not have" for name in sections.keys() - own]
+    surplus = [
+        f"there is a state of {name[:200]!r}, which this machine does not have" for name in sections.keys() - own
+    ]
     if missing or surplus:
         raise IncompatibleError(*missing, *sorted(surplus))
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
+import msgspec
+
 from kvmpy import __version__
 from kvmpy.errors import HostError, IncompatibleError, MigrationError
 from kvmpy.machine.machine import Machine
@@ -34,6 +36,7 @@ from kvmpy.migration.messages import (
     EndOfState,
     Go,
     Header,
+    Message,
     Origin,
     Phase,
     Ready,
@@ -49,7 +52,7 @@ from kvmpy.migration.progress import Progress, Said, Status
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
 from kvmpy.migration.stop import Stop
-from kvmpy.migration.transport import Connector, connect
+from kvmpy.migration.transport import Connector
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +167,7 @@ class Outgoing:
         description = describe(self._machine)
         main.send_message(
             Header(
-                description=description.to_json(),
+                description=msgspec.to_builtins(description),
                 channels=self._channels(connector),
                 compression=Compression(self.parameters.multifd_compression.value),
                 checksum=self.parameters.x_checksum,
@@ -174,11 +177,11 @@ class Outgoing:
         )
         if not main.can_answer:
             return None
-        match main.receive_message(Accept, Refuse):
-            case Refuse(problems=problems):
-                raise IncompatibleError(*problems)
-            case Accept(token=token):
-                return token
+        answer: Message = main.receive_message(Accept, Refuse)
+        if isinstance(answer, Refuse):
+            raise IncompatibleError(*answer.problems)
+        assert isinstance(answer, Accept)
+        return answer.token
 
     # Rounds, while the guest runs
 
@@ -231,9 +234,7 @@ class Outgoing:
             self._stop.check()
             raise main.explain(e) from e
         progress.add(
-            RoundMade(
-                number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate
-            )
+            RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
         )
 
     def _stop_machine(self, start: int) -> bool:
@@ -305,7 +306,7 @@ class Outgoing:
                 main.finish()
                 self._on(Event.STARTED)
                 return
-            answer = main.receive_message(Started, Refused)
+            answer: Message = main.receive_message(Started, Refused)
         except BaseException:
             self._on(Event.FAILED)
             raise
@@ -313,6 +314,7 @@ class Outgoing:
         if isinstance(answer, Refused):
             self._on(Event.REFUSED)
             raise MigrationError(f"the destination could not run the guest: {answer.reason}")
+        assert isinstance(answer, Started)
         self._on(Event.STARTED)
         self.progress.first_run_ns = answer.first_run_ns
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in answer.phases]
