@@ -7,17 +7,15 @@ at a listening socket, anybody may be one, and who says nothing must not keep th
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from kvmpy.errors import StreamError
 from kvmpy.migration.channel import READ, WRITE, Channel
 from kvmpy.migration.stop import Deadline
-from kvmpy.migration.wire import NEWEST, OLDEST, PREAMBLE_SIZE, Preamble
+from kvmpy.migration.wire import PREAMBLE_SIZE, Preamble
 
 T = TypeVar("T")
 Steps = Generator[int, None, T]
-
-OURS: Final = Preamble(OLDEST, NEWEST)
 
 
 def introduce(channel: Channel, ours: Preamble) -> Steps[Preamble]:

@@ -67,11 +67,29 @@ class MainChannel:
         seconds = self.channel.timeout if timeout is None else timeout
         whole = None if limit is None else Deadline(limit)
         while True:
-            message = self._receive(seconds if whole is None else min(seconds, whole.left))
+            message = self.next_message(seconds if whole is None else min(seconds, whole.left))
             if isinstance(message, kinds):
                 return message
             if not isinstance(message, Keepalive):
                 raise self._unwanted(message, kinds)
+
+    def next_message(self, timeout: float | None = None, first: bytes = b"") -> Message:
+        """The next message, whichever it is. ``timeout`` is for its header; the rest comes as fast as everything does.
+
+        ``first`` is what has been read of it already. Raises StreamError.
+        """
+        channel = self.channel
+        start = channel.received - len(first)
+        try:
+            header = FrameHeader.unpack(first + channel.receive(FRAME_SIZE - len(first), timeout))
+            check_length(header.kind, header.length, self.version)
+            payload = channel.receive(header.length)
+            header.check(payload)
+            message = decode(header.kind, payload, self.version)
+            self._count(message, header.length)
+        except StreamError as e:
+            raise self._located(e, start) from e
+        return message
 
     def fail(self, message: Reasoned | Refuse) -> None:
         """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
@@ -108,21 +126,6 @@ class MainChannel:
         payload = encode(message, self.version)
         with self._sending:
             self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
-
-    def _receive(self, timeout: float) -> Message:
-        """One message. ``timeout`` is for its header; the rest comes as fast as everything does."""
-        channel = self.channel
-        start = channel.received
-        try:
-            header = FrameHeader.unpack(channel.receive(FRAME_SIZE, timeout))
-            check_length(header.kind, header.length, self.version)
-            payload = channel.receive(header.length)
-            header.check(payload)
-            message = decode(header.kind, payload, self.version)
-            self._count(message, header.length)
-        except StreamError as e:
-            raise self._located(e, start) from e
-        return message
 
     def _located(self, e: StreamError, start: int) -> StreamError:
         text = str(e)

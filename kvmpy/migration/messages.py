@@ -130,9 +130,11 @@ class Refuse(Message, frozen=True, kw_only=True):
     problems: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        rest = len(self.problems) - PROBLEMS_MAX
-        said = [clipped(problem, PROBLEM_MAX) for problem in self.problems[:PROBLEMS_MAX]]
-        force_setattr(self, "problems", (*said, *((f"and {rest} more",) if rest > 0 else ())))
+        problems = self.problems
+        if len(problems) > PROBLEMS_MAX:
+            kept = PROBLEMS_MAX - 1
+            problems = (*problems[:kept], f"and {len(problems) - kept} more")
+        force_setattr(self, "problems", tuple(clipped(problem, PROBLEM_MAX) for problem in problems))
 
 
 class Round(Message, frozen=True, kw_only=True):

@@ -15,12 +15,12 @@ from kvmpy.migration import sockets, uri
 from kvmpy.migration.channel import Channel, SocketChannel
 from kvmpy.migration.command import CommandChannel
 from kvmpy.migration.descriptor import Take, nobody, open_descriptor
-from kvmpy.migration.greeting import OURS, drive, introduce
+from kvmpy.migration.greeting import drive, introduce
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.saved import SavedFile
 from kvmpy.migration.stop import TIMEOUT, Deadline, Stop
 from kvmpy.migration.uri import Address, Exec, Fd, File, Tcp, Unix
-from kvmpy.migration.wire import MAIN, NEWEST, Preamble, agree
+from kvmpy.migration.wire import MAIN, NEWEST, OURS, Preamble, agree
 
 if TYPE_CHECKING:  # ssl takes 10 ms to import: only where it is wanted
     from kvmpy.migration.tls import TlsCredentials
@@ -112,7 +112,7 @@ class Connector:
         if theirs.channel != MAIN:
             raise StreamError(f"{channel.name}: a source answers there, not a destination")
         try:
-            return agree(theirs)
+            return agree(OURS, theirs)
         except StreamError as e:
             raise StreamError(f"{channel.name}: {e}") from e
 

@@ -12,7 +12,7 @@ from kvmpy.errors import KvmpyError
 from kvmpy.migration.arrival import Arrival, Incoming
 from kvmpy.migration.channel import SocketChannel
 from kvmpy.migration.main_channel import MainChannel
-from kvmpy.migration.stop import Stop
+from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.tls import TlsCredentials
 from kvmpy.migration.transport import Connector, connect
 from tests.fakes.loop import BOUND
@@ -38,6 +38,9 @@ class Thread(Generic[T]):
         except BaseException as e:  # noqa: BLE001  raised again by `result`
             self._error = e
 
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def result(self) -> T:
         self._thread.join(BOUND)
         assert not self._thread.is_alive(), "it waits for ever"
@@ -52,6 +55,11 @@ class Thread(Generic[T]):
         except KvmpyError as e:
             return str(e)
         raise AssertionError("it raised nothing")
+
+
+def soon(seconds: float = 0.02) -> Deadline:
+    """For a pause that makes what is tested likelier, and without which a test is right too."""
+    return Deadline(seconds)
 
 
 @contextmanager
