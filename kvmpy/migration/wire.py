@@ -29,6 +29,7 @@ from kvmpy.errors import StreamError
 NEWEST: Final = 1
 OLDEST: Final = max(1, NEWEST - 1)
 MAGIC: Final = b"KVMPYMIG"
+MAGIC_SIZE: Final = len(MAGIC)
 NO_TOKEN: Final = bytes(16)
 MAIN: Final = 0
 PAGE: Final = 4096
@@ -71,11 +72,7 @@ class Preamble(NamedTuple):
     def unpack(cls, data: bytes | bytearray) -> Self:
         """Raises StreamError where it is not one, saying what it is if that can be told."""
         magic, lowest, highest, channel, token = _PREAMBLE.unpack(data)
-        if magic != MAGIC:
-            stranger = next((said for start, said in STRANGERS if magic.startswith(start)), "")
-            raise StreamError(
-                f"not a kvmpy migration stream: it begins with {magic.hex(' ')}{stranger and ': '}{stranger}"
-            )
+        check_magic(magic)
         if not 1 <= lowest <= highest:
             raise StreamError(f"versions {lowest} to {highest} are none")
         if channel > CHANNELS_MAX:
@@ -83,6 +80,14 @@ class Preamble(NamedTuple):
         if channel == MAIN and token != NO_TOKEN:
             raise StreamError("a main channel has no token")
         return cls(lowest, highest, channel, token)
+
+
+def check_magic(start: bytes | bytearray) -> None:
+    """Raises StreamError where these first bytes, or more, are no preamble's; fewer than MAGIC_SIZE tell nothing."""
+    magic = bytes(start[:MAGIC_SIZE])
+    if len(magic) == MAGIC_SIZE and magic != MAGIC:
+        stranger = next((f": {said}" for mark, said in STRANGERS if magic.startswith(mark)), "")
+        raise StreamError(f"not a kvmpy migration stream: it begins with {magic.hex(' ')}{stranger}")
 
 
 def agree(ours: Preamble, theirs: Preamble) -> int:
