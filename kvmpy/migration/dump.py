@@ -38,18 +38,27 @@ def lines(channel: Channel, *, width: int | None = WIDTH) -> Iterator[str]:
 
     Raises StreamError where the stream breaks; all before that has been told.
     """
-    preamble = Preamble.unpack(channel.receive(PREAMBLE_SIZE))
+    preamble, version = _preamble(channel)
     yield (
         f"byte 0: preamble of versions {preamble.lowest} to {preamble.highest}, "
         + ("the main channel" if preamble.channel == MAIN else f"channel {preamble.channel}")
     )
-    version = agree(OURS, preamble)
     if preamble.channel == MAIN:
         yield from _messages(MainChannel(channel, version), width)
     else:
         while first := channel.next_byte():
             yield from _round(channel, first)
     yield f"byte {channel.received}: the end"
+
+
+def _preamble(channel: Channel) -> tuple[Preamble, int]:
+    """And the version of the stream."""
+    data = channel.receive(PREAMBLE_SIZE)
+    try:
+        preamble = Preamble.unpack(data)
+        return preamble, agree(OURS, preamble)
+    except StreamError as e:
+        raise StreamError(f"byte 0: {e}") from e
 
 
 def _messages(main: MainChannel, width: int | None) -> Iterator[str]:

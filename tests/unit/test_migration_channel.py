@@ -38,7 +38,7 @@ from kvmpy.migration.messages import (
     Started,
 )
 from kvmpy.migration.stop import Stop
-from kvmpy.migration.wire import FrameHeader
+from kvmpy.migration.wire import FRAME_SIZE, FrameHeader
 from tests.fakes.loop import BOUND
 from tests.fakes.migration import SHORT, Thread, main_pair, pair, soon
 from tests.golden.streams.make import frame
@@ -236,8 +236,8 @@ def test_many_threads_send_whole_messages() -> None:
         (Refuse(problems=("cpus", "memory")), "the other side says: cpus; memory"),
         (Failed(reason=""), "the other side says: nothing of why"),
         (Failed(reason="\x1b]0;owned\x07"), "the other side says: \\x1b]0;owned\\x07"),
-        (Go(), "there: GO where READY or STARTED was due"),
-        (Section(device="\x1b[2J", section={}), "there: SECTION of \\x1b[2J where READY or STARTED was due"),
+        (Go(), "there: byte 0: GO where READY or STARTED was due"),
+        (Section(device="x", section={}), "there: byte 0: SECTION where READY or STARTED was due"),
     ],
 )
 def test_message_that_was_not_waited_for_is_an_error_that_says_what_it_is(sent: Message, said: str) -> None:
@@ -247,6 +247,14 @@ def test_message_that_was_not_waited_for_is_an_error_that_says_what_it_is(sent: 
             there.receive_message(Ready, Started)
         assert str(caught.value) == said
         assert isinstance(caught.value, StreamError) == said.startswith("there")
+
+
+def test_nothing_is_read_of_a_message_that_is_not_due() -> None:
+    with main_pair() as (here, there):
+        there.channel.send(FrameHeader(Kind.SECTION, 16 << 20, 0).pack())
+        with pytest.raises(StreamError, match="SECTION where READY was due"):
+            here.receive_message(Ready)
+        assert here.channel.received == FRAME_SIZE
 
 
 def test_message_that_was_waited_for_is_none() -> None:
@@ -264,7 +272,7 @@ def test_message_that_was_waited_for_is_none() -> None:
         (FrameHeader(Kind.SECTION, 2**32 - 1, 0).pack(), "byte 14: SECTION: 4294967295 bytes, more than 16777216"),
         (FrameHeader(Kind.GO, 2, 1).pack() + b"{}", "byte 14: frame of kind 9: its checksum is 0x"),
         (b"\x09\0\x01\0\x02\0\0\0\0\0\0\0{}", "byte 14: frame of kind 9: flags 0x1, where there are none yet"),
-        (frame(Kind.READY, b"{}")[:-1], "the other side has ended the stream after byte 27; 1 more were due"),
+        (frame(Kind.GO, b"{}")[:-1], "the other side has ended the stream after byte 27; 1 more were due"),
         (b"", "the other side has ended the stream after byte 14; 12 more were due"),
         (b"GET / HTTP/1.1\r\n\r\n", "byte 14: frame of kind 17735: flags 0x2054"),
     ],

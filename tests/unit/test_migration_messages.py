@@ -43,6 +43,16 @@ def header(description: dict[str, Any]) -> Header:
     return Header(description=description, channels=2, source=ORIGIN)
 
 
+def deep(depth: int) -> dict[str, Any]:
+    """An object of so many, each in the other."""
+    return {"x": deep(depth - 1)} if depth > 1 else {}
+
+
+def test_what_is_just_deep_enough_goes_through() -> None:
+    message = header(deep(31))
+    assert decode(Kind.HEADER, encode(message)) == message
+
+
 def test_there_is_an_example_of_each_kind() -> None:
     assert {message.KIND for message in EXAMPLES} == set(Kind) == set(KINDS)
 
@@ -109,6 +119,7 @@ def test_message_of_nothing_but_tiny_values_takes_little_more_room_than_it_has(v
         (Section(device="vd0", section={"x": [0] * 300_000}), "SECTION of vd0: cannot be sent: about 300003 values"),
         (header({"path": "\udcff"}), "HEADER: cannot be sent: "),
         (header({"x": object()}), "HEADER: cannot be sent: "),
+        (header(deep(32)), "HEADER: cannot be sent: more than 32 arrays and objects in each other"),
     ],
 )
 def test_what_would_be_refused_is_not_sent(message: Message, said: str) -> None:
