@@ -268,6 +268,8 @@ class VirtioBlk(VirtioDevice[BlkState]):
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
             request.status[0] = answer
+            # All of it: a read that fails may have filled a part, and so has one whose device has broken meanwhile.
+            self.queues[job.queue].mark(job.chain)
             self.queues[job.queue].push(job.chain, request.written(answer))
             self.interrupt(job.queue)
 
