@@ -45,7 +45,7 @@ class Migrations:
         self._outgoing: Outgoing | None = None
         self._cancelled = False
         self._incoming_stop: Stop | None = None
-        self.parameters = Parameters()
+        self.parameters = Parameters(tls_creds=str(machine.config.migration.tls_creds or ""))
         self.capabilities = dict(CAPABILITIES)
         self.progress = self._new_progress()
         machine.handoff.at_close(self.close)
