@@ -50,8 +50,8 @@ class Stands(Protocol):
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""
 
-    def report(self, event: str, **data: object) -> None:
-        """Tell the listeners of an event."""
+    def emit(self, event: str, **data: Any) -> None:
+        """Tell the listeners of a change that is complete."""
 
     def fail(self, error: KvmpyError) -> None:
         """End the machine, which could not be what it was to be."""
@@ -179,7 +179,7 @@ class Handoff:
         stopped_ns = time.time_ns()
         machine.become(RunState.FINISH_MIGRATE)
         if self.was_running:
-            machine.report("STOP")
+            machine.emit("STOP")
         return stopped_ns
 
     def note_reset(self) -> None:
@@ -208,7 +208,7 @@ class Handoff:
         machine.tell_paused()
         machine.become(RunState.RUNNING)
         if machine.run():
-            machine.report("RESUME")
+            machine.emit("RESUME")
 
     def _take_back(self) -> None:
         """Raises HostError, with nothing taken that was not before."""
@@ -251,4 +251,4 @@ class Handoff:
         if not machine.run():
             raise HostError("a device could not go on here")
         machine.first_run_ns = time.monotonic_ns()
-        machine.report("RESUME")
+        machine.emit("RESUME")

@@ -181,7 +181,7 @@ class Machine:
         heard = self.board.acpi_pm.press_power_button()
         if limit is not None:
             self._powerdown_limit.arm(limit)
-        self._emit("POWERDOWN")
+        self.emit("POWERDOWN")
         return heard
 
     def set_link(self, name: str, *, up: bool) -> None:
@@ -314,7 +314,7 @@ class Machine:
     def report(self, event: str, **data: Any) -> None:
         """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
         with contextlib.suppress(RuntimeError):  # the machine is being closed
-            self.control.post(lambda: self._emit(event, **data))
+            self.control.post(lambda: self.emit(event, **data))
 
     # The control thread
 
@@ -339,7 +339,7 @@ class Machine:
             try:
                 self.tell_paused()
             finally:
-                self._emit("STOP")
+                self.emit("STOP")
 
     def _resume(self, *, force: bool) -> None:
         self.handoff.require_idle()
@@ -349,7 +349,7 @@ class Machine:
             self.handoff.allow_resume(force=force)
             self.become(RunState.RUNNING)
             if self.run():
-                self._emit("RESUME")
+                self.emit("RESUME")
 
     def _reset_by_operator(self) -> None:
         self.require_alive()
@@ -368,7 +368,7 @@ class Machine:
             self._end(Outcome.HOST_ERROR, error=e)
             return
         if self.state is not RunState.RUNNING or self.run():
-            self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+            self.emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
 
     def _power_cycle(self) -> None:
         """All as it was when the machine was made, and the kernel loaded anew. Raises KvmpyError."""
@@ -402,7 +402,7 @@ class Machine:
             return
         self._park()
         self.become(RunState.GUEST_PANICKED)
-        self._emit("GUEST_PANICKED", action="poweroff")
+        self.emit("GUEST_PANICKED", action="poweroff")
         self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
     def _failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
@@ -440,7 +440,7 @@ class Machine:
         self._announcer.stop()
         self.outcome, self.error = outcome, error
         self.handoff.machine_ended(reason)
-        self._emit("SHUTDOWN", guest=by_guest, reason=reason)
+        self.emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
     # For kvmpy.machine.handoff
@@ -490,7 +490,8 @@ class Machine:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 
-    def _emit(self, event: str, **data: Any) -> None:
+    def emit(self, event: str, **data: Any) -> None:
+        """By the control thread: tell the listeners of a change that is complete."""
         for listener in tuple(self.listeners):
             try:
                 listener(event, data)
