@@ -36,7 +36,7 @@ from kvmpy.kvm.vcpu_registers import (
 )
 from kvmpy.state import StateError
 
-APART: Final = (msrs.TSC, msrs.TSC_DEADLINE)
+APART: Final = frozenset((msrs.TSC, msrs.TSC_DEADLINE, *msrs.HYPERV))
 
 
 def save(vcpu: Vcpu) -> VcpuRegisters:
@@ -92,7 +92,8 @@ def saved_msrs(vcpu: Vcpu) -> list[int]:
     """The indices whose values are saved, of those that this vCPU turns out to have."""
     listed = dict.fromkeys((*vcpu.vm.system.msr_indices(), *msrs.MTRRS))
     mcg_cap = vcpu.get_msrs([msrs.MCG_CAP]).get(msrs.MCG_CAP, 0)
-    return [index for index in (*listed, *msrs.banks(mcg_cap)) if index not in APART]
+    limit = vcpu.msr_limit
+    return [i for i in (*listed, *msrs.banks(mcg_cap)) if i not in APART and (limit is None or i in limit)]
 
 
 @contextmanager
@@ -146,11 +147,11 @@ def _get_xsave(vcpu: Vcpu) -> bytes:
 
 
 def _xsave(vcpu: Vcpu, area: bytes) -> bytes:
-    """The area with as many bytes as KVM reads: what this host's has more of is in its initial state."""
+    """The area with as many bytes as KVM reads: what this host's has more of, or less, is in its initial state."""
     size = xsave_size(vcpu)
-    if len(area) > size:
+    if any(area[size:]):
         raise StateError(f"xsave: {len(area)} bytes, and this host's area has {size}")
-    return area.ljust(size, b"\0")
+    return area[:size].ljust(size, b"\0")
 
 
 def _get_lapic(vcpu: Vcpu) -> bytes:
@@ -171,18 +172,18 @@ def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
         raise StateError(f"KVM_SET_MSRS: this host's KVM refuses MSR {', '.join(lost)}")
 
 
-def _nested_size(vcpu: Vcpu) -> int:
+def nested_size(vcpu: Vcpu) -> int:
     """The most bytes of nested state; 0 where this vCPU can have no guest of its own."""
     return min(vcpu.vm.check("KVM_CAP_NESTED_STATE"), NESTED_MAX) if vcpu.can_nest else 0
 
 
 def _get_nested(vcpu: Vcpu) -> bytes | None:
-    size = _nested_size(vcpu)
+    size = nested_size(vcpu)
     return abi.get_nested_state(vcpu.fd, size) if size else None
 
 
 def _set_nested(vcpu: Vcpu, data: bytes) -> None:
-    limit, said = _nested_size(vcpu), abi.nested_state_size(data)
+    limit, said = nested_size(vcpu), abi.nested_state_size(data)
     if said != len(data) or len(data) > limit:
         raise StateError(f"nested: {len(data)} bytes that say {said}, and this host's KVM takes {limit} at most")
     abi.set_nested_state(vcpu.fd, data)
