@@ -70,11 +70,9 @@ _BITS: Final[dict[tuple[int, int, str], str]] = {
     ),
     (0x7, 1, "ebx"): "intel_ppin",
     (0x7, 1, "ecx"): "",
-    (
-        0x7,
-        1,
-        "edx",
-    ): "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchiti - - - - avx10",
+    (0x7, 1, "edx"): (
+        "- - - - avx_vnni_int8 avx_ne_convert - - amx_complex - avx_vnni_int16 - - - prefetchiti - - - - avx10"
+    ),
     (0x7, 2, "edx"): "intel_psfd ipred_ctrl rrsba_ctrl ddpd_u bhi_ctrl mcdt_no uc_lock_disable",
     (0xD, 0, "eax"): _XSTATE,
     (0xD, 0, "edx"): "",
@@ -98,11 +96,9 @@ _BITS: Final[dict[tuple[int, int, str], str]] = {
         "lahf_lm cmp_legacy svm extapic cr8_legacy abm sse4a misalignsse 3dnowprefetch osvw ibs xop skinit wdt - lwp "
         "fma4 tce - nodeid_msr - tbm topoext perfctr_core perfctr_nb - bpext ptsc perfctr_llc mwaitx"
     ),
-    (
-        0x8000_0007,
-        0,
-        "edx",
-    ): "ts fid vid ttp tm stc 100mhzsteps hwpstate nonstop_tsc cpb eff_freq_ro proc_feedback acc_power",
+    (0x8000_0007, 0, "edx"): (
+        "ts fid vid ttp tm stc 100mhzsteps hwpstate nonstop_tsc cpb eff_freq_ro proc_feedback acc_power"
+    ),
     (0x8000_0008, 0, "ebx"): (
         "clzero irperf xsaveerptr invlpgb rdpru - mba - mcommit wbnoinvd - - amd_ibpb wbinvd_int amd_ibrs amd_stibp "
         "ibrs_always_on stibp_always_on ibrs_preferred ibrs_same_mode no_efer_lmsle tlb_flush_nested - amd_ppin "

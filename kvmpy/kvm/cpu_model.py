@@ -22,7 +22,7 @@ from kvmpy.kvm.cpu_features import ARCH_CAPABILITIES, COUNTS, INVERTED, NAMES, V
 from kvmpy.kvm.cpuid import CpuidLeaf, guest_cpuid
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vcpu_registers import MOST_MSRS, Pair
-from kvmpy.kvm.vcpu_state import nested_size, saved_msrs, xsave_size
+from kvmpy.kvm.vcpu_state import nested_size, saved_msrs, set_msrs, xsave_size
 from kvmpy.state import State, StateError, u32
 
 MOST_LEAVES: Final = 1024
@@ -32,6 +32,8 @@ XSAVE: Final = 0xD
 # Leaves whose registers describe a format: all of them the same, or what is behind them does not work.
 FORMATS: Final = {0x1D: Word(0x7, 0, "edx"), 0x1E: Word(0x7, 0, "edx")}
 AMX_TILE: Final = 1 << 24
+# Without FEATURE_CONTROL, which the guest's firmware sets
+FEATURES: Final = tuple(index for index in msrs.FEATURES if index != msrs.FEATURE_CONTROL)
 
 Key = tuple[int, int]
 
@@ -56,7 +58,10 @@ class CpuDescription(State):
     @property
     def leaves(self) -> dict[Key, CpuidLeaf]:
         """By function and index; of two alike, the first."""
-        return {(leaf.function, leaf.index): leaf for leaf in reversed(self.cpuid)}
+        found: dict[Key, CpuidLeaf] = {}
+        for leaf in self.cpuid:
+            found.setdefault((leaf.function, leaf.index), leaf)
+        return found
 
     @property
     def vendor(self) -> str:
@@ -78,9 +83,6 @@ def describe_host(vcpu: Vcpu, vcpus: int = 1) -> CpuDescription:
     table = guest_cpuid(system.supported_cpuid(), 0, vcpus, tsc_deadline=tsc_deadline)
     features = system.feature_msrs()
     return _describe(vcpu, table, {index: features[index] for index in FEATURES if index in features})
-
-
-FEATURES: Final = tuple(index for index in msrs.FEATURES if index != msrs.FEATURE_CONTROL)
 
 
 def _describe(vcpu: Vcpu, table: list[dict[str, int]], features: dict[int, int]) -> CpuDescription:
@@ -108,13 +110,10 @@ def adopt(vcpus: Sequence[Vcpu], cpu: CpuDescription) -> None:
         except IoctlError as e:
             raise IoctlError(f"vCPU {vcpu.index}: {e.request}", e.errno or 0) from e
         features = {index: value for index, value in cpu.feature_msrs if index in FEATURES}
-        refused = vcpu.set_msrs(features)
-        has = vcpu.get_msrs(refused)
-        for index in refused:
-            if has.get(index) != features[index]:
-                raise StateError(
-                    f"vCPU {vcpu.index}: KVM_SET_MSRS: this host's KVM refuses MSR {index:#x} = {features[index]:#x}"
-                )
+        try:
+            set_msrs(vcpu, features)
+        except StateError as e:
+            raise StateError(f"vCPU {vcpu.index}: {e}") from e
         vcpu.msr_limit = frozenset(cpu.msrs)
 
 

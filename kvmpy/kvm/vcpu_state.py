@@ -71,7 +71,7 @@ def load(vcpu: Vcpu, state: VcpuRegisters) -> None:
         others = {index: value for index, value in state.msrs if index not in msrs.FEATURES and index not in APART}
         events = _events(vcpu, state.events)
         xsave = _xsave(vcpu, state.xsave)
-        _set_msrs(vcpu, features)  # before the CR4.VMXE and the nested state that they allow
+        set_msrs(vcpu, features)  # before the CR4.VMXE and the nested state that they allow
         tsc.set_khz(vcpu, state.tsc.khz)  # before whatever counts by it
         _set_sregs(vcpu, state)  # EFER before the nested state, the APIC's base before the APIC
         if state.nested is not None:
@@ -83,7 +83,7 @@ def load(vcpu: Vcpu, state: VcpuRegisters) -> None:
         abi.set_xsave(vcpu.fd, xsave)
         abi.KVM_SET_DEBUGREGS(vcpu.fd, abi.Debugregs.new(**structs.fields(state.debugregs)))
         abi.KVM_SET_LAPIC(vcpu.fd, abi.LapicState.new(regs=state.lapic))
-        _set_msrs(vcpu, others)
+        set_msrs(vcpu, others)
         abi.KVM_SET_MP_STATE(vcpu.fd, abi.MpState.new(mp_state=state.mp_state))
         abi.KVM_SET_VCPU_EVENTS(vcpu.fd, events)
 
@@ -163,8 +163,8 @@ def _get_msrs(vcpu: Vcpu) -> tuple[tuple[int, int], ...]:
     return tuple(vcpu.get_msrs(saved_msrs(vcpu)).items())
 
 
-def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
-    """Raises StateError for one that KVM does not take, unless it has that value already."""
+def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
+    """Raises StateError for those that KVM does not take, unless they have that value already."""
     refused = vcpu.set_msrs(values)
     has = vcpu.get_msrs(refused)
     lost = [f"{index:#x} = {values[index]:#x}" for index in refused if has.get(index) != values[index]]

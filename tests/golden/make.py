@@ -11,6 +11,8 @@ from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import VirtioPci
+from kvmpy.kvm.cpu_model import CpuDescription
+from kvmpy.kvm.cpuid import CpuidLeaf
 from kvmpy.kvm.vcpu_registers import (
     DebugregsState,
     EventsState,
@@ -234,7 +236,19 @@ def _busy_vm() -> VmState:
     return state
 
 
-OF_KVM: Final[dict[str, Callable[[], State]]] = {"vcpu": _busy_vcpu, "vm": _busy_vm}
+def _busy_cpu() -> CpuDescription:
+    return CpuDescription(
+        cpuid=(CpuidLeaf(eax=0xD, ebx=0x756E_6547), CpuidLeaf(function=7, flags=1, ebx=0xFFFF_FFFF, edx=1)),
+        msrs=(0x174, 0x4B56_4D01),
+        feature_msrs=((0x10A, 2**64 - 1),),
+        tsc_khz=2_600_000,
+        tsc_control=True,
+        xsave_size=11_264,
+        nested_size=4224,
+    )
+
+
+OF_KVM: Final[dict[str, Callable[[], State]]] = {"vcpu": _busy_vcpu, "vm": _busy_vm, "cpu": _busy_cpu}
 NAMES: Final = (*RIGS, *OF_KVM)
 
 

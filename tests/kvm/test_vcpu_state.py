@@ -106,7 +106,7 @@ def _kvm_msrs(state: VcpuRegisters) -> None:
 def _events(state: VcpuRegisters) -> None:
     state.events.interrupt = InterruptState(injected=1, nr=0x31)
     state.events.nmi = NmiState(masked=1)
-    state.events.interrupt.shadow = 2
+    state.events.interrupt.shadow = 3  # AMD has one for both of them
 
 
 def _pending_nmi(state: VcpuRegisters) -> None:
@@ -243,7 +243,7 @@ def test_the_deadline_timer_is_set_after_the_tsc(make_vcpu: MakeVcpu) -> None:
 
 
 def _long_xsave(state: VcpuRegisters, vcpu: Vcpu) -> None:
-    state.xsave = bytes(xsave_size(vcpu) + 64)
+    state.xsave = bytes(xsave_size(vcpu) + 63) + b"\1"
 
 
 def _unknown_msr(state: VcpuRegisters, _: Vcpu) -> None:
