@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def test_command_describes_this_host_and_intersects_files(tmp_path: Path) -> Non
     both = cpu_baseline.read(str(tmp_path / "fleet.json"))
     assert both.leaves[1, 0].ecx == host.leaves[1, 0].ecx & ~1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "b.json", "fleet.json"]
+
+
+@pytest.mark.usefixtures("system")
+def test_commands_of_the_page_make_a_baseline(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/cpu-baseline.md").read_text()
+    describe, intersect = re.findall(r"^\$ kvmpy (.*)$", page, re.MULTILINE)
+    assert run_cli(*describe.split(), cwd=tmp_path).returncode == 0
+    assert run_cli(*describe.replace("host1", "host2").split(), cwd=tmp_path).returncode == 0
+    assert run_cli(*intersect.split(), cwd=tmp_path).returncode == 0
+    fleet, host = (cpu_baseline.read(str(tmp_path / name)) for name in ("fleet.json", "host1.json"))
+    assert differences(fleet, host) == differences(host, fleet) == []
 
 
 @pytest.fixture
