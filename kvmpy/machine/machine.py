@@ -42,6 +42,7 @@ from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from kvmpy.kvm.cpu_model import CpuDescription
     from kvmpy.machine.hotplug import HotPlug
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class Machine:
             )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
-            self._power_on = PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
+            self._power_on = self._read_power_on()
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._announcer = Announcer(self.control, lambda: self.board.nics)
             self.handoff = Handoff(self)
@@ -131,6 +132,19 @@ class Machine:
                 raise CommandError("the machine has been " + ("closed" if self._closed else "started already"))
             self._started = True
             self._start_threads()
+
+    def adopt_processor(self, cpu: CpuDescription) -> None:
+        """Give the guest the processor of the machine that it comes from, before any vCPU has run.
+
+        Raises StateError or IoctlError where KVM refuses; the machine is then not to be run.
+        """
+        from kvmpy.kvm.cpu_model import adopt
+
+        adopt(self.board.vcpus, cpu)
+        self._power_on = self._read_power_on()
+
+    def _read_power_on(self) -> PowerOn:
+        return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
     def _start_threads(self) -> None:
         accept_kicks()
