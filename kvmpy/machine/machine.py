@@ -304,12 +304,20 @@ class Machine:
 
     def let_accesses_end(self) -> None:
         """By the control thread: wait until no vCPU is in an access that it has begun before."""
+        if self.state is RunState.RUNNING:
+            self.while_parked(lambda: None)
+
+    def while_parked(self, call: Callable[[], T]) -> T:
+        """By the control thread: make a short call while no vCPU runs, and return what it returns."""
         if self.state is not RunState.RUNNING:
-            return
+            return call()
         asked, pending = self._asked, self._gate.closed
         self._park()
-        if not pending and asked == self._asked:  # else no vCPU may run on before the guest's request is carried out
-            self._gate.open()
+        try:
+            return call()
+        finally:
+            if not pending and asked == self._asked:  # else none may run on before the guest's request is carried out
+                self._gate.open()
 
     # What the guest asks (kvmpy.devices.base.Power): by vCPU threads, under a device's lock
 
@@ -458,6 +466,10 @@ class Machine:
         self._ended.set()
 
     # For kvmpy.machine.handoff
+
+    def note_power_on(self) -> None:
+        """What KVM holds now is what it holds after power-on."""
+        self._power_on = PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
     def fail(self, error: KvmpyError) -> None:
         """End the machine, which could not be what it was to be."""
