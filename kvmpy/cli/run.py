@@ -25,7 +25,7 @@ from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.kvm.system import virtualization
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
-from kvmpy.machine.runstate import Outcome
+from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.monitor.server import MonitorServer
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 STDIN: Final = 0
 STDOUT: Final = 1
+NO_GUEST: Final = (RunState.INMIGRATE, RunState.POSTMIGRATE)
+"""It is to come, or has gone: nobody can be asked to power off."""
 DEFER: Final = "defer"
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
@@ -180,8 +182,8 @@ class _Signals:
 
     def _press(self, machine: Machine, name: str, limit: float) -> None:
         with contextlib.suppress(CommandError):  # it has just ended by itself, and the signal is for us
-            if self._presses > 1:
-                log.info("%s: stopping the guest", name)
+            if self._presses > 1 or machine.state in NO_GUEST:
+                log.info("%s: stopping the guest" if self._presses > 1 else "%s: there is no guest here", name)
                 machine.stop()
             elif machine.powerdown(limit):
                 log.info("%s: pressed the power button; the guest has %g s", name, limit)
