@@ -7,6 +7,10 @@
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
     ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
+    ├── MigrationError       peer       the other side of a migration, or what lies between; the source keeps its guest
+    │   ├── StreamError                 the stream ends, stalls, or has bytes that nobody of ours writes
+    │   ├── IncompatibleError           a good stream of a machine that this one cannot hold
+    │   └── MigrationCancelled          nobody's: somebody here asked for it
     └── CommandError         client     becomes an error reply on the monitor
 
 Messages are sentences without a final stop, numbers in hex where they are addresses, the offender first. Anything else
@@ -93,6 +97,26 @@ class VcpuError(KvmpyError):
     def __init__(self, message: str, registers: str = "") -> None:
         super().__init__(message)
         self.registers = registers
+
+
+class MigrationError(KvmpyError):
+    """A migration cannot go on. Whoever has the guest keeps it."""
+
+
+class StreamError(MigrationError):
+    """A migration stream ends or stalls, is corrupt, or hostile. The message has the place, in bytes from its start."""
+
+
+class IncompatibleError(MigrationError):
+    """This machine cannot become the one that a stream describes: each entry of ``problems`` is one difference."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class MigrationCancelled(MigrationError):
+    """Whoever waited in a migration was woken by somebody here, who knows why."""
 
 
 class CommandError(KvmpyError):

@@ -35,6 +35,7 @@ REQUIRED: Final = (
     Capability("KVM_CAP_ADJUST_CLOCK", "2.6.33"),
     Capability("KVM_CAP_VCPU_EVENTS", "2.6.33"),
     Capability("KVM_CAP_DEBUGREGS", "2.6.35"),
+    Capability("KVM_CAP_XSAVE", "2.6.36"),
     Capability("KVM_CAP_PIT_STATE2", "2.6.35"),
     Capability("KVM_CAP_SIGNAL_MSI", "3.5"),
     Capability("KVM_CAP_IRQFD_RESAMPLE", "3.8"),
@@ -43,19 +44,21 @@ REQUIRED: Final = (
 """What kvmpy cannot do without."""
 
 WELCOME: Final = (
-    Capability("KVM_CAP_XSAVE", "2.6.36"),
     Capability("KVM_CAP_XCRS", "2.6.36"),
     Capability("KVM_CAP_TSC_CONTROL", "2.6.39"),
+    Capability("KVM_CAP_GET_TSC_KHZ", "2.6.39"),
     Capability("KVM_CAP_TSC_DEADLINE_TIMER", "3.1"),
     Capability("KVM_CAP_KVMCLOCK_CTRL", "3.4"),
     Capability("KVM_CAP_READONLY_MEM", "3.7"),
     Capability("KVM_CAP_IOEVENTFD_ANY_LENGTH", "4.4"),
     Capability("KVM_CAP_X2APIC_API", "4.8"),
     Capability("KVM_CAP_NESTED_STATE", "4.19"),
+    Capability("KVM_CAP_EXCEPTION_PAYLOAD", "4.20"),
     Capability("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "5.2"),
     Capability("KVM_CAP_DIRTY_LOG_RING", "5.11"),
     Capability("KVM_CAP_SREGS2", "5.14"),
     Capability("KVM_CAP_XSAVE2", "5.17"),
+    Capability("KVM_CAP_X86_TRIPLE_FAULT_EVENT", "6.1"),
     Capability("KVM_CAP_MEMORY_FAULT_INFO", "6.8"),
     Capability("KVM_CAP_PRE_FAULT_MEMORY", "6.11"),
 )

@@ -95,8 +95,12 @@ def build(
     control: Reactor,
     report: Report,
     resources: ExitStack,
+    *,
+    incoming: bool = False,
 ) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
+
+    With ``incoming`` the disks are another machine's still, and are not locked.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
     """
@@ -144,7 +148,7 @@ def build(
     directory = os.path.join(rundir.base(), config.name)
     host = Host(memory, io, vm, network, report, control.timer, groups, directory)
     plugger = Plugger(config, pci, host, inventory, resources)
-    plugger.plug_all()
+    plugger.plug_all(locked=not incoming)
     return Board(
         system=system,
         vm=vm,

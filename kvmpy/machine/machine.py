@@ -27,13 +27,17 @@ from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
+from kvmpy.kvm import vcpu_state
 from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
-from kvmpy.kvm.vcpu import VcpuState, accept_kicks
-from kvmpy.kvm.vm import InterruptState
+from kvmpy.kvm.tsc import load_tsc
+from kvmpy.kvm.vcpu import accept_kicks
+from kvmpy.kvm.vcpu_registers import VcpuRegisters
+from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
 from kvmpy.machine.check import check, located
+from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
@@ -50,20 +54,26 @@ STDIN: Final = (0, 0)
 STDOUT: Final = (1, 1)
 # Seconds between two looks at whether a slow reader has taken the last of the output
 OUTPUT_POLL: Final = 0.05
+CAN_RESET: Final = (RunState.RUNNING, RunState.PAUSED, RunState.FINISH_MIGRATE)
+MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
+"""What the machine is then is its state on another host: nothing is changed here."""
 
 
 class PowerOn(NamedTuple):
     """What KVM holds of a machine that has just been made: a reset puts it back."""
 
-    interrupts: InterruptState
-    vcpus: tuple[VcpuState, ...]
+    interrupts: InterruptsState
+    vcpus: tuple[VcpuRegisters, ...]
 
 
 class Machine:
     """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, incoming: bool = False) -> None:
         """Make the machine, its vCPUs parked before their first instruction.
+
+        With ``incoming`` it does not boot: it waits for another machine's state (`kvmpy.migration`), and leaves that
+        one's disks alone until then.
 
         Raises ConfigError where the configuration cannot be used, HostError where this host cannot run it.
         """
@@ -78,6 +88,7 @@ class Machine:
         self._unplugged = threading.Event()
         self._lifecycle = threading.Lock()
         self._started = self._closed = False
+        self._incoming = incoming
         self._process = os.getpid()
         self._boots = self._asked = 0
         self._gate = Gate()
@@ -91,12 +102,15 @@ class Machine:
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
-            self.board: Board = build(config, self, self.console, self._io, self.control, self.report, resources)
+            self.board: Board = build(
+                config, self, self.console, self._io, self.control, self.report, resources, incoming=incoming
+            )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
-            self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
+            self._power_on = PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._announcer = Announcer(self.control, lambda: self.board.nics)
+            self.handoff = Handoff(self)
             self._resources = resources.pop_all()
 
     def __enter__(self) -> Self:
@@ -108,7 +122,7 @@ class Machine:
     # What an operator asks
 
     def start(self) -> None:
-        """Load the kernel and run; once.
+        """Load the kernel and run, or wait for what is to come; once.
 
         Raises ConfigError where a file has gone since the machine was made, HostError where a thread cannot be had.
         """
@@ -120,7 +134,8 @@ class Machine:
 
     def _start_threads(self) -> None:
         accept_kicks()
-        registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
+        if not self._incoming:
+            registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
         self._threads = tuple(
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
             for vcpu in self.board.vcpus
@@ -144,13 +159,16 @@ class Machine:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
         self.in_control(self._pause)
 
-    def resume(self) -> None:
-        """Run on after `pause`."""
-        self.in_control(self._resume)
+    def resume(self, *, force: bool = False) -> None:
+        """Run on after `pause`; with ``force`` also after a migration, where the guest runs elsewhere or may.
+
+        Raises CommandError, and HostError where the disks are not to be had any more.
+        """
+        self.in_control(lambda: self._resume(force=force))
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self.in_control(lambda: self._reset(by_guest=False))
+        self.in_control(self._reset_by_operator)
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
@@ -178,6 +196,7 @@ class Machine:
 
         Raises CommandError, with everything as it was.
         """
+        self.handoff.require_idle()
         self._require_hotplug(table.get("bus")).device_add(table)
 
     def device_del(self, name: str, *, force: bool = False) -> None:
@@ -185,6 +204,7 @@ class Machine:
 
         DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
         """
+        self.handoff.require_idle()
         if self._hotplug is None:
             if name not in self.board.by_id:
                 raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
@@ -196,10 +216,12 @@ class Machine:
 
         Not by the control thread. Raises CommandError.
         """
+        self.handoff.require_idle()
         self._require_hotplug(None).netdev_add(table)
 
     def netdev_del(self, name: str) -> None:
         """Have that netdev no more. Not by the control thread. Raises CommandError where a device uses it."""
+        self.handoff.require_idle()
         self._require_hotplug(None).netdev_del(name)
 
     def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
@@ -238,6 +260,7 @@ class Machine:
             self._closed = True
             if self.control.thread is not None and not self._ended.is_set():
                 self.stop()
+            self.handoff.close()
             self._gate.end(self._threads)
             for thread in self._threads:
                 if thread.ident is not None:
@@ -298,42 +321,53 @@ class Machine:
     def _start(self) -> None:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
-        self._become(RunState.RUNNING)
+        if self._incoming:
+            self.become(RunState.INMIGRATE)
+            return
+        self.become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
-        self._run()
+        self.run()
 
     # A change is complete before its event is sent: a listener may make the next one.
 
     def _pause(self) -> None:
         self.require_alive()
+        self.handoff.require_idle()
         if self.state is RunState.RUNNING:
-            self._halt()
-            self._become(RunState.PAUSED)
+            self.halt()
+            self.become(RunState.PAUSED)
             try:
-                for vcpu in self.board.vcpus:
-                    vcpu.tell_paused()
+                self.tell_paused()
             finally:
                 self._emit("STOP")
 
-    def _resume(self) -> None:
-        self.require_alive()
-        if self.state is RunState.PAUSED:
-            self._become(RunState.RUNNING)
-            if self._run():
+    def _resume(self, *, force: bool) -> None:
+        self.handoff.require_idle()
+        if self.state is not RunState.POSTMIGRATE:
+            self.require_alive()
+        if self.state is not RunState.RUNNING:
+            self.handoff.allow_resume(force=force)
+            self.become(RunState.RUNNING)
+            if self.run():
                 self._emit("RESUME")
 
-    def _reset(self, *, by_guest: bool) -> None:
-        if by_guest and self.state is RunState.SHUTDOWN:
-            return
+    def _reset_by_operator(self) -> None:
         self.require_alive()
-        self._halt()
+        self.handoff.require_idle()
+        self._reset(by_guest=False)
+
+    def _reset(self, *, by_guest: bool) -> None:
+        if self.state not in CAN_RESET:
+            return
+        self.halt()
+        self.handoff.note_reset()
         self._boots += 1
         try:
             self._power_cycle()
         except KvmpyError as e:
             self._end(Outcome.HOST_ERROR, error=e)
             return
-        if self.state is not RunState.RUNNING or self._run():
+        if self.state is not RunState.RUNNING or self.run():
             self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
 
     def _power_cycle(self) -> None:
@@ -341,9 +375,10 @@ class Machine:
         board = self.board
         for port in board.ports.values():
             port.finish()
-        board.vm.set_interrupt_state(self._power_on.interrupts)
+        load_interrupts(board.vm, self._power_on.interrupts)
         for vcpu, state in zip(board.vcpus, self._power_on.vcpus, strict=True):
-            vcpu.set_state(state)
+            vcpu_state.load(vcpu, state)
+        load_tsc(board.vcpus, self._power_on.vcpus, goes_on=False)
         for device in board.devices:
             with device.lock:
                 device.reset()
@@ -351,6 +386,8 @@ class Machine:
         registers.enter(board.vcpus[0], self.boot.load(board.memory))
 
     def _set_link(self, name: str, *, up: bool) -> None:
+        if self.state in MOVING:
+            self.require_alive()
         nic = self.board.nics.get(name)
         if nic is None:
             raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
@@ -364,7 +401,7 @@ class Machine:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
-        self._become(RunState.GUEST_PANICKED)
+        self.become(RunState.GUEST_PANICKED)
         self._emit("GUEST_PANICKED", action="poweroff")
         self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
@@ -372,7 +409,7 @@ class Machine:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
-        self._become(RunState.INTERNAL_ERROR)
+        self.become(RunState.INTERNAL_ERROR)
         outcome = Outcome.GUEST_PANIC if isinstance(what, TripleFault) else Outcome.HOST_ERROR
         text = f"{thread.name}: {_explain(what)}"
         if registers.are_lost(thread.vcpu):
@@ -397,15 +434,27 @@ class Machine:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
-        self._halt()
-        self._become(RunState.SHUTDOWN)
+        self.halt()
+        self.become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self._announcer.stop()
         self.outcome, self.error = outcome, error
+        self.handoff.machine_ended(reason)
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
-    def _run(self) -> bool:
+    # For kvmpy.machine.handoff
+
+    def fail(self, error: KvmpyError) -> None:
+        """End the machine, which could not be what it was to be."""
+        self._end(Outcome.HOST_ERROR, error=error)
+
+    def tell_paused(self) -> None:
+        """Tell the guest's clock that it was stopped, so that its watchdogs do not bark at the gap."""
+        for vcpu in self.board.vcpus:
+            vcpu.tell_paused()
+
+    def run(self) -> bool:
         """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
         try:
             for device in self.board.devices:
@@ -416,7 +465,7 @@ class Machine:
         self._gate.open()
         return True
 
-    def _halt(self) -> None:
+    def halt(self) -> None:
         """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""
         self._park()
         for device in self.board.devices:
@@ -430,12 +479,14 @@ class Machine:
         self._gate.close(self._threads)
         self._gate.wait_parked(self._threads)
 
-    def _become(self, state: RunState) -> None:
+    def become(self, state: RunState) -> None:
+        """Change the run state. Raises CommandError where that is not legal."""
         if state not in LEGAL[self.state]:
             raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
         self.state = state
 
     def require_alive(self) -> None:
+        """Raises CommandError unless the machine runs or is paused."""
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 

@@ -97,6 +97,7 @@ class VirtioBlk(VirtioDevice[BlkState]):
     """
 
     DEVICE_ID = DeviceId.BLOCK
+    FEATURES = BlkFeature
 
     def __init__(
         self,
@@ -196,6 +197,22 @@ class VirtioBlk(VirtioDevice[BlkState]):
         while self._workers:
             self._workers.pop().join()
 
+    def hand_over(self) -> None:
+        if not self.disk.readonly:
+            self.disk.flush()
+        self.disk.unlock()
+
+    def take_over(self) -> None:
+        self.disk.lock()
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "size": self.disk.sectors * SECTOR,
+            "readonly": self.disk.readonly,
+            "block-size": self.disk.geometry.block_size,
+            "serial": self._serial.rstrip(b"\0").decode(errors="replace"),
+        }
+
     def info(self) -> dict[str, Any]:
         with self.lock:
             return super().info() | {
@@ -268,6 +285,8 @@ class VirtioBlk(VirtioDevice[BlkState]):
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
             request.status[0] = answer
+            # All of it: a read that fails may have filled a part, and so has one whose device has broken meanwhile.
+            self.queues[job.queue].mark(job.chain)
             self.queues[job.queue].push(job.chain, request.written(answer))
             self.interrupt(job.queue)
 

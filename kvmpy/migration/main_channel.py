@@ -1,0 +1,151 @@
+"""The main channel of a migration: messages, each whole, wanted, and within the limits of its kind."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from kvmpy.config.toml_lines import plain
+from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
+from kvmpy.migration.channel import Channel
+from kvmpy.migration.messages import (
+    STATE_MAX,
+    Cancel,
+    Failed,
+    Keepalive,
+    Message,
+    Reasoned,
+    Refuse,
+    Refused,
+    Section,
+    check_length,
+    decode,
+    encode,
+    title,
+)
+from kvmpy.migration.stop import Deadline
+from kvmpy.migration.wire import FRAME_SIZE, FrameHeader
+
+M = TypeVar("M", bound=Message)
+# Where there is nothing left to send or to wait for but the reason why.
+LAST_WORDS: Final = 1.0
+BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
+
+
+class MainChannel:
+    """Messages over ``channel``, in the stream's ``version``.
+
+    Nothing is read ahead: between two messages the channel can carry something else, such as page records. Any thread
+    may send.
+    """
+
+    def __init__(self, channel: Channel, version: int) -> None:
+        self.channel = channel
+        self.version = version
+        self._sending = threading.Lock()
+        self._seen: dict[type[Message], int] = {}
+        self._state = 0
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether what is sent here can be answered, or is answered from here."""
+        return self.channel.can_answer
+
+    def send_message(self, message: Message) -> None:
+        """Raises MigrationError where it is too large, or with what the other side said before it hung up."""
+        try:
+            self._send(message)
+        except StreamError as e:
+            raise self.explain(e) from e
+
+    def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
+        """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.
+
+        Raises StreamError where another or none comes, and MigrationError where the other side says that it is over.
+        """
+        seconds = self.channel.timeout if timeout is None else timeout
+        whole = None if limit is None else Deadline(limit)
+        while True:
+            message = self._receive(seconds if whole is None else min(seconds, whole.left))
+            if isinstance(message, kinds):
+                return message
+            if not isinstance(message, Keepalive):
+                raise self._unwanted(message, kinds)
+
+    def fail(self, message: Reasoned | Refuse) -> None:
+        """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
+        if self.channel.can_answer or isinstance(message, Cancel):
+            with suppress(MigrationError):
+                self._send(message, LAST_WORDS)
+
+    def explain(self, error: MigrationError) -> MigrationError:
+        """What the other side said before it hung up, where ``error`` is that it did; else ``error`` itself.
+
+        Also for the error of a page channel: the reason, if there is one, is here.
+        """
+        if isinstance(error, StreamError) and self.channel.can_answer:
+            try:
+                self.receive_message(timeout=LAST_WORDS, limit=LAST_WORDS)
+            except (StreamError, MigrationCancelled):
+                return error
+            except MigrationError as e:
+                return e
+        return error
+
+    def finish(self) -> None:
+        """After the last message: what the channel must do for it to stay. Raises StreamError."""
+        self.channel.finish()
+
+    def shutdown(self, reason: str = "the channel was shut down") -> None:
+        """Wake whoever waits here. Any thread."""
+        self.channel.shutdown(reason)
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def _send(self, message: Message, timeout: float | None = None) -> None:
+        payload = encode(message, self.version)
+        with self._sending:
+            self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
+
+    def _receive(self, timeout: float) -> Message:
+        """One message. ``timeout`` is for its header; the rest comes as fast as everything does."""
+        channel = self.channel
+        start = channel.received
+        try:
+            header = FrameHeader.unpack(channel.receive(FRAME_SIZE, timeout))
+            check_length(header.kind, header.length, self.version)
+            payload = channel.receive(header.length)
+            header.check(payload)
+            message = decode(header.kind, payload, self.version)
+            self._count(message, header.length)
+        except StreamError as e:
+            raise self._located(e, start) from e
+        return message
+
+    def _located(self, e: StreamError, start: int) -> StreamError:
+        text = str(e)
+        return e if text.startswith(self.channel.name) else StreamError(f"{self.channel.name}: byte {start}: {text}")
+
+    def _count(self, message: Message, length: int) -> None:
+        kind = type(message)
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if kind.MOST is not None and self._seen[kind] > kind.MOST:
+            raise StreamError(f"{title(message)}: one more than {kind.MOST} of its kind")
+        if kind is Section:
+            self._state += length
+            if self._state > STATE_MAX:
+                raise StreamError(f"{title(message)}: all sections are more than {STATE_MAX} bytes")
+
+    def _unwanted(self, message: Message, kinds: tuple[type[Message], ...]) -> MigrationError:
+        if isinstance(message, BAD_NEWS):
+            said = "; ".join(message.problems) if isinstance(message, Refuse) else message.reason
+            return MigrationError(f"the other side says: {printable(said) or 'nothing of why'}")
+        wanted = " or ".join(kind.KIND.name for kind in kinds) or "the reason why it is over"
+        return StreamError(f"{self.channel.name}: {plain(title(message))} where {wanted} was due")
+
+
+def printable(text: str) -> str:
+    """What a terminal can be given, whatever the other side sent."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,177 @@
+"""The bytes of a migration stream: preamble, frames, page records. What is in a frame is `messages`' business.
+
+    connection      preamble, and then on channel 0 frames, on the others page records
+    preamble        "KVMPYMIG", u32 lowest and u32 highest version its writer speaks, u32 channel, 16 bytes token
+    frame           u16 kind, u16 flags (0), u32 length, u32 CRC-32 of these and the payload, payload
+    page record     u64 gpa, u32 pages, u32 kind, and what PageKind says
+
+All integers are little-endian. On connections with a way back the destination speaks first, then each side has one
+preamble. The channel is 0 for the main one, whose token is zeros; page channels count from 1 and show the token that
+ACCEPT gave. Where pages have no channel of their own (HEADER says 0 channels), each ROUND is followed by page records,
+up to and with an END, and then by frames again.
+
+A version is a stream's as a whole. This kvmpy writes NEWEST, or the older one that the other side asks for, and reads
+from OLDEST on: the one before. A change of any byte here or in `messages` takes a new version, and the golden streams
+of each version from OLDEST on load for ever (tests/golden/streams).
+
+Everything that is read is hostile: lengths are compared with caps before a byte is allocated for them.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import Final, NamedTuple, Self
+from zlib import crc32
+
+from kvmpy.errors import StreamError
+
+NEWEST: Final = 1
+OLDEST: Final = max(1, NEWEST - 1)
+MAGIC: Final = b"KVMPYMIG"
+NO_TOKEN: Final = bytes(16)
+MAIN: Final = 0
+PAGE: Final = 4096
+RECORD_PAGES_MAX: Final = 1024  # 4 MiB: long enough that its header and system call do not count
+CHANNELS_MAX: Final = 64  # page channels; far more than there are queues in a NIC that one migration can use
+
+_PREAMBLE: Final = struct.Struct("<8sIII16s")
+_FRAME: Final = struct.Struct("<HHII")
+_FRAME_SUMMED: Final = struct.Struct("<HHI")
+_RECORD: Final = struct.Struct("<QII")
+_LENGTH: Final = struct.Struct("<I")
+PREAMBLE_SIZE: Final = _PREAMBLE.size
+FRAME_SIZE: Final = _FRAME.size
+RECORD_SIZE: Final = _RECORD.size
+LENGTH_SIZE: Final = _LENGTH.size
+
+# What somebody else's first bytes look like, and what to do about it.
+STRANGERS: Final = (
+    (b"\x16\x03", "it speaks TLS, and this side does not; give this side tls-creds, or both none"),
+    (b"\x15\x03", "it refuses with a TLS alert: it wants TLS; give this side tls-creds"),
+    (b"QEVM", "it is QEMU's migration stream, which kvmpy cannot read"),
+    (b"SSH-", "an SSH server answers there"),
+    (b"HTTP", "a web server answers there"),
+    (b"GET ", "it is a web browser's request"),
+)
+
+
+class Preamble(NamedTuple):
+    """The first bytes of a connection."""
+
+    lowest: int
+    highest: int
+    channel: int = MAIN
+    token: bytes = NO_TOKEN
+
+    def pack(self) -> bytes:
+        return _PREAMBLE.pack(MAGIC, self.lowest, self.highest, self.channel, self.token)
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray) -> Self:
+        """Raises StreamError where it is not one, saying what it is if that can be told."""
+        magic, lowest, highest, channel, token = _PREAMBLE.unpack(data)
+        if magic != MAGIC:
+            stranger = next((said for start, said in STRANGERS if magic.startswith(start)), "")
+            raise StreamError(
+                f"not a kvmpy migration stream: it begins with {magic.hex(' ')}{stranger and ': '}{stranger}"
+            )
+        if not 1 <= lowest <= highest:
+            raise StreamError(f"versions {lowest} to {highest} are none")
+        if channel > CHANNELS_MAX:
+            raise StreamError(f"channel {channel} of {CHANNELS_MAX}")
+        if channel == MAIN and token != NO_TOKEN:
+            raise StreamError("a main channel has no token")
+        return cls(lowest, highest, channel, token)
+
+
+def agree(theirs: Preamble) -> int:
+    """The newest version that both sides speak; raises StreamError where there is none."""
+    version = min(NEWEST, theirs.highest)
+    if version < max(OLDEST, theirs.lowest):
+        newer, older = ("that", "this") if theirs.lowest > NEWEST else ("this", "that")
+        raise StreamError(
+            f"the other side speaks versions {theirs.lowest} to {theirs.highest} of the stream, this one {OLDEST} to "
+            f"{NEWEST}; {newer} side's kvmpy is too new for {older} one's: go by a release in between"
+        )
+    return version
+
+
+class FrameHeader(NamedTuple):
+    """What is before a frame's payload; ``checksum`` is of this header and the payload."""
+
+    kind: int
+    length: int
+    checksum: int
+
+    @classmethod
+    def of(cls, kind: int, payload: bytes) -> Self:
+        return cls(kind, len(payload), _sum(kind, payload))
+
+    def pack(self) -> bytes:
+        return _FRAME.pack(self.kind, 0, self.length, self.checksum)
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray) -> Self:
+        kind, flags, length, checksum = _FRAME.unpack(data)
+        if flags:
+            raise StreamError(f"frame of kind {kind}: flags {flags:#x}, where there are none yet")
+        return cls(kind, length, checksum)
+
+    def check(self, payload: bytes | bytearray) -> None:
+        """Raises StreamError where the payload is not what was sent."""
+        if (found := _sum(self.kind, payload)) != self.checksum:
+            raise StreamError(f"frame of kind {self.kind}: its checksum is {found:#010x}, not {self.checksum:#010x}")
+
+
+def _sum(kind: int, payload: bytes | bytearray) -> int:
+    return crc32(payload, crc32(_FRAME_SUMMED.pack(kind, 0, len(payload))))
+
+
+class PageKind(IntEnum):
+    """What follows a page record."""
+
+    DATA = 1  # the pages
+    ZERO = 2  # nothing: they are all zeros
+    END = 3  # nothing: the round is over, and gpa is its number
+    ZSTD = 4  # u32 length and so many bytes: the pages, compressed into one frame of zstd
+
+
+class PageRecord(NamedTuple):
+    """A run of pages."""
+
+    gpa: int
+    pages: int
+    kind: PageKind
+
+    @property
+    def size(self) -> int:
+        """Bytes of guest memory."""
+        return self.pages * PAGE
+
+    def pack(self) -> bytes:
+        return _RECORD.pack(self.gpa, self.pages, self.kind)
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray) -> Self:
+        """Raises StreamError; whether there is memory at ``gpa`` is for whoever has it."""
+        gpa, pages, number = _RECORD.unpack(data)
+        try:
+            kind = PageKind(number)
+        except ValueError as e:
+            raise StreamError(f"page record of kind {number}, which is none") from e
+        if kind is PageKind.END:
+            if pages:
+                raise StreamError(f"the end of round {gpa} has {pages} pages")
+        elif not 1 <= pages <= RECORD_PAGES_MAX or gpa % PAGE or gpa + pages * PAGE > 1 << 64:
+            raise StreamError(
+                f"page record of {pages} pages at {gpa:#x}: 1 to {RECORD_PAGES_MAX}, aligned, below 2**64"
+            )
+        return cls(gpa, pages, kind)
+
+    def compressed_length(self, data: bytes | bytearray) -> int:
+        """The length behind a ZSTD record: what does not shrink is sent as it is, so this bounds it."""
+        (length,) = _LENGTH.unpack(data)
+        if not 0 < length <= self.size:
+            raise StreamError(f"page record at {self.gpa:#x}: {length} bytes of zstd for {self.size}")
+        return int(length)
