@@ -86,6 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
     )
+    run.add_argument("--detach", action="store_true", help="in the background, its serial line on a pty, once it runs")
+    run.add_argument(
+        "--log",
+        metavar="FILE",
+        help="with --detach: where its messages go (default /var/log/kvmpy/NAME.log, or below ~/.local/state)",
+    )
     run.add_argument("--timings", action="store_true", help="say at the end where the time of the first boot went")
     run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
 
@@ -105,11 +111,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     for name, text in (
         ("pause", "stop a machine's vCPUs"),
-        ("resume", "let them run on"),
         ("reset", "press the reset button"),
         ("stop", "pull the plug"),
     ):
         _command(commands, name, f"control:{name}", text).add_argument("name", help="the machine")
+
+    resume = _command(commands, "resume", "control:resume", "let them run on")
+    resume.add_argument("name", help="the machine")
+    resume.add_argument(
+        "--force", action="store_true", help="though the guest went elsewhere: it must not run there, or both do"
+    )
 
     powerdown = _command(commands, "powerdown", "control:powerdown", "press the power button")
     powerdown.add_argument("name", help="the machine")
@@ -134,6 +145,8 @@ def make_parser() -> argparse.ArgumentParser:
     save.add_argument("name", help="the machine")
     save.add_argument("file", help="a new file; kvmpy run CONFIG --incoming file:FILE takes the machine out of it")
     _migration_arguments(save)
+
+    _command(commands, "receive", "receive:receive", "the far end of kvmpy migrate NAME ssh://HOST, which starts it")
 
     console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
     console.add_argument("name", help="the machine")

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from enum import Enum
 from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
@@ -34,6 +35,14 @@ CHECK_PATIENCE: Final = 120.0
 FINAL: Final = frozenset({"completed", "failed", "cancelled"})
 OUTCOME_UNKNOWN: Final = "outcome unknown"  # how the machine's error begins then
 NOT_YET: Final = ("none", "")
+
+
+class Settled(Enum):
+    """What has become of a destination that was told to run the guest."""
+
+    ARRIVED = "it has the guest"
+    ENDED = "its process has ended"
+    UNKNOWN = "nobody can say"
 
 
 def migrate(args: argparse.Namespace) -> int:
@@ -86,16 +95,12 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
         client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
 
 
-def check(client: Client, name: str, uri: str) -> int:
-    """Ask both sides, and print everything that stands in the way."""
+def check(client: Client, name: str, uri: str, shown: str | None = None) -> int:
+    """Ask both sides, and print everything that stands in the way of going to ``uri``, which is called ``shown``."""
     blockers: list[object] = client("x-migrate-check", uri=uri)["problems"]
     for blocker in blockers:
         print(printable(str(blocker)))
-    tell(
-        f"kvmpy: {name}: {len(blockers)} things are in the way"
-        if blockers
-        else f"kvmpy: {name} can migrate to {printable(uri)}"
-    )
+    tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(shown or uri)}")
     return BLOCKED if blockers else 0
 
 
@@ -112,49 +117,56 @@ def cancel(client: Client, name: str) -> int:
     return 0
 
 
-def move(client: Client, args: argparse.Namespace, uri: str, settle: Callable[[str], int | None] | None = None) -> int:
-    """Migrate, show how far it is, and say what came of it; returns the exit code.
+def move(
+    client: Client,
+    args: argparse.Namespace,
+    uri: str,
+    *,
+    shown: str | None = None,
+    settle: Callable[[], Settled] = lambda: Settled.UNKNOWN,
+) -> int:
+    """Migrate to ``uri``, called ``shown``, tell how far it is and what came of it; returns the exit code.
 
-    ``settle`` is asked, where nobody here can know whether the guest runs there, for an exit code if it finds out.
+    ``settle`` is asked what became of the destination where the source has not heard, and so cannot know.
     """
     name = args.name
     with ExitStack() as stack:
         reports = stack.enter_context(Reports(args.report))
-        shown = progress(name, plain=args.plain)
-        stack.callback(shown.close)
-        interrupted = stack.enter_context(interruptible(client, shown, name))
+        display = progress(name, plain=args.plain)
+        stack.callback(display.close)
+        interrupted = stack.enter_context(interruptible(client, display, name))
         before = client("query-status")["status"]
         client("migrate", uri=uri)
-        answer = follow(client, shown.show, interrupted)
-        shown.close()
-        reports.write(answer, name, uri)
+        answer = follow(client, display.show, interrupted)
+        display.close()
+        reports.write(answer, name, shown or uri)
         return outcome(client, args, answer, before, settle)
 
 
 def outcome(
-    client: Client,
-    args: argparse.Namespace,
-    answer: Mapping[str, Any],
-    before: str,
-    settle: Callable[[str], int | None] | None,
+    client: Client, args: argparse.Namespace, answer: Mapping[str, Any], before: str, settle: Callable[[], Settled]
 ) -> int:
     """See to it that one side has the guest, and say which."""
     name, status, error = args.name, answer["status"], answer.get("error-desc", "")
     if status == "completed":
         tell(f"kvmpy: {name}: {summary(answer)}")
-        if args.keep:
-            tell(f"kvmpy: {name}: kept, paused; kvmpy stop {name} ends it")
-        else:
-            client.quit()
-        return 0
+        return gone(client, args)
     if status == "failed" and error.startswith(OUTCOME_UNKNOWN):
-        code = settle(before) if settle else None
-        if code is None:
-            tell(
-                f"kvmpy: {name}: {printable(error)}; it stays paused. Look at the destination: if the guest runs "
-                f"there, kvmpy stop {name}; if its process has ended, kvmpy resume --force {name}"
-            )
-        return UNKNOWN if code is None else code
+        tell(f"kvmpy: {name}: {printable(error)}")
+        match settle():
+            case Settled.ARRIVED:
+                tell(f"kvmpy: {name}: the guest is at the destination")
+                return gone(client, args)
+            case Settled.UNKNOWN:
+                tell(
+                    f"kvmpy: {name}: it stays paused. Look at the destination: if the guest runs there, "
+                    f"kvmpy stop {name}; if its process has ended, kvmpy resume --force {name}"
+                )
+                return UNKNOWN
+            case Settled.ENDED:
+                tell(f"kvmpy: {name}: the destination's process has ended, so the guest is here")
+                if before == "running":
+                    client("cont", force=True)
     wait_until_back(client, name, (before,))
     if status == "cancelled":
         tell(f"kvmpy: {name}: cancelled; the guest is here, and {before}")
@@ -162,6 +174,15 @@ def outcome(
     for problem in answer.get("x-problems", []):
         tell(f"kvmpy: {name}: {printable(problem)}")
     raise HostError(f"{name}: migration failed: {error or 'no reason was given'}; the guest is here, and {before}")
+
+
+def gone(client: Client, args: argparse.Namespace) -> int:
+    """The guest is elsewhere: end the process that it has left, unless that is to be kept."""
+    if args.keep:
+        tell(f"kvmpy: {args.name}: its process is kept, paused; kvmpy stop {args.name} ends it")
+    else:
+        client.quit()
+    return 0
 
 
 def summary(answer: Mapping[str, Any]) -> str:

@@ -11,13 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any, Final, NoReturn
+
+import msgspec
 
 from kvmpy import trace
 from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
+from kvmpy.config.values import Backend
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
@@ -49,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.set, name=args.name)
     for warning in warnings(config):
         log.warning("warning: %s", printable(warning))
+    ready: Callable[[], object] = lambda: None  # noqa: E731
+    if args.detach:
+        from kvmpy.cli.detach import detach
+
+        config = _without_terminal(config)
+        detached = detach(config.name, args.log)
+        if isinstance(detached, int):
+            return detached
+        ready = detached
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         stack.enter_context(lossy_stderr())
@@ -74,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             with signals.main_thread_only():
                 machine.start()
             signals.serve(machine, args.powerdown_limit)
+            ready()
             outcome = machine.wait()
             _finish_callback(machine)
         with signals.ending():
@@ -185,6 +198,14 @@ class _Signals:
                     limit,
                 )
             self._served += 1
+
+
+def _without_terminal(config: Config) -> Config:
+    """The same for a machine that has no terminal: `kvmpy console` is its terminal then."""
+    if config.console.serial != "stdio":
+        return config
+    console = msgspec.structs.replace(config.console, serial=Backend("pty"))
+    return msgspec.structs.replace(config, console=console)
 
 
 def _runtime_directory(config: Config) -> RuntimeDirectory:
