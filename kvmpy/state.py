@@ -17,6 +17,7 @@ To add a field: bump VERSION and mark the field ``since(new version)``. A field 
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -95,17 +96,25 @@ def _check_fields(kind: type[State], value: object, version: int, path: str) -> 
     """
     if not isinstance(value, dict):
         raise StateError(f"{path}: expected an object, got {type(value).__name__}")
-    hints = get_type_hints(kind, include_extras=True)
-    if unknown := value.keys() - {field.name for field in msgspec.structs.fields(kind)}:
+    declared = _declared(kind)
+    if unknown := value.keys() - declared.keys():
         raise StateError(f"{path}: {_shown(unknown.pop())} is no field of it")
-    for field in msgspec.structs.fields(kind):
-        hint = hints[field.name]
-        born = next((m.version for m in get_args(hint)[1:] if isinstance(m, Since)), 1)
-        if (field.name in value) != (born <= version):
+    for name, (hint, born) in declared.items():
+        if (name in value) != (born <= version):
             said = "is missing" if born <= version else f"does not belong to version {version}"
-            raise StateError(f"{path}.{field.name}: {said}")
-        if field.name in value:
-            _check_value(hint, value[field.name], version, f"{path}.{field.name}")
+            raise StateError(f"{path}.{name}: {said}")
+        if name in value:
+            _check_value(hint, value[name], version, f"{path}.{name}")
+
+
+@cache
+def _declared(kind: type[State]) -> dict[str, tuple[Any, int]]:
+    """Each field's type, with its marks, and the version that brought it. A guest stands still while a state loads."""
+    hints = get_type_hints(kind, include_extras=True)
+    born = {
+        name: next((m.version for m in get_args(hint)[1:] if isinstance(m, Since)), 1) for name, hint in hints.items()
+    }
+    return {name: (hints[name], born[name]) for name in kind.__struct_fields__}
 
 
 def _check_value(hint: Any, value: object, version: int, path: str) -> None:

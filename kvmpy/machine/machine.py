@@ -88,7 +88,7 @@ class Machine:
         self._unplugged = threading.Event()
         self._lifecycle = threading.Lock()
         self._started = self._closed = False
-        self._incoming = incoming
+        self.is_incoming = incoming
         self._process = os.getpid()
         self._boots = self._asked = 0
         self._gate = Gate()
@@ -134,7 +134,7 @@ class Machine:
 
     def _start_threads(self) -> None:
         accept_kicks()
-        if not self._incoming:
+        if not self.is_incoming:
             registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
         self._threads = tuple(
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
@@ -325,7 +325,7 @@ class Machine:
     def _start(self) -> None:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
-        if self._incoming:
+        if self.is_incoming:
             self.become(RunState.INMIGRATE)
             return
         self.become(RunState.RUNNING)

@@ -74,19 +74,24 @@ class Findings(NamedTuple):
 def describe(machine: Machine) -> Description:
     """``machine`` now. Reads its kernel and initrd."""
     board = machine.board
-    root_bus = {f"{d:02x}.{f:x}": each.name for bus, d, f, each in board.pci.functions() if not bus}
+    root_bus = {f"{d:02x}.{f:x}": str(each.name) for bus, d, f, each in board.pci.functions() if not bus}
     return Description(
-        name=machine.name,
+        name=str(machine.name),
         host=Host(name=os.uname().nodename, boot=_boot_id(), kvmpy=__version__),
         cpus=len(board.vcpus),
         cpu={},
         memory=_memory(machine),
         root_bus=root_bus,
-        ports={port.id: {"slot": board.ports[port.id].slot} for port in machine.config.root_port},
-        devices={name: _part(name, plugged, root_bus) for name, plugged in board.inventory.plugged.items()},
-        buffered=[drive.id for drive in machine.config.drive if drive.cache is Cache.WRITEBACK],
+        ports={str(port.id): {"slot": board.ports[port.id].slot} for port in machine.config.root_port},
+        devices={str(name): _part(name, plugged, root_bus) for name, plugged in board.inventory.plugged.items()},
+        buffered=[str(drive.id) for drive in machine.config.drive if drive.cache is Cache.WRITEBACK],
         boot=_boot(machine),
     )
+
+
+def to_json(description: Description) -> dict[str, Any]:
+    """For the stream; what is more than a string or a number to the configuration is just that."""
+    return msgspec.to_builtins(description, enc_hook=_plain)  # type: ignore[no-any-return]
 
 
 def parse(data: object) -> Description:
@@ -208,6 +213,12 @@ def _sum(file: Source) -> str:
     except OSError:
         return "cannot be read"
     return f"{crc:08x}, {size} bytes"
+
+
+def _plain(value: object) -> str | int:
+    if isinstance(value, int):
+        return int(value)
+    return str(value)
 
 
 def _boot_id() -> str:

@@ -17,6 +17,7 @@ from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamEr
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
+from kvmpy.migration.channel import Channel
 from kvmpy.migration.description import compare, describe, parse
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
@@ -41,7 +42,7 @@ from kvmpy.migration.messages import (
 from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
 from kvmpy.migration.progress import Progress, Said, Status
-from kvmpy.migration.sections import MachineState, Sections, load_machine
+from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
 
 log = logging.getLogger(__name__)
 
@@ -112,6 +113,7 @@ class Ingoing:
     def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
         token = secrets.token_bytes(16)
+        rehearse(self._machine)
         self._accept(arrival.main, token)
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
@@ -160,7 +162,7 @@ class Ingoing:
         return [block.sums for block in blocks]
 
     @contextmanager
-    def _watched(self, main: MainChannel, pages: PageReceiver, channels: Sequence[object]) -> Iterator[None]:
+    def _watched(self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel]) -> Iterator[None]:
         """Within, whoever waits for a message hears at once that a page channel has failed."""
         if not channels:
             yield
@@ -185,6 +187,8 @@ class Ingoing:
             raise (failures[0] if failures else e) from e
         finally:
             over.set()
+            for channel in channels:  # or its thread would notice the end of it only by and by
+                channel.shutdown("all has come")
             pages.cancel()
             thread.join()
 

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 
-import msgspec
-
 from kvmpy import __version__
 from kvmpy.errors import HostError, IncompatibleError, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.convergence import Convergence
-from kvmpy.migration.description import blockers, describe
+from kvmpy.migration.description import blockers, describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
 from kvmpy.migration.keepalive import keepalive
@@ -167,12 +165,12 @@ class Outgoing:
         description = describe(self._machine)
         main.send_message(
             Header(
-                description=msgspec.to_builtins(description),
+                description=to_json(description),
                 channels=self._channels(connector),
                 compression=Compression(self.parameters.multifd_compression.value),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
-                source=Origin(host=description.host.name, version=__version__, name=self._machine.name),
+                source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
         if not main.can_answer:
