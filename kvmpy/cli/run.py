@@ -52,15 +52,16 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.set, name=args.name)
     for warning in warnings(config):
         log.warning("warning: %s", printable(warning))
-    ready: Callable[[], object] = lambda: None  # noqa: E731
-    if args.detach:
-        from kvmpy.cli.detach import detach
+    if not args.detach:
+        return _run(args, config, started_ns, lambda: None)
+    from kvmpy.cli.detach import detach
 
-        config = _without_terminal(config)
-        detached = detach(config.name, args.log)
-        if isinstance(detached, int):
-            return detached
-        ready = detached
+    ready = detach(config.name, args.log)
+    return ready if isinstance(ready, int) else _run(args, _without_terminal(config), started_ns, ready)
+
+
+def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Callable[[], object]) -> int:
+    """Make the machine, and run it; ``ready`` is called when it runs."""
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         stack.enter_context(lossy_stderr())

@@ -25,6 +25,7 @@ class FakeMonitor:
         self.handlers = handlers
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.quit = threading.Event()
+        self.pid = 0  # what the pid file says
         self._resources = ExitStack()
         self._name = name
         self._client: socket.socket | None = None
@@ -42,7 +43,7 @@ class FakeMonitor:
         directory = RuntimeDirectory(self._name)
         self._resources.callback(directory.close)
         with open(directory.file(PID), "r+") as file:  # ours would be waited for
-            file.write("0\n")
+            file.write(f"{self.pid}\n")
             file.truncate()
         listener = self._resources.enter_context(socket.socket(socket.AF_UNIX))
         listener.bind(directory.file(QMP_SOCKET))
