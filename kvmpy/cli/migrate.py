@@ -140,6 +140,8 @@ def move(
         answer = follow(client, display.show, interrupted)
         display.close()
         reports.write(answer, name, shown or uri)
+        for warning in answer.get("warnings") or []:
+            tell(f"kvmpy: {name}: warning: {printable(warning)}")
         return outcome(client, args, answer, before, settle)
 
 
@@ -147,7 +149,7 @@ def outcome(
     client: Client, args: argparse.Namespace, answer: Mapping[str, Any], before: str, settle: Callable[[], Settled]
 ) -> int:
     """See to it that one side has the guest, and say which."""
-    name, status, error = args.name, answer["status"], answer.get("error-desc", "")
+    name, status, error = args.name, answer["status"], answer.get("error-desc") or ""
     if status == "completed":
         tell(f"kvmpy: {name}: {summary(answer)}")
         return gone(client, args)
@@ -171,7 +173,7 @@ def outcome(
     if status == "cancelled":
         tell(f"kvmpy: {name}: cancelled; the guest is here, and {before}")
         return CANCELLED
-    for problem in answer.get("x-problems", []):
+    for problem in answer.get("problems") or []:
         tell(f"kvmpy: {name}: {printable(problem)}")
     raise HostError(f"{name}: migration failed: {error or 'no reason was given'}; the guest is here, and {before}")
 

@@ -59,8 +59,8 @@ def figures(answer: Mapping[str, Any]) -> str:
         parts.append(f"vCPUs slowed down by {answer['cpu-throttle-percentage']} %")
     if ram.get("transferred"):
         parts.append(f"{megabytes(ram['transferred'])} sent")
-    if answer.get("x-not-converging"):
-        parts.append(str(answer["x-not-converging"]))
+    if answer.get("not-converging"):
+        parts.append(str(answer["not-converging"]))
     return ", ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import IO, Any, Final, Self
@@ -9,6 +10,15 @@ from typing import IO, Any, Final, Self
 from kvmpy.cli.main import printable, tell
 from kvmpy.errors import ConfigError, HostError, errno_name
 from kvmpy.migration.report import Timeline, page, timeline, to_json
+
+
+def _host(uri: str) -> str:
+    """Where a URI leads, for people."""
+    kind, _, rest = uri.partition(":")
+    if kind in ("tcp", "ssh"):
+        place = rest.strip("/").rpartition("@")[2]
+        return place.rpartition(":")[0] or place if not place.endswith("]") else place
+    return "destination"
 
 
 def _svg(line: Timeline) -> str:
@@ -47,7 +57,7 @@ class Reports:
         if not self._files:
             return
         try:
-            line = timeline(answer, machine=machine, uri=uri)
+            line = timeline(answer, machine=machine, uri=uri, hosts=(os.uname().nodename, _host(uri)))
         except ValueError as e:
             tell(f"kvmpy: no report: {printable(str(e))}")
             return

@@ -72,7 +72,6 @@ class Ram(Said, frozen=True, kw_only=True):
 class Destination(Said, frozen=True, kw_only=True):
     """What the destination said of itself: its phases on a clock of its own, on which ``first_run_ms`` is."""
 
-    host: str = ""
     phases: tuple[Phase, ...] = ()
     first_run_ms: float | None = None
     first_run_ns: int | None = None
@@ -83,7 +82,6 @@ class Answer(Said, frozen=True, kw_only=True):
 
     status: str = "none"
     error_desc: str = ""
-    host: str = ""
     total_time: float = 0.0
     setup_time: float = 0.0
     downtime: float | None = None
@@ -156,8 +154,14 @@ class Timeline(Said, frozen=True, kw_only=True):
         return left if left > LEAST_MS else 0.0
 
 
-def timeline(answer: Mapping[str, Any], *, machine: str, uri: str) -> Timeline:
-    """The timeline that an answer of query-migrate tells. Raises ValueError where it makes no sense."""
+def timeline(
+    answer: Mapping[str, Any],
+    *,
+    machine: str,
+    uri: str,
+    hosts: tuple[str, str] = ("source", "destination"),
+) -> Timeline:
+    """The timeline that an answer of query-migrate tells, between ``hosts``. Raises ValueError if it makes no sense."""
     try:
         said = msgspec.convert(dict(answer), Answer, strict=False)
     except msgspec.ValidationError as e:
@@ -178,8 +182,8 @@ def timeline(answer: Mapping[str, Any], *, machine: str, uri: str) -> Timeline:
         memory_bytes=said.ram.total,
         transferred_bytes=said.ram.transferred,
         throttle_percentage=said.cpu_throttle_percentage,
-        source=Side(host=said.host or "source", phases=said.phases[:PHASES_MOST], stamp_ns=said.stopped_ns),
-        destination=_there(said.destination, runs, said.total_time) if said.destination else None,
+        source=Side(host=hosts[0], phases=said.phases[:PHASES_MOST], stamp_ns=said.stopped_ns),
+        destination=_there(hosts[1], said.destination, runs, said.total_time) if said.destination else None,
         rounds=_placed(said.rounds[:ROUNDS_MOST], said.setup_time),
     )
 
@@ -253,7 +257,7 @@ def _rounded(told: Any) -> Any:
     return told
 
 
-def _there(said: Destination, runs: float | None, total: float) -> Side:
+def _there(host: str, said: Destination, runs: float | None, total: float) -> Side:
     """The destination on the source's axis. Without an anchor its phases are taken to end with the migration."""
     last = max([phase.end_ms for phase in said.phases], default=0.0)
     if runs is not None and said.first_run_ms is not None:
@@ -261,7 +265,7 @@ def _there(said: Destination, runs: float | None, total: float) -> Side:
     else:
         shift = (total if runs is None else runs) - last
     shifted = (msgspec.structs.replace(phase, start_ms=phase.start_ms + shift) for phase in said.phases[:PHASES_MOST])
-    return Side(host=said.host or "destination", phases=tuple(shifted), stamp_ns=said.first_run_ns)
+    return Side(host=host, phases=tuple(shifted), stamp_ns=said.first_run_ns)
 
 
 def _placed(rounds: Sequence[Round], begin: float) -> tuple[Round, ...]:

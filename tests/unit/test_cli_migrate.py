@@ -100,7 +100,7 @@ def test_without_options_no_parameter_is_touched(source: Source) -> None:
 def test_one_that_failed_says_why_and_that_the_guest_is_back(
     source: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source.answers = [ACTIVE, {"status": "failed", "error-desc": "cut off", "x-problems": ["cpu: no avx2", "disk vd1"]}]
+    source.answers = [ACTIVE, {"status": "failed", "error-desc": "cut off", "problems": ["cpu: no avx2", "disk vd1"]}]
     assert main(["migrate", "web1", URI]) == 1
     said = capsys.readouterr().err
     assert "web1: migration failed: cut off; the guest is here, and running" in said
@@ -253,7 +253,7 @@ def test_a_bar_is_as_long_as_what_is_there_already(answer: dict[str, Any], share
 
 
 def test_a_guest_that_writes_too_fast_is_said_to() -> None:
-    assert figures({"cpu-throttle-percentage": 30, "x-not-converging": "it writes 90 MiB/s"}).endswith(
+    assert figures({"cpu-throttle-percentage": 30, "not-converging": "it writes 90 MiB/s"}).endswith(
         "vCPUs slowed down by 30 %, it writes 90 MiB/s"
     )
 

@@ -22,7 +22,7 @@ SVG: Final = "{http://www.w3.org/2000/svg}"
 
 
 def line(**changes: Any) -> Timeline:
-    return report.timeline(ANSWER | changes, machine="web1", uri="tcp:192.0.2.2:4444")
+    return report.timeline(ANSWER | changes, machine="web1", uri="tcp:192.0.2.2:4444", hosts=("host1", "host2"))
 
 
 def drawn(timeline: Timeline) -> ElementTree.Element:
@@ -81,12 +81,11 @@ def test_the_page_loads_nothing_and_runs_nothing() -> None:
 def test_a_name_is_text_and_never_markup() -> None:
     hostile = "<script>alert(1)</script>&'\""
     answer = ANSWER | {
-        "host": hostile,
         "error-desc": hostile,
         "phases": [{"name": hostile, "start-ms": 0, "ms": 5}],
-        "destination": {"host": hostile, "phases": [{"name": hostile, "start-ms": 0, "ms": 5}]},
+        "destination": {"phases": [{"name": hostile, "start-ms": 0, "ms": 5}]},
     }
-    page = report.page(report.timeline(answer, machine=hostile, uri=hostile))
+    page = report.page(report.timeline(answer, machine=hostile, uri=hostile, hosts=(hostile, hostile)))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 5
 
