@@ -75,6 +75,17 @@ class Handoff:
         self._was_reset = False
         self._given: list[Device[Any]] = []  # whose part of the host is not ours now
 
+    def blockers(self) -> list[str]:
+        """Why this machine cannot be migrated now, whatever the destination: each with what to do."""
+        board, found = self._machine.board, []
+        for plugged in board.inventory.plugged.values():
+            reasons = {part.blocks_migration for part in plugged.parts} - {None}
+            found += [f"device {plugged.table.id}: {reason}" for reason in sorted(map(str, reasons))]
+            port = board.ports.get(str(plugged.table.bus))
+            if port is not None and port.is_releasing:
+                found.append(f"device {plugged.table.id}: the guest is being asked for it; wait for DEVICE_DELETED")
+        return found
+
     # The source
 
     def begin(self, busy: str, abort: Callable[[str], object]) -> None:

@@ -13,14 +13,14 @@ from kvmpy.migration import sockets, uri
 from kvmpy.migration.channel import Channel, SocketChannel
 from kvmpy.migration.command import CommandChannel
 from kvmpy.migration.descriptor import Take, nobody, open_descriptor
-from kvmpy.migration.greeting import OURS, drive, introduce
+from kvmpy.migration.greeting import drive, introduce, version_of
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.reception import Reception
 from kvmpy.migration.saved import SavedFile
 from kvmpy.migration.stop import TIMEOUT, Deadline, Stop
 from kvmpy.migration.transport import refuse_plain
 from kvmpy.migration.uri import Exec, Fd, File, Tcp, Unix
-from kvmpy.migration.wire import MAIN, agree
+from kvmpy.migration.wire import MAIN, OURS
 
 if TYPE_CHECKING:
     from kvmpy.migration.tls import TlsCredentials
@@ -115,7 +115,7 @@ class Incoming:
                 try:
                     if theirs.channel != MAIN:
                         raise StreamError(f"{channel.name}: a page channel of a migration that is over")
-                    return Arrival(self, channel, agree(theirs))
+                    return Arrival(self, channel, version_of(channel, theirs))
                 except StreamError as e:
                     self._turn_away(channel, e)
 
@@ -198,9 +198,6 @@ class Incoming:
         with ExitStack() as undo:
             undo.callback(channel.close)
             theirs = drive(introduce(channel, OURS), channel, Deadline(self._timeout))
-            try:
-                arrival = Arrival(self, channel, agree(theirs))
-            except StreamError as e:
-                raise StreamError(f"{channel.name}: {e}") from e
+            arrival = Arrival(self, channel, version_of(channel, theirs))
             undo.pop_all()
         return arrival

@@ -94,11 +94,12 @@ class Channel:
             pace.progress(taken)
             left = left[taken:]
 
-    def at_end(self) -> bool:
-        """Wait for one more byte, or for the end, which it is."""
-        taken = self._step(self.read_some, memoryview(bytearray(1)), READ, Deadline(self.timeout))
+    def next_byte(self) -> bytes:
+        """Wait for one more byte, nothing at the end of the stream."""
+        byte = bytearray(1)
+        taken = self._step(self.read_some, memoryview(byte), READ, Deadline(self.timeout))
         self.received += taken
-        return not taken
+        return bytes(byte[:taken])
 
     def greet(self) -> Generator[int, None, None]:
         """What must be done before the first byte: yields the events to wait for on ``fd``."""

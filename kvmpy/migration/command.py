@@ -42,7 +42,7 @@ class CommandChannel(FileChannel):
     def finish(self) -> None:
         """Wait until it has taken or given everything and left. Raises StreamError where it fails."""
         if self._reading:
-            if not self.at_end():
+            if self.next_byte():
                 raise StreamError(f"{self.name}: the command writes on after the end of the stream")
         else:
             super().close()

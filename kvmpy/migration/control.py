@@ -20,8 +20,9 @@ from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.descriptor import Take, nobody
 from kvmpy.migration.destination import Ingoing
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
-from kvmpy.migration.progress import Progress, Status
+from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
+from kvmpy.migration.status import Status
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.transport import Connector, connect
 from kvmpy.migration.uri import parse
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFER: Final = "defer"
 BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
 
 
@@ -45,7 +45,7 @@ class Migrations:
         self._outgoing: Outgoing | None = None
         self._cancelled = False
         self._incoming_stop: Stop | None = None
-        self.parameters = Parameters()
+        self.parameters = Parameters(tls_creds=str(machine.config.migration.tls_creds or ""))
         self.capabilities = dict(CAPABILITIES)
         self.progress = self._new_progress()
         machine.handoff.at_close(self.close)

@@ -102,18 +102,6 @@ def parse(data: object) -> Description:
         raise IncompatibleError(f"the machine's description cannot be read: {str(e)[:200]}") from e
 
 
-def blockers(machine: Machine) -> list[str]:
-    """Why this machine cannot be migrated now, whatever the destination: each with what to do."""
-    found = []
-    for plugged in machine.board.inventory.plugged.values():
-        reasons = {part.blocks_migration for part in plugged.parts} - {None}
-        found += [f"device {plugged.table.id}: {reason}" for reason in sorted(map(str, reasons))]
-        port = machine.board.ports.get(str(plugged.table.bus))
-        if port is not None and port.is_releasing:
-            found.append(f"device {plugged.table.id}: the guest is being asked for it; wait for DEVICE_DELETED")
-    return found
-
-
 def compare(source: Description, destination: Description) -> Findings:
     """Every difference that matters, but those of the processors."""
     return Findings(list(_problems(source, destination)), list(_warnings(source, destination)))

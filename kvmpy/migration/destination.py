@@ -7,7 +7,7 @@ that no vCPU ran here and none will, and ends too. The guest's disks are neither
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -41,8 +41,9 @@ from kvmpy.migration.messages import (
 )
 from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
-from kvmpy.migration.progress import Progress, Said, Status
+from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
+from kvmpy.migration.status import Status
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Ingoing:
 
     def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
-        token = secrets.token_bytes(16)
+        token = os.urandom(16)
         rehearse(self._machine)
         self._accept(arrival.main, token)
         channels = arrival.accept_page_channels(header.channels, token)

@@ -6,18 +6,17 @@ at a listening socket, anybody may be one, and who says nothing must not keep th
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from typing import Final, TypeVar
+from collections.abc import Callable, Generator
+from functools import partial
+from typing import TypeVar
 
 from kvmpy.errors import StreamError
 from kvmpy.migration.channel import READ, WRITE, Channel
 from kvmpy.migration.stop import Deadline
-from kvmpy.migration.wire import NEWEST, OLDEST, PREAMBLE_SIZE, Preamble
+from kvmpy.migration.wire import OURS, PREAMBLE_SIZE, Preamble, agree, check_magic
 
 T = TypeVar("T")
 Steps = Generator[int, None, T]
-
-OURS: Final = Preamble(OLDEST, NEWEST)
 
 
 def introduce(channel: Channel, ours: Preamble) -> Steps[Preamble]:
@@ -32,6 +31,11 @@ def introduce(channel: Channel, ours: Preamble) -> Steps[Preamble]:
     if channel.hears_first:
         yield from _say(channel, ours)
     return theirs
+
+
+def version_of(channel: Channel, theirs: Preamble) -> int:
+    """The version to speak with them. Raises StreamError where there is none."""
+    return _understood(channel, partial(agree, OURS, theirs))
 
 
 def drive(steps: Steps[T], channel: Channel, deadline: Deadline) -> T:
@@ -59,18 +63,23 @@ def _say(channel: Channel, ours: Preamble) -> Steps[None]:
 
 
 def _hear(channel: Channel) -> Steps[Preamble]:
-    data = bytearray(PREAMBLE_SIZE)
-    left = memoryview(data)
-    while left:
-        taken = channel.attempt(channel.read_some, left, READ)
+    data = bytearray()
+    while len(data) < PREAMBLE_SIZE:
+        piece = bytearray(PREAMBLE_SIZE - len(data))
+        taken = channel.attempt(channel.read_some, memoryview(piece), READ)
         if taken is None:
             yield channel.wanted(READ)
         elif taken == 0:
-            raise StreamError(channel.ended(len(left)))
+            raise StreamError(channel.ended(len(piece)))
         else:
             channel.received += taken
-            left = left[taken:]
+            data += piece[:taken]
+            _understood(channel, partial(check_magic, data))
+    return _understood(channel, partial(Preamble.unpack, data))
+
+
+def _understood(channel: Channel, read: Callable[[], T]) -> T:
     try:
-        return Preamble.unpack(data)
+        return read()
     except StreamError as e:
         raise StreamError(f"{channel.name}: {e}") from e

@@ -54,7 +54,7 @@ class PageReceiver:
         self._memory, self._compression = memory, compression
         self._flow = Flow()
         self._changed = threading.Condition()
-        self._failure: Exception | None = None
+        self._cancelled = False
         self._lanes = [self._lane(f"page channel {index}", channel) for index, channel in enumerate(channels)]
         self._threads: list[threading.Thread] = []
 
@@ -78,16 +78,19 @@ class PageReceiver:
     def wait_round(self, number: int, timeout: float) -> None:
         """Until every channel has brought the END mark of that round.
 
-        Raises MigrationError as soon as one fails, or when ``timeout`` seconds have passed.
+        Raises MigrationError as soon as one fails that has not, or when ``timeout`` seconds have passed. What a channel
+        does behind that mark is nothing to this round.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._has(number), timeout)
-            if self._has(number):
-                return
-            if self._failure is not None:
-                raise self._failure
-            late = ", ".join(lane.name for lane in self._lanes if lane.round < number)
-            raise MigrationError(f"round {number} of the pages has not arrived in {timeout:g} s: {late}")
+            self._changed.wait_for(lambda: self._cancelled or self._verdict(number) is not None, timeout)
+            if self._cancelled:
+                raise Cancelled("cancelled")
+            verdict = self._verdict(number)
+            if isinstance(verdict, Exception):
+                raise verdict
+            if verdict is None:
+                late = ", ".join(lane.name for lane in self._lanes if lane.round < number)
+                raise MigrationError(f"round {number} of the pages has not arrived in {timeout:g} s: {late}")
 
     def receive_inline(self, channel: PageChannel) -> int:
         """Receive one round from ``channel`` here and now, its END mark included, and nothing behind it; its number.
@@ -101,7 +104,12 @@ class PageReceiver:
 
     def cancel(self) -> None:
         """Whoever receives or waits ends with Cancelled, at once. Any thread."""
-        self._fail(Cancelled("cancelled"))
+        with self._changed:
+            self._cancelled = True
+            self._changed.notify_all()
+        self._flow.cancel()
+        for lane in self._lanes:
+            lane.interrupt()
 
     def close(self) -> None:
         """End it. When this returns, guest memory is not touched any more. Closing twice is allowed."""
@@ -112,8 +120,10 @@ class PageReceiver:
     def _lane(self, name: str, channel: PageChannel) -> _Lane:
         return _Lane(name, channel, self._memory, self._flow, Zstd() if self._compression == "zstd" else None)
 
-    def _has(self, number: int) -> bool:
-        return all(lane.round >= number for lane in self._lanes)
+    def _verdict(self, number: int) -> Exception | bool | None:
+        """True if that round is here, why it will not be, or None while that is open."""
+        late = [lane for lane in self._lanes if lane.round < number]
+        return next((lane.failure for lane in late if lane.failure is not None), None if late else True)
 
     def _receive(self, lane: _Lane) -> None:
         try:
@@ -124,22 +134,19 @@ class PageReceiver:
                 with self._changed:
                     self._changed.notify_all()
         except Exception as e:  # noqa: BLE001  whoever waits raises it
-            self._fail(e)
-
-    def _fail(self, e: Exception) -> None:
-        with self._changed:
-            self._failure = self._failure or e
-            self._changed.notify_all()
-        self._flow.cancel()
-        for lane in self._lanes:
-            lane.interrupt()
+            with self._changed:
+                lane.failure = e
+                self._changed.notify_all()
 
 
 class _Lane:
-    """One channel, and what has come over it. ``round`` is the last one that has ended, -1 for none."""
+    """One channel, and what has come over it. ``round`` is the last one that has ended, -1 for none; ``failure`` is
+    why nothing more comes.
+    """
 
     def __init__(self, name: str, channel: PageChannel, memory: GuestMemory, flow: Flow, zstd: Zstd | None) -> None:
         self.name, self.channel, self.round = name, channel, -1
+        self.failure: Exception | None = None
         self._memory, self._flow, self._zstd = memory, flow, zstd
         # The C side has the addresses alone: these keep what they point to.
         self._blocks = ffi.new(

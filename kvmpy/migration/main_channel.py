@@ -6,10 +6,10 @@ import threading
 from contextlib import suppress
 from typing import Final, TypeVar
 
-from kvmpy.config.toml_lines import plain
-from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
+from kvmpy.errors import MigrationError, StreamError
 from kvmpy.migration.channel import Channel
 from kvmpy.migration.messages import (
+    KINDS,
     STATE_MAX,
     Cancel,
     Failed,
@@ -67,11 +67,31 @@ class MainChannel:
         seconds = self.channel.timeout if timeout is None else timeout
         whole = None if limit is None else Deadline(limit)
         while True:
-            message = self._receive(seconds if whole is None else min(seconds, whole.left))
+            message = self.next_message(*kinds, timeout=seconds if whole is None else min(seconds, whole.left))
             if isinstance(message, kinds):
                 return message
-            if not isinstance(message, Keepalive):
-                raise self._unwanted(message, kinds)
+            if isinstance(message, BAD_NEWS):
+                raise _as_error(message)
+
+    def next_message(self, *kinds: type[Message], timeout: float | None = None, first: bytes = b"") -> Message:
+        """The next message, one of ``kinds``, a KEEPALIVE or bad news; without ``kinds``, whichever it is.
+
+        ``timeout`` is for its header; the rest comes as fast as everything does. ``first`` is what has been read of it
+        already. Raises StreamError, before anything of another kind is read.
+        """
+        channel = self.channel
+        start = channel.received - len(first)
+        try:
+            header = FrameHeader.unpack(first + channel.receive(FRAME_SIZE - len(first), timeout))
+            check_length(header.kind, header.length, self.version)
+            _check_due(KINDS[header.kind], kinds)
+            payload = channel.receive(header.length)
+            header.check(payload)
+            message = decode(header.kind, payload, self.version)
+            self._count(message, header.length)
+        except StreamError as e:
+            raise self._located(e, start) from e
+        return message
 
     def fail(self, message: Reasoned | Refuse) -> None:
         """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
@@ -84,14 +104,15 @@ class MainChannel:
 
         Also for the error of a page channel: the reason, if there is one, is here.
         """
-        if isinstance(error, StreamError) and self.channel.can_answer:
-            try:
-                self.receive_message(timeout=LAST_WORDS, limit=LAST_WORDS)
-            except (StreamError, MigrationCancelled):
-                return error
-            except MigrationError as e:
-                return e
-        return error
+        if not isinstance(error, StreamError) or not self.channel.can_answer:
+            return error
+        deadline = Deadline(LAST_WORDS)
+        try:
+            while not isinstance(message := self.next_message(timeout=deadline.left), BAD_NEWS):
+                continue
+        except MigrationError:
+            return error
+        return _as_error(message)
 
     def finish(self) -> None:
         """After the last message: what the channel must do for it to stay. Raises StreamError."""
@@ -109,21 +130,6 @@ class MainChannel:
         with self._sending:
             self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
 
-    def _receive(self, timeout: float) -> Message:
-        """One message. ``timeout`` is for its header; the rest comes as fast as everything does."""
-        channel = self.channel
-        start = channel.received
-        try:
-            header = FrameHeader.unpack(channel.receive(FRAME_SIZE, timeout))
-            check_length(header.kind, header.length, self.version)
-            payload = channel.receive(header.length)
-            header.check(payload)
-            message = decode(header.kind, payload, self.version)
-            self._count(message, header.length)
-        except StreamError as e:
-            raise self._located(e, start) from e
-        return message
-
     def _located(self, e: StreamError, start: int) -> StreamError:
         text = str(e)
         return e if text.startswith(self.channel.name) else StreamError(f"{self.channel.name}: byte {start}: {text}")
@@ -138,12 +144,15 @@ class MainChannel:
             if self._state > STATE_MAX:
                 raise StreamError(f"{title(message)}: all sections are more than {STATE_MAX} bytes")
 
-    def _unwanted(self, message: Message, kinds: tuple[type[Message], ...]) -> MigrationError:
-        if isinstance(message, BAD_NEWS):
-            said = "; ".join(message.problems) if isinstance(message, Refuse) else message.reason
-            return MigrationError(f"the other side says: {printable(said) or 'nothing of why'}")
-        wanted = " or ".join(kind.KIND.name for kind in kinds) or "the reason why it is over"
-        return StreamError(f"{self.channel.name}: {plain(title(message))} where {wanted} was due")
+
+def _check_due(kind: type[Message], kinds: tuple[type[Message], ...]) -> None:
+    if kinds and not issubclass(kind, (*kinds, Keepalive, *BAD_NEWS)):
+        raise StreamError(f"{kind.KIND.name} where {' or '.join(due.KIND.name for due in kinds)} was due")
+
+
+def _as_error(message: Refuse | Refused | Cancel | Failed) -> MigrationError:
+    said = "; ".join(message.problems) if isinstance(message, Refuse) else message.reason
+    return MigrationError(f"the other side says: {printable(said) or 'nothing of why'}")
 
 
 def printable(text: str) -> str:

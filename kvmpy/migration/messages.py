@@ -35,6 +35,7 @@ STATE_MAX: Final = 256 * MIB  # all sections together
 REASON_MAX: Final = 2000  # characters
 PROBLEMS_MAX: Final = 1000
 PROBLEM_MAX: Final = 500  # characters
+DEPTH_MAX: Final = 32  # of arrays and objects in each other: who walks through them may do so by recursion
 
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 ShortText = Annotated[str, Meta(max_length=256)]
@@ -130,9 +131,11 @@ class Refuse(Message, frozen=True, kw_only=True):
     problems: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        rest = len(self.problems) - PROBLEMS_MAX
-        said = [clipped(problem, PROBLEM_MAX) for problem in self.problems[:PROBLEMS_MAX]]
-        force_setattr(self, "problems", (*said, *((f"and {rest} more",) if rest > 0 else ())))
+        problems = self.problems
+        if len(problems) > PROBLEMS_MAX:
+            kept = PROBLEMS_MAX - 1
+            problems = (*problems[:kept], f"and {len(problems) - kept} more")
+        force_setattr(self, "problems", tuple(clipped(problem, PROBLEM_MAX) for problem in problems))
 
 
 class Round(Message, frozen=True, kw_only=True):
@@ -275,6 +278,7 @@ def encode(message: Message, version: int = NEWEST) -> bytes:
     assert version >= kind.SINCE, kind.__name__
     try:
         fields = msgspec.to_builtins(message)
+        _check_depth(fields)
         payload = msgspec.json.encode({name: fields[name] for name in _fields(kind, version)})
     except (UnicodeEncodeError, RecursionError, ValueError, TypeError) as e:
         raise MigrationError(f"{title(message)}: cannot be sent: {e}") from e
@@ -318,12 +322,26 @@ def _too_much(kind: type[Message], payload: bytes | bytearray) -> str | None:
 
 def _convert(kind: type[Message], version: int, payload: bytes | bytearray) -> Message:
     names = _fields(kind, version)
-    if len(names) == len(kind.__struct_fields__):
-        return msgspec.json.decode(payload, type=kind, strict=True)
-    fields = msgspec.json.decode(payload, type=dict[str, msgspec.Raw], strict=True)
-    if newer := fields.keys() - set(names):
-        raise ValueError(f"version {version} of the stream does not have {clipped(newer.pop(), 40)!r}")
-    return msgspec.json.decode(msgspec.json.encode(fields), type=kind, strict=True)
+    if len(names) < len(kind.__struct_fields__):
+        fields = msgspec.json.decode(payload, type=dict[str, msgspec.Raw], strict=True)
+        if newer := fields.keys() - set(names):
+            raise ValueError(f"version {version} of the stream does not have {clipped(newer.pop(), 40)!r}")
+        payload = msgspec.json.encode(fields)
+    message = msgspec.json.decode(payload, type=kind, strict=True)
+    for name in names:
+        _check_depth(getattr(message, name))
+    return message
+
+
+def _check_depth(value: object) -> None:
+    """Raises ValueError where arrays and objects are too deep in each other."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        inner = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"more than {DEPTH_MAX} arrays and objects in each other")
 
 
 @cache

@@ -12,41 +12,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any, Final, NamedTuple
+
+from kvmpy.migration.status import LEGAL, OVER, Status
 
 MS: Final = 1e6  # nanoseconds
 MOST_ROUNDS: Final = 1000
 """Rounds that are remembered; one that goes on for hours has more, and the last are the ones of interest."""
-
-
-class Status(Enum):
-    """The value is what query-migrate says."""
-
-    NONE = "none"
-    SETUP = "setup"
-    ACTIVE = "active"
-    PRE_SWITCHOVER = "pre-switchover"
-    DEVICE = "device"
-    COMPLETED = "completed"
-    CANCELLING = "cancelling"
-    CANCELLED = "cancelled"
-    FAILED = "failed"
-
-
-OVER: Final = frozenset({Status.NONE, Status.COMPLETED, Status.CANCELLED, Status.FAILED})
-LEGAL: Final[dict[Status, frozenset[Status]]] = {
-    Status.NONE: frozenset({Status.SETUP}),
-    Status.SETUP: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
-    # The guest was reset in the last moment, and pages are sent again.
-    Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLING, Status.FAILED}),
-    Status.PRE_SWITCHOVER: frozenset({Status.DEVICE, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
-    Status.DEVICE: frozenset({Status.COMPLETED, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
-    Status.CANCELLING: frozenset({Status.CANCELLED, Status.FAILED}),
-    Status.COMPLETED: frozenset(),
-    Status.CANCELLED: frozenset(),
-    Status.FAILED: frozenset(),
-}
 
 
 class Phase(NamedTuple):
@@ -94,7 +66,7 @@ class Progress:
         self.warnings: list[str] = []
         self.phases: list[Phase] = []
         self.rounds: deque[Round] = deque(maxlen=MOST_ROUNDS)
-        self.pages = self.zero_pages = self.size = self.passes = 0
+        self.pages = self.zero_pages = self.size = self.downtime_size = self.passes = 0
         self.remaining = total
         self.expected_downtime: float | None = None
         self.throttle = 0
@@ -163,6 +135,8 @@ class Progress:
         self.pages += made.pages
         self.zero_pages += made.zero_pages
         self.size += made.size
+        if self.stopped is not None:
+            self.downtime_size += made.size
         self.remaining = 0
 
     def note_round(self, number: int, remaining: int, received: tuple[int, int, int]) -> None:
@@ -190,18 +164,18 @@ class Progress:
             return {}
         now = self.ended or time.monotonic_ns()
         known = {
-            "total-time": (now - self.began) / MS,
-            "setup-time": None if self.active is None else (self.active - self.began) / MS,
-            "expected-downtime": self.expected_downtime,
-            "downtime": self.blackout,
+            "total-time": round((now - self.began) / MS),
+            "setup-time": None if self.active is None else round((self.active - self.began) / MS),
+            "expected-downtime": None if self.expected_downtime is None else round(self.expected_downtime),
+            "downtime": None if self.blackout is None else round(self.blackout),
             "blackout-ms": self.blackout,
             "stopped-ms": None if self.stopped is None else (self.stopped - self.began) / MS,
             "stopped-ns": self.stopped_ns or None,
             "error-desc": self.error,
             "cpu-throttle-percentage": self.throttle or None,
-            "x-not-converging": self.not_converging,
-            "x-problems": self.problems or None,
-            "x-warnings": self.warnings or None,
+            "not-converging": self.not_converging,
+            "problems": self.problems or None,
+            "warnings": self.warnings or None,
         }
         return {
             "status": self.status.value,
@@ -229,6 +203,11 @@ class Progress:
             "page-size": 4096,
             "multifd-bytes": self.size,
             "pages-per-second": int(last.pages / seconds) if last is not None and seconds else 0,
+            "precopy-bytes": self.size - self.downtime_size,
+            "downtime-bytes": self.downtime_size,
+            "postcopy-requests": 0,
+            "postcopy-bytes": 0,
+            "dirty-sync-missed-zero-copy": 0,
         }
 
     def _phase(self, name: str, start: int, end: int) -> dict[str, Any]:

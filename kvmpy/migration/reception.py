@@ -8,9 +8,9 @@ from typing import Final, NamedTuple, Self
 
 from kvmpy.errors import MigrationError, StreamError, refusal
 from kvmpy.migration.channel import READ, WRITE, Channel
-from kvmpy.migration.greeting import OURS, Steps, introduce
+from kvmpy.migration.greeting import Steps, introduce
 from kvmpy.migration.stop import Deadline, Stop
-from kvmpy.migration.wire import Preamble
+from kvmpy.migration.wire import OURS, Preamble
 
 GUESTS_MAX: Final = 64  # who have connected and not yet said who they are; more wait in the backlog
 

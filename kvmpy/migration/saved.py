@@ -55,7 +55,7 @@ class SavedFile(FileChannel):
     def finish(self) -> None:
         """Raises StreamError where it is not on the disk for sure, or, when it was read, where it goes on."""
         if self._reading:
-            if self._whole and not self.at_end():
+            if self._whole and self.next_byte():
                 raise StreamError(f"{self.name}: goes on after the end of the stream, at byte {self.received - 1}")
             return
         try:

@@ -20,7 +20,7 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.convergence import Convergence
-from kvmpy.migration.description import blockers, describe, to_json
+from kvmpy.migration.description import describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
 from kvmpy.migration.keepalive import keepalive
@@ -46,9 +46,10 @@ from kvmpy.migration.messages import (
 )
 from kvmpy.migration.pages import PageSender
 from kvmpy.migration.parameters import Parameters
-from kvmpy.migration.progress import Progress, Said, Status
+from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
+from kvmpy.migration.status import Status
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.transport import Connector
 
@@ -131,7 +132,7 @@ class Outgoing:
         """Why the machine cannot be moved there now, as the destination sees it too. Raises MigrationError."""
         with ExitStack() as undo:
             undo.callback(self._stop.close)
-            problems = blockers(self._machine)
+            problems = self._machine.handoff.blockers()
             connector = undo.enter_context(self._open(self._stop))
             if not connector.main.can_answer:
                 return problems
@@ -143,7 +144,7 @@ class Outgoing:
 
     def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Any]]:
         progress = self.progress
-        if problems := blockers(self._machine):
+        if problems := self._machine.handoff.blockers():
             raise IncompatibleError(*problems)
         with progress.phase("connect"):
             connector = undo.enter_context(self._open(self._stop))

@@ -15,12 +15,12 @@ from kvmpy.migration import sockets, uri
 from kvmpy.migration.channel import Channel, SocketChannel
 from kvmpy.migration.command import CommandChannel
 from kvmpy.migration.descriptor import Take, nobody, open_descriptor
-from kvmpy.migration.greeting import OURS, drive, introduce
+from kvmpy.migration.greeting import drive, introduce, version_of
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.saved import SavedFile
 from kvmpy.migration.stop import TIMEOUT, Deadline, Stop
 from kvmpy.migration.uri import Address, Exec, Fd, File, Tcp, Unix
-from kvmpy.migration.wire import MAIN, NEWEST, Preamble, agree
+from kvmpy.migration.wire import MAIN, NEWEST, OURS, Preamble
 
 if TYPE_CHECKING:  # ssl takes 10 ms to import: only where it is wanted
     from kvmpy.migration.tls import TlsCredentials
@@ -108,13 +108,15 @@ class Connector:
         if not channel.can_answer:
             channel.send(Preamble(NEWEST, NEWEST).pack())
             return NEWEST
-        theirs = drive(introduce(channel, ours), channel, deadline)
+        try:
+            theirs = drive(introduce(channel, ours), channel, deadline)
+        except StreamError as e:
+            if channel.received or self._tls is not None or not isinstance(self._address, Tcp):
+                raise
+            raise StreamError(f"{e}; it may want TLS: give this side tls-creds") from e
         if theirs.channel != MAIN:
             raise StreamError(f"{channel.name}: a source answers there, not a destination")
-        try:
-            return agree(theirs)
-        except StreamError as e:
-            raise StreamError(f"{channel.name}: {e}") from e
+        return version_of(channel, theirs)
 
     def _kept(self, channel: Channel) -> Channel:
         self._channels.append(channel)

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from kvmpy.config.toml_lines import did_you_mean, plain
+from kvmpy.config.toml_lines import plain
 from kvmpy.config.values import SOCKET_PATH_MAX
 from kvmpy.errors import MigrationError
 
@@ -60,7 +60,7 @@ def parse(uri: str) -> Address:
     kind, colon, rest = uri.partition(":")
     readers: dict[str, Callable[[str], Address]] = {"tcp": _tcp, "unix": _unix, "fd": _fd, "exec": _exec, "file": _file}
     if not colon or kind not in readers:
-        raise MigrationError(f"{plain(uri)}: expected {FORMS}{did_you_mean(kind, readers)}")
+        raise MigrationError(f"{plain(uri)}: expected {FORMS}")
     if "\0" in uri:
         raise MigrationError(f"{plain(uri)}: has a zero byte")
     try:

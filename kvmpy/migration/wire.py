@@ -29,6 +29,7 @@ from kvmpy.errors import StreamError
 NEWEST: Final = 1
 OLDEST: Final = max(1, NEWEST - 1)
 MAGIC: Final = b"KVMPYMIG"
+MAGIC_SIZE: Final = len(MAGIC)
 NO_TOKEN: Final = bytes(16)
 MAIN: Final = 0
 PAGE: Final = 4096
@@ -71,11 +72,7 @@ class Preamble(NamedTuple):
     def unpack(cls, data: bytes | bytearray) -> Self:
         """Raises StreamError where it is not one, saying what it is if that can be told."""
         magic, lowest, highest, channel, token = _PREAMBLE.unpack(data)
-        if magic != MAGIC:
-            stranger = next((said for start, said in STRANGERS if magic.startswith(start)), "")
-            raise StreamError(
-                f"not a kvmpy migration stream: it begins with {magic.hex(' ')}{stranger and ': '}{stranger}"
-            )
+        check_magic(magic)
         if not 1 <= lowest <= highest:
             raise StreamError(f"versions {lowest} to {highest} are none")
         if channel > CHANNELS_MAX:
@@ -85,16 +82,27 @@ class Preamble(NamedTuple):
         return cls(lowest, highest, channel, token)
 
 
-def agree(theirs: Preamble) -> int:
+def check_magic(start: bytes | bytearray) -> None:
+    """Raises StreamError where these first bytes, or more, are no preamble's; fewer than MAGIC_SIZE tell nothing."""
+    magic = bytes(start[:MAGIC_SIZE])
+    if len(magic) == MAGIC_SIZE and magic != MAGIC:
+        stranger = next((f": {said}" for mark, said in STRANGERS if magic.startswith(mark)), "")
+        raise StreamError(f"not a kvmpy migration stream: it begins with {magic.hex(' ')}{stranger}")
+
+
+def agree(ours: Preamble, theirs: Preamble) -> int:
     """The newest version that both sides speak; raises StreamError where there is none."""
-    version = min(NEWEST, theirs.highest)
-    if version < max(OLDEST, theirs.lowest):
-        newer, older = ("that", "this") if theirs.lowest > NEWEST else ("this", "that")
+    version = min(ours.highest, theirs.highest)
+    if version < max(ours.lowest, theirs.lowest):
+        newer, older = ("that", "this") if theirs.lowest > ours.highest else ("this", "that")
         raise StreamError(
-            f"the other side speaks versions {theirs.lowest} to {theirs.highest} of the stream, this one {OLDEST} to "
-            f"{NEWEST}; {newer} side's kvmpy is too new for {older} one's: go by a release in between"
+            f"the other side speaks versions {theirs.lowest} to {theirs.highest} of the stream, this one {ours.lowest} "
+            f"to {ours.highest}; {newer} side's kvmpy is too new for {older} one's: go by a release in between"
         )
     return version
+
+
+OURS: Final = Preamble(OLDEST, NEWEST)
 
 
 class FrameHeader(NamedTuple):
@@ -106,7 +114,7 @@ class FrameHeader(NamedTuple):
 
     @classmethod
     def of(cls, kind: int, payload: bytes) -> Self:
-        return cls(kind, len(payload), _sum(kind, payload))
+        return cls(kind, len(payload), _sum(kind, len(payload), payload))
 
     def pack(self) -> bytes:
         return _FRAME.pack(self.kind, 0, self.length, self.checksum)
@@ -120,12 +128,12 @@ class FrameHeader(NamedTuple):
 
     def check(self, payload: bytes | bytearray) -> None:
         """Raises StreamError where the payload is not what was sent."""
-        if (found := _sum(self.kind, payload)) != self.checksum:
+        if (found := _sum(self.kind, self.length, payload)) != self.checksum:
             raise StreamError(f"frame of kind {self.kind}: its checksum is {found:#010x}, not {self.checksum:#010x}")
 
 
-def _sum(kind: int, payload: bytes | bytearray) -> int:
-    return crc32(payload, crc32(_FRAME_SUMMED.pack(kind, 0, len(payload))))
+def _sum(kind: int, length: int, payload: bytes | bytearray) -> int:
+    return crc32(payload, crc32(_FRAME_SUMMED.pack(kind, 0, length)))
 
 
 class PageKind(IntEnum):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Generic, TypeVar
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Generic, Self, TypeVar
 
 from kvmpy.errors import KvmpyError
 from kvmpy.migration.arrival import Arrival, Incoming
 from kvmpy.migration.channel import SocketChannel
 from kvmpy.migration.main_channel import MainChannel
-from kvmpy.migration.stop import Stop
+from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.tls import TlsCredentials
 from kvmpy.migration.transport import Connector, connect
 from tests.fakes.loop import BOUND
@@ -38,6 +39,9 @@ class Thread(Generic[T]):
         except BaseException as e:  # noqa: BLE001  raised again by `result`
             self._error = e
 
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def result(self) -> T:
         self._thread.join(BOUND)
         assert not self._thread.is_alive(), "it waits for ever"
@@ -52,6 +56,11 @@ class Thread(Generic[T]):
         except KvmpyError as e:
             return str(e)
         raise AssertionError("it raised nothing")
+
+
+def soon(seconds: float = 0.02) -> Deadline:
+    """For a pause that makes what is tested likelier, and without which a test is right too."""
+    return Deadline(seconds)
 
 
 @contextmanager
@@ -103,6 +112,67 @@ def listening(uri: str, tls: TlsCredentials | None = None, *, timeout: float = B
     """A destination that listens, with a Stop of its own."""
     with Stop() as stop, Incoming(uri, tls, stop=stop, timeout=timeout, insecure=tls is None) as incoming:
         yield incoming
+
+
+class Relay:
+    """A cable between a source and a destination that can be cut: who is at its ends hears nothing of it."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = f"{directory}/relay"
+        self._stack = ExitStack()
+        self._cut: dict[str, threading.Event] = {"forward": threading.Event(), "back": threading.Event()}
+
+    @contextmanager
+    def connected(self, *, timeout: float) -> Iterator[tuple[Connector, Arrival]]:
+        """Both ends, whose waits end after ``timeout``; they have met before it counts."""
+        with ExitStack() as stack:
+            incoming = stack.enter_context(listening(f"unix:{self._path}.far"))
+            server = stack.enter_context(socket.create_server(self._path, family=socket.AF_UNIX))
+            arriving = Thread(incoming.accept)
+            linking = Thread(lambda: self._link(server))
+            stop = stack.enter_context(Stop())
+            source = stack.enter_context(connect(f"unix:{self._path}", stop=stop, timeout=BOUND))
+            destination = stack.enter_context(arriving.result())
+            linking.result()
+            source.main.channel.timeout = destination.main.channel.timeout = timeout
+            yield source, destination
+
+    def cut(self, *, forward: bool, back: bool) -> None:
+        """What goes from the source to the destination, and what comes back."""
+        for name, wanted in (("forward", forward), ("back", back)):
+            if wanted:
+                self._cut[name].set()
+
+    def _link(self, server: socket.socket) -> None:
+        near, _ = server.accept()
+        far = socket.socket(socket.AF_UNIX)
+        far.connect(f"{self._path}.far")
+        for end in (near, far):
+            self._stack.callback(end.close)
+        for name, source, sink in (("forward", near, far), ("back", far, near)):
+            thread = threading.Thread(target=self._pump, args=(self._cut[name], source, sink), daemon=True)
+            thread.start()
+            self._stack.callback(thread.join, BOUND)
+            self._stack.callback(_shut, source)
+
+    def _pump(self, cut: threading.Event, source: socket.socket, sink: socket.socket) -> None:
+        with suppress(OSError):
+            while not cut.is_set() and (data := source.recv(1 << 16)):
+                if not cut.is_set():
+                    sink.sendall(data)
+            if not cut.is_set():
+                sink.shutdown(socket.SHUT_WR)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def at(incoming: Incoming) -> str:
