@@ -105,14 +105,6 @@ class Migration(Table, frozen=True, kw_only=True):
     tls_creds: HostPath | None = msgspec.field(default=None, name="tls-creds")  # what tcp needs; default: no tcp
 
 
-class Migration(Table, frozen=True, kw_only=True):
-    """How the machine goes to another host, and comes from one."""
-
-    tls_creds: HostPath | None = msgspec.field(
-        default=None, name="tls-creds"
-    )  # directory of certificates; default: none
-
-
 class RootPort(Table, frozen=True, kw_only=True):
     """A PCIe port that one device can be plugged into, also while the guest runs."""
 
