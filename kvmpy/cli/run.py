@@ -232,14 +232,14 @@ def _give_back_leftovers(directory: RuntimeDirectory) -> None:
 
 
 def _migrations(machine: Machine, args: argparse.Namespace) -> Migrations | None:
-    """Those of a machine that is to come in, or will go by TLS. Others that are asked to go import it then."""
+    """Those of a machine that is to come in, or has certificates to go with. Others that are to go import it then."""
     credentials = machine.config.migration.tls_creds
     if args.incoming is None and credentials is None:
         return None
     from kvmpy.migration.control import Migrations
 
     if credentials is not None:
-        import kvmpy.migration.tls  # noqa: F401  ssl, now rather than beside running vCPUs
+        import kvmpy.migration.tls  # noqa: F401  not beside running vCPUs: ssl takes long
 
     migrations = Migrations(machine)
     if args.insecure:

@@ -45,7 +45,7 @@ def save_devices(machine: Machine) -> Sections:
     found = {}
     for device in machine.board.devices:
         with device.lock:
-            found[device.name] = save(device.state)
+            found[str(device.name)] = save(device.state)
     return found
 
 

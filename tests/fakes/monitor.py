@@ -50,6 +50,7 @@ class FakeMachine:
             ),
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
+        self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")))
 
@@ -62,8 +63,8 @@ class FakeMachine:
         self.state = RunState.PAUSED
         self.emit("STOP")
 
-    def resume(self) -> None:
-        self.asked.append("resume")
+    def resume(self, *, force: bool = False) -> None:
+        self.asked.append("resume by force" if force else "resume")
         self.state = RunState.RUNNING
         self.emit("RESUME")
 
