@@ -9,6 +9,7 @@ from typing import Final
 import pytest
 
 from kvmpy.cli.main import CONFIG_ERROR, HOST_ERROR
+from kvmpy.cli.migrate import BLOCKED, CANCELLED, UNKNOWN
 from kvmpy.machine.runstate import Outcome
 
 HERE: Final = Path(__file__).parents[2]
@@ -21,7 +22,7 @@ TEXT: Final = re.sub(r'"\s*f?"', "", SOURCE)
 
 def test_every_exit_code_is_on_the_page() -> None:
     listed = {int(code) for code in re.findall(r"^\| (\d+) \|", CODES, re.MULTILINE)}
-    assert listed == {outcome.value for outcome in Outcome} | {HOST_ERROR, CONFIG_ERROR}
+    assert listed == {outcome.value for outcome in Outcome} | {HOST_ERROR, CONFIG_ERROR, BLOCKED, CANCELLED, UNKNOWN}
 
 
 @pytest.mark.parametrize("words", re.findall(r"^\| `([^`]+)` \|", ERRORS, re.MULTILINE))
