@@ -2,6 +2,7 @@
 
 KVM_GET_MSR_INDEX_LIST is KVM's answer, its own paravirtual range (0x4B56_4Dxx) included, but it leaves out the MTRRs
 and the machine-check banks, which a guest sets and reads. TSC and TSC_DEADLINE are listed and handled apart (tsc.py).
+Hyper-V's are listed and left out: no guest of ours is told of them, and two of them are clocks.
 Names and numbers: Intel SDM volume 4, arch/x86/include/asm/msr-index.h.
 """
 
@@ -17,6 +18,7 @@ PERF_CAPABILITIES: Final = 0x345
 TSC_DEADLINE: Final = 0x6E0
 VMX_CAPABILITIES: Final = range(0x480, 0x494)
 
+HYPERV: Final = range(0x4000_0000, 0x4000_0200)
 MTRRS: Final = (*range(0x200, 0x210), 0x250, 0x258, 0x259, *range(0x268, 0x270), 0x2FF)
 
 FEATURES: Final = (FEATURE_CONTROL, ARCH_CAPABILITIES, PERF_CAPABILITIES, *VMX_CAPABILITIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 from kvmpy.abi import kvm as abi
@@ -155,10 +156,26 @@ class System:
                 return []
             raise
 
+    def feature_msrs(self) -> dict[int, int]:
+        """The MSRs that say what the processor can do, with the most that KVM can give a guest."""
+        return read_msrs(self.fd, self.feature_msr_indices())
+
     def _msr_list(self, request: Put[abi.MsrList]) -> list[int]:
         table = abi.MsrList.new(nmsrs=MOST_ENTRIES, indices=MOST_ENTRIES)
         request(self.fd, table)
         return [table.indices[i] for i in range(table.nmsrs)]
+
+
+def read_msrs(fd: int, indices: Sequence[int]) -> dict[int, int]:
+    """The values of those of ``indices`` that a vCPU has, or KVM itself of those that say what it can do."""
+    values: dict[int, int] = {}
+    rest = list(indices)
+    while rest:
+        table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
+        done = abi.KVM_GET_MSRS(fd, table)
+        values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
+        rest = rest[done + 1 :]  # KVM stops at the first it does not have
+    return values
 
 
 def _copied(entry: abi.CpuidEntry2) -> abi.CpuidEntry2:

@@ -32,6 +32,7 @@ from kvmpy.kvm.exits import (
     TripleFault,
     Unknown,
 )
+from kvmpy.kvm.system import read_msrs
 from kvmpy.kvm.vm import Vm
 
 KICK_SIGNAL: Final[int] = lib.kvmpy_kick_signal()
@@ -59,6 +60,7 @@ class Vcpu:
         self.index = index
         self.vm = vm
         self.cpuid: list[dict[str, int]] = []
+        self.msr_limit: frozenset[int] | None = None  # where the guest may go next may have no more
         self.fd = abi.KVM_CREATE_VCPU(vm.fd, index)
         try:
             self._mmap = mmap.mmap(self.fd, vm.system.vcpu_mmap_size)
@@ -192,14 +194,7 @@ class Vcpu:
 
     def get_msrs(self, indices: list[int]) -> dict[int, int]:
         """The values of those of ``indices`` that this vCPU has."""
-        values: dict[int, int] = {}
-        rest = list(indices)
-        while rest:
-            table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
-            done = abi.KVM_GET_MSRS(self.fd, table)
-            values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
-            rest = rest[done + 1 :]  # KVM stops at the first it does not have
-        return values
+        return read_msrs(self.fd, indices)
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
         """Set MSRs; returns the indices that KVM refused."""

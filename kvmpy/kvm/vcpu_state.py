@@ -36,7 +36,7 @@ from kvmpy.kvm.vcpu_registers import (
 )
 from kvmpy.state import StateError
 
-APART: Final = (msrs.TSC, msrs.TSC_DEADLINE)
+APART: Final = frozenset((msrs.TSC, msrs.TSC_DEADLINE, *msrs.HYPERV))
 
 
 def save(vcpu: Vcpu) -> VcpuRegisters:
@@ -71,7 +71,7 @@ def load(vcpu: Vcpu, state: VcpuRegisters) -> None:
         others = {index: value for index, value in state.msrs if index not in msrs.FEATURES and index not in APART}
         events = _events(vcpu, state.events)
         xsave = _xsave(vcpu, state.xsave)
-        _set_msrs(vcpu, features)  # before the CR4.VMXE and the nested state that they allow
+        set_msrs(vcpu, features)  # before the CR4.VMXE and the nested state that they allow
         tsc.set_khz(vcpu, state.tsc.khz)  # before whatever counts by it
         _set_sregs(vcpu, state)  # EFER before the nested state, the APIC's base before the APIC
         if state.nested is not None:
@@ -83,7 +83,7 @@ def load(vcpu: Vcpu, state: VcpuRegisters) -> None:
         abi.set_xsave(vcpu.fd, xsave)
         abi.KVM_SET_DEBUGREGS(vcpu.fd, abi.Debugregs.new(**structs.fields(state.debugregs)))
         abi.KVM_SET_LAPIC(vcpu.fd, abi.LapicState.new(regs=state.lapic))
-        _set_msrs(vcpu, others)
+        set_msrs(vcpu, others)
         abi.KVM_SET_MP_STATE(vcpu.fd, abi.MpState.new(mp_state=state.mp_state))
         abi.KVM_SET_VCPU_EVENTS(vcpu.fd, events)
 
@@ -92,7 +92,8 @@ def saved_msrs(vcpu: Vcpu) -> list[int]:
     """The indices whose values are saved, of those that this vCPU turns out to have."""
     listed = dict.fromkeys((*vcpu.vm.system.msr_indices(), *msrs.MTRRS))
     mcg_cap = vcpu.get_msrs([msrs.MCG_CAP]).get(msrs.MCG_CAP, 0)
-    return [index for index in (*listed, *msrs.banks(mcg_cap)) if index not in APART]
+    limit = vcpu.msr_limit
+    return [i for i in (*listed, *msrs.banks(mcg_cap)) if i not in APART and (limit is None or i in limit)]
 
 
 @contextmanager
@@ -146,11 +147,11 @@ def _get_xsave(vcpu: Vcpu) -> bytes:
 
 
 def _xsave(vcpu: Vcpu, area: bytes) -> bytes:
-    """The area with as many bytes as KVM reads: what this host's has more of is in its initial state."""
+    """The area with as many bytes as KVM reads: what this host's has more of, or less, is in its initial state."""
     size = xsave_size(vcpu)
-    if len(area) > size:
+    if any(area[size:]):
         raise StateError(f"xsave: {len(area)} bytes, and this host's area has {size}")
-    return area.ljust(size, b"\0")
+    return area[:size].ljust(size, b"\0")
 
 
 def _get_lapic(vcpu: Vcpu) -> bytes:
@@ -162,8 +163,8 @@ def _get_msrs(vcpu: Vcpu) -> tuple[tuple[int, int], ...]:
     return tuple(vcpu.get_msrs(saved_msrs(vcpu)).items())
 
 
-def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
-    """Raises StateError for one that KVM does not take, unless it has that value already."""
+def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
+    """Raises StateError for those that KVM does not take, unless they have that value already."""
     refused = vcpu.set_msrs(values)
     has = vcpu.get_msrs(refused)
     lost = [f"{index:#x} = {values[index]:#x}" for index in refused if has.get(index) != values[index]]
@@ -171,18 +172,18 @@ def _set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:
         raise StateError(f"KVM_SET_MSRS: this host's KVM refuses MSR {', '.join(lost)}")
 
 
-def _nested_size(vcpu: Vcpu) -> int:
+def nested_size(vcpu: Vcpu) -> int:
     """The most bytes of nested state; 0 where this vCPU can have no guest of its own."""
     return min(vcpu.vm.check("KVM_CAP_NESTED_STATE"), NESTED_MAX) if vcpu.can_nest else 0
 
 
 def _get_nested(vcpu: Vcpu) -> bytes | None:
-    size = _nested_size(vcpu)
+    size = nested_size(vcpu)
     return abi.get_nested_state(vcpu.fd, size) if size else None
 
 
 def _set_nested(vcpu: Vcpu, data: bytes) -> None:
-    limit, said = _nested_size(vcpu), abi.nested_state_size(data)
+    limit, said = nested_size(vcpu), abi.nested_state_size(data)
     if said != len(data) or len(data) > limit:
         raise StateError(f"nested: {len(data)} bytes that say {said}, and this host's KVM takes {limit} at most")
     abi.set_nested_state(vcpu.fd, data)

@@ -70,7 +70,7 @@ class Channel:
             if taken:
                 left[0] = left[0][taken:]
 
-    def receive(self, size: int, timeout: float | None = None) -> bytearray:
+    def receive(self, size: int, timeout: float | None = None) -> bytes:
         """Exactly ``size`` bytes, which the caller has compared with a cap; room is made as they come.
 
         Raises StreamError where they do not come. ``timeout`` is for this once.
@@ -80,7 +80,7 @@ class Channel:
             piece = bytearray(min(PIECE, size - len(data)))
             self.receive_into(piece, timeout)
             data += piece
-        return data
+        return bytes(data)
 
     def receive_into(self, buffer: bytearray | memoryview, timeout: float | None = None) -> None:
         """Fill ``buffer``. Raises StreamError where the stream ends before that, or stalls."""

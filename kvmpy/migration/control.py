@@ -84,10 +84,10 @@ class Migrations:
             if outgoing is None or progress.is_over:
                 return
             self._cancelled = True
-            progress.cancelling()
-        if not outgoing.cancel("cancelled"):
-            self._cancelled = False
-            raise CommandError("it is too late: the guest has been handed over, or is about to run at the destination")
+            if not outgoing.cancel("cancelled"):
+                self._cancelled = False
+                raise CommandError("it is too late: the guest has been handed over to the destination")
+        progress.cancelling()
 
     def check(self, uri: str, fds: Take = nobody) -> list[str]:
         """Why the machine cannot be moved to ``uri`` now: all that either side says. Raises CommandError.
@@ -189,6 +189,7 @@ class Migrations:
             log.info("migration: the guest runs at the destination")
             outgoing.progress.become(Status.COMPLETED)
         elif self._cancelled:
+            outgoing.progress.cancelling()
             outgoing.progress.fail(Status.CANCELLED, str(error))
         else:
             log.error("migration: %s", error)

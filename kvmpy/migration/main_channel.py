@@ -127,8 +127,12 @@ class MainChannel:
 
     def _send(self, message: Message, timeout: float | None = None) -> None:
         payload = encode(message, self.version)
-        with self._sending:
+        if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
+            raise StreamError(f"{self.channel.name}: another message is still being sent")
+        try:
             self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
+        finally:
+            self._sending.release()
 
     def _located(self, e: StreamError, start: int) -> StreamError:
         text = str(e)

@@ -25,6 +25,7 @@ ADVICE: Final = {
     errno.EADDRNOTAVAIL: "this host has no such address",
     errno.EACCES: "run as its owner or as root",
 }
+PROBES: Final = 3  # of a connection on which nothing moves
 # getaddrinfo, of each address: family, type, protocol, canonical name, address.
 Addresses = list[tuple[Any, ...]]
 
@@ -52,6 +53,8 @@ def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> soc
     try:
         if isinstance(address, Unix):
             return listen_at(address.path)
+        if not address.host and socket.has_dualstack_ipv6():
+            return _listen_tcp(socket.AF_INET6, ("::", address.port))
         family, _, _, _, place = resolve(uri, address, stop, deadline, passive=True)[0]
         return _listen_tcp(family, place)
     except OSError as e:
@@ -59,10 +62,12 @@ def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> soc
 
 
 def tune(connection: socket.socket, seconds: float) -> None:
-    """Small messages go at once, and a peer that takes nothing for so long is gone, whether or not we wait for it."""
+    """Small messages go at once, and a host that is gone is found within ``seconds`` by a wait that lasts longer."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, max(1, int(seconds * 1000)))
+    step = max(1, int(seconds / (PROBES + 1)))
+    for option, value in ((socket.TCP_KEEPIDLE, step), (socket.TCP_KEEPINTVL, step), (socket.TCP_KEEPCNT, PROBES)):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def resolve(uri: str, address: Tcp, stop: Stop, deadline: Deadline, *, passive: bool = False) -> Addresses:
@@ -133,6 +138,8 @@ def _listen_tcp(family: int, place: Any) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:  # "::" is every address of both families, whatever net.ipv6.bindv6only says
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         listener.bind(place)
         listener.listen(CHANNELS_MAX)
     except BaseException:

@@ -163,7 +163,7 @@ class Outgoing:
         Raises IncompatibleError where the destination will not have it.
         """
         main = connector.main
-        description = describe(self._machine)
+        description = describe(self._machine, self._machine.handoff.describe_cpu())
         main.send_message(
             Header(
                 description=to_json(description),

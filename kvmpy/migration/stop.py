@@ -11,6 +11,7 @@ from kvmpy.errors import MigrationCancelled, StreamError
 from kvmpy.host.eventfd import EventFd
 
 TIMEOUT: Final = 10.0  # seconds that the other side, or what lies between, may take for anything
+LONGEST: Final = 7 * 86400.0  # whoever waits so long waits for ever
 
 
 class Deadline:
@@ -66,8 +67,9 @@ class Stop:
         for fd, wanted in events.items():
             poll.register(fd, wanted)
         poll.register(self.fd, select.POLLIN)
+        left = LONGEST if deadline is None else min(deadline.left, LONGEST)
         # Up, or the last fraction of a millisecond would be polled away.
-        ready = poll.poll(None if deadline is None else int(deadline.left * 1000) + 1)
+        ready = poll.poll(None if left == LONGEST else int(left * 1000) + 1)
         self.check()
         return [fd for fd, _ in ready if fd in events]
 

@@ -1,9 +1,9 @@
-"""The bytes of a migration stream: preamble, frames, page records. What is in a frame is `messages`' business.
+"""The bytes of a migration stream: preambles and frames. What is in a frame is `messages`' business.
 
     connection      preamble, and then on channel 0 frames, on the others page records
     preamble        "KVMPYMIG", u32 lowest and u32 highest version its writer speaks, u32 channel, 16 bytes token
     frame           u16 kind, u16 flags (0), u32 length, u32 CRC-32 of these and the payload, payload
-    page record     u64 gpa, u32 pages, u32 kind, and what PageKind says
+    page record     as `records` has it
 
 All integers are little-endian. On connections with a way back the destination speaks first, then each side has one
 preamble. The channel is 0 for the main one, whose token is zeros; page channels count from 1 and show the token that
@@ -20,7 +20,6 @@ Everything that is read is hostile: lengths are compared with caps before a byte
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
 from typing import Final, NamedTuple, Self
 from zlib import crc32
 
@@ -32,19 +31,13 @@ MAGIC: Final = b"KVMPYMIG"
 MAGIC_SIZE: Final = len(MAGIC)
 NO_TOKEN: Final = bytes(16)
 MAIN: Final = 0
-PAGE: Final = 4096
-RECORD_PAGES_MAX: Final = 1024  # 4 MiB: long enough that its header and system call do not count
 CHANNELS_MAX: Final = 64  # page channels; far more than there are queues in a NIC that one migration can use
 
 _PREAMBLE: Final = struct.Struct("<8sIII16s")
 _FRAME: Final = struct.Struct("<HHII")
 _FRAME_SUMMED: Final = struct.Struct("<HHI")
-_RECORD: Final = struct.Struct("<QII")
-_LENGTH: Final = struct.Struct("<I")
 PREAMBLE_SIZE: Final = _PREAMBLE.size
 FRAME_SIZE: Final = _FRAME.size
-RECORD_SIZE: Final = _RECORD.size
-LENGTH_SIZE: Final = _LENGTH.size
 
 # What somebody else's first bytes look like, and what to do about it.
 STRANGERS: Final = (
@@ -134,52 +127,3 @@ class FrameHeader(NamedTuple):
 
 def _sum(kind: int, length: int, payload: bytes | bytearray) -> int:
     return crc32(payload, crc32(_FRAME_SUMMED.pack(kind, 0, length)))
-
-
-class PageKind(IntEnum):
-    """What follows a page record."""
-
-    DATA = 1  # the pages
-    ZERO = 2  # nothing: they are all zeros
-    END = 3  # nothing: the round is over, and gpa is its number
-    ZSTD = 4  # u32 length and so many bytes: the pages, compressed into one frame of zstd
-
-
-class PageRecord(NamedTuple):
-    """A run of pages."""
-
-    gpa: int
-    pages: int
-    kind: PageKind
-
-    @property
-    def size(self) -> int:
-        """Bytes of guest memory."""
-        return self.pages * PAGE
-
-    def pack(self) -> bytes:
-        return _RECORD.pack(self.gpa, self.pages, self.kind)
-
-    @classmethod
-    def unpack(cls, data: bytes | bytearray) -> Self:
-        """Raises StreamError; whether there is memory at ``gpa`` is for whoever has it."""
-        gpa, pages, number = _RECORD.unpack(data)
-        try:
-            kind = PageKind(number)
-        except ValueError as e:
-            raise StreamError(f"page record of kind {number}, which is none") from e
-        if kind is PageKind.END:
-            if pages:
-                raise StreamError(f"the end of round {gpa} has {pages} pages")
-        elif not 1 <= pages <= RECORD_PAGES_MAX or gpa % PAGE or gpa + pages * PAGE > 1 << 64:
-            raise StreamError(
-                f"page record of {pages} pages at {gpa:#x}: 1 to {RECORD_PAGES_MAX}, aligned, below 2**64"
-            )
-        return cls(gpa, pages, kind)
-
-    def compressed_length(self, data: bytes | bytearray) -> int:
-        """The length behind a ZSTD record: what does not shrink is sent as it is, so this bounds it."""
-        (length,) = _LENGTH.unpack(data)
-        if not 0 < length <= self.size:
-            raise StreamError(f"page record at {self.gpa:#x}: {length} bytes of zstd for {self.size}")
-        return int(length)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,10 @@ class Journey:
     def wait_at(self, *overrides: str, uri: str | None = None, **parameters: Any) -> Stop:
         """A machine that waits for one that comes, at ``uri`` or a place of its own."""
         return self._make(overrides, parameters, incoming=True, uri=uri)
+
+    def at_end(self, call: Callable[[], object]) -> None:
+        """Have ``call`` made after the test, before the machines are closed."""
+        self._stack.callback(call)
 
     def socket(self, name: str) -> str:
         return str(self._directory / name)

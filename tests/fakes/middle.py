@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Final
 
@@ -28,8 +28,8 @@ class Harm(Enum):
 class Middle:
     """Listens at ``here`` and passes on to ``there`` and back, both paths of unix sockets.
 
-    ``at`` is the kind of message, of the main channel, that ``harm`` is done to, the ``nth`` of its kind; before it is,
-    ``then`` is called. Page channels share the fate of CUT and HANG.
+    ``at`` is the kind of message, of the main channel, that ``harm`` is done to: the first of its kind. ``hooks`` are
+    called before a message of their kind is passed on, or harmed, once. Page channels share the fate of CUT and HANG.
     """
 
     def __init__(
@@ -39,14 +39,12 @@ class Middle:
         at: Kind | None = None,
         harm: Harm | None = None,
         *,
-        then: Callable[[], object] = lambda: None,
-        nth: int = 1,
+        hooks: Mapping[Kind, Callable[[], object]] | None = None,
     ) -> None:
-        self._there, self._at, self._harm, self._then, self._nth = there, at, harm, then, nth
+        self._there, self._at, self._harm, self._hooks = there, at, harm, dict(hooks or {})
         self._sockets: list[socket.socket] = []
         self._hung = self._cut = False
         self.seen: list[Kind] = []
-        self.done = threading.Event()
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(here)
         os.chmod(here, 0o700)
@@ -100,9 +98,9 @@ class Middle:
             frame = FrameHeader.unpack(header)
             payload = _exactly(source, frame.length)
             kind = Kind(frame.kind)
-            self.seen.append(kind)
-            if kind is self._at and self.seen.count(kind) == self._nth:
-                self._then()
+            if (hook := self._hooks.pop(kind, None)) is not None:
+                hook()
+            if kind is self._at and kind not in self.seen:
                 match self._harm:
                     case Harm.CUT:
                         self.cut()
@@ -112,7 +110,7 @@ class Middle:
                         deaf = True
                     case Harm.GARBAGE:
                         header, payload = os.urandom(FRAME_SIZE), os.urandom(len(payload) + 64)
-                self.done.set()
+            self.seen.append(kind)
             if not (self._hung or self._cut or deaf):
                 to.sendall(header + payload)
 

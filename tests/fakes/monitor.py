@@ -52,7 +52,9 @@ class FakeMachine:
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
-        self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")))
+        self.config = SimpleNamespace(
+            console=SimpleNamespace(serial=Backend("stdio")), migration=SimpleNamespace(tls_creds=None)
+        )
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

@@ -20,15 +20,17 @@ from hypothesis import strategies as st
 
 from kvmpy.errors import StreamError
 from kvmpy.migration.channel import Channel
+from kvmpy.migration.dump import KINDS as PAGE_KINDS
 from kvmpy.migration.dump import lines
 from kvmpy.migration.messages import KINDS, Message, encode
+from kvmpy.migration.records import BATCH, DATA, MOST_PAGES, RECORD, ZERO
 from kvmpy.migration.stop import Stop
-from kvmpy.migration.wire import PAGE, RECORD_PAGES_MAX, FrameHeader, PageKind, PageRecord, Preamble
+from kvmpy.migration.wire import FrameHeader, Preamble
 from tests.counts import count
 from tests.golden.streams.make import SOURCE, STREAMS, frame, written
 
 CORPUS: Final = Path(__file__).parent / "streams"
-EXAMPLES: Final = count(300, 50_000)
+EXAMPLES: Final = count(200, 50_000)
 # What a reader may take at once for a stream of a few kilobytes: its buffers, and what it says of it.
 ROOM: Final = 4 << 20
 GOOD: Final = [written(parts) for parts in STREAMS.values()]
@@ -132,11 +134,14 @@ def _replaced(draw: st.DrawFn, value: Any) -> Any:
 RECORDS: Final = st.one_of(
     st.binary(min_size=16, max_size=16),
     st.builds(
-        lambda gpa, pages, kind: PageRecord(gpa, pages, kind).pack(),
-        st.integers(0, 1 << 40).map(lambda page: page * PAGE) | st.integers(0, 2**64 - 1),
-        st.integers(0, RECORD_PAGES_MAX + 1) | st.integers(0, 2**32 - 1),
-        st.sampled_from(PageKind),
+        RECORD.pack,
+        st.integers(0, 1 << 40).map(lambda page: page * 4096) | st.integers(0, 2**64 - 1) | st.integers(0, 64),
+        st.integers(0, MOST_PAGES + 1) | st.integers(0, 2**32 - 1) | st.integers(0, 64),
+        st.sampled_from(sorted(PAGE_KINDS)),
     ),
+    st.lists(st.builds(RECORD.pack, st.just(0), st.integers(0, 3), st.sampled_from((DATA, ZERO))), max_size=3)
+    .map(b"".join)
+    .map(lambda batch: RECORD.pack(len(batch), len(batch), BATCH) + batch),
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
@@ -373,6 +374,25 @@ def test_telling_why_it_is_over_neither_fails_nor_lasts() -> None:
         with pytest.raises(StreamError):
             here.channel.send(bytes(1 << 24), timeout=SHORT)
         here.fail(Cancel(reason="nobody reads it"))
+
+
+def test_telling_why_it_is_over_does_not_wait_for_a_message_that_is_stuck() -> None:
+    with main_pair() as (here, _):
+        stuck = Thread(lambda: here.send_message(Section(device="x", section={"x": "y" * (1 << 23)})))
+        while stuck.is_alive() and not here.channel.sent:
+            here.channel.stop.wait_any({}, soon())
+        here.fail(Cancel(reason="nobody reads it"))
+        assert stuck.is_alive()
+        here.shutdown("over")
+        with pytest.raises(MigrationCancelled):
+            stuck.result()
+
+
+def test_wait_may_be_for_ever_and_ends_when_it_is_over() -> None:
+    with pair(timeout=math.inf) as (here, there):
+        waiting = Thread(lambda: here.receive(1))
+        there.send(b"x")
+        assert waiting.result() == b"x"
 
 
 def test_message_too_large_to_send_leaves_the_channel_as_it_was() -> None:

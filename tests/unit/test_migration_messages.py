@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import tracemalloc
 from typing import Annotated, Any
 
@@ -31,7 +30,7 @@ from kvmpy.migration.messages import (
     decode,
     encode,
 )
-from kvmpy.migration.wire import FRAME_SIZE, PAGE, FrameHeader, PageKind, PageRecord, Preamble, agree
+from kvmpy.migration.wire import FRAME_SIZE, FrameHeader, Preamble, agree
 from kvmpy.state import since
 from tests.golden.streams.make import DESTINATION, SOURCE
 
@@ -249,32 +248,6 @@ def test_no_bit_of_a_frame_changes_unseen(byte: int, bit: int) -> None:
 def read(frame: bytearray) -> None:
     """As a reader does; a length that has changed has it read a payload that is not this one."""
     FrameHeader.unpack(frame[:FRAME_SIZE]).check(frame[FRAME_SIZE:])
-
-
-@pytest.mark.parametrize("kind", [PageKind.DATA, PageKind.ZERO, PageKind.ZSTD])
-def test_page_record_that_was_sent_is_the_one_that_comes(kind: PageKind) -> None:
-    record = PageRecord((1 << 52) - PAGE, 1, kind)
-    assert PageRecord.unpack(record.pack()) == record
-
-
-@pytest.mark.parametrize(
-    ("gpa", "pages", "kind"),
-    [
-        *((0, 1, kind) for kind in (0, 5, 2**32 - 1)),
-        *((0, pages, kind) for kind in (1, 2, 4) for pages in (0, 1025, 2**32 - 1)),
-        *((gpa, 2, 1) for gpa in (1, 4095, 2**64 - PAGE)),
-        (0, 1, 3),
-    ],
-)
-def test_hostile_page_record_is_refused(gpa: int, pages: int, kind: int) -> None:
-    with pytest.raises(StreamError):
-        PageRecord.unpack(struct.pack("<QII", gpa, pages, kind))
-
-
-@pytest.mark.parametrize("length", [0, 2 * PAGE + 1, 2**32 - 1])
-def test_compressed_pages_are_never_longer_than_what_they_are_of(length: int) -> None:
-    with pytest.raises(StreamError, match=f"{length} bytes of zstd for 8192"):
-        PageRecord(0, 2, PageKind.ZSTD).compressed_length(struct.pack("<I", length))
 
 
 def test_all_the_sections_there_may_be_fit_into_the_count_of_them() -> None:

@@ -12,22 +12,17 @@ from pathlib import Path
 import pytest
 
 from kvmpy.errors import StreamError
+from kvmpy.memory import GuestMemory, Ram
 from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.channel import FileChannel
 from kvmpy.migration.dump import lines
-from kvmpy.migration.messages import Message
+from kvmpy.migration.intake import PageReceiver
+from kvmpy.migration.messages import Message, Round
+from kvmpy.migration.records import DATA, END, RECORD
 from kvmpy.migration.stop import Stop
-from kvmpy.migration.wire import (
-    FRAME_SIZE,
-    NEWEST,
-    OLDEST,
-    PREAMBLE_SIZE,
-    FrameHeader,
-    PageKind,
-    PageRecord,
-    Preamble,
-)
-from tests.golden.streams.make import DESTINATION, SOURCE, STREAMS, frame, path, written
+from kvmpy.migration.wire import FRAME_SIZE, NEWEST, OLDEST, PREAMBLE_SIZE, FrameHeader, Preamble
+from tests.fakes.virtio_driver import Bytes
+from tests.golden.streams.make import CONTENT, DESTINATION, SOURCE, STREAMS, frame, path, written
 
 VERSIONS = range(OLDEST, NEWEST + 1)
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "stream-dump"
@@ -69,30 +64,40 @@ def test_golden_stream_is_whole_and_all_of_it_is_told(name: str, version: int, t
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_golden_stream_is_taken_in_by_a_destination(version: int, stop: Stop) -> None:
+    memory = GuestMemory()
+    memory.add(Ram(0, 6 << 20, Bytes(6 << 20)))
+    memory.write(0, b"o" * (6 << 20))
+    wanted = bytearray(memory.read(0, 6 << 20))
+    for gpa, content in CONTENT.items():
+        wanted[gpa : gpa + len(content)] = content
+    messages = []
     with Incoming(f"file:{path('source', version)}", stop=stop).accept() as arrival:
-        for part in SOURCE:
-            if isinstance(part, Message):
-                assert arrival.main.next_message() == part
-            else:
-                assert arrival.main.channel.receive(len(part)) == part
+        with closing(PageReceiver(memory, compression="zstd")) as pages:
+            for _ in range(len([part for part in SOURCE if isinstance(part, Message)])):
+                messages.append(arrival.main.next_message())
+                if isinstance(messages[-1], Round):
+                    assert pages.receive_inline(arrival.main.channel) == messages[-1].number
         arrival.main.finish()
+    assert messages == [part for part in SOURCE if isinstance(part, Message)]
+    assert memory.read(0, 6 << 20) == wanted
 
 
 def test_pages_are_counted_by_round_and_values_are_shown(tmp_path: Path) -> None:
     told = list(dump(written(SOURCE), tmp_path))
     assert (
-        "byte 327: pages of round 1: 2 DATA in 1 records, 1024 ZERO in 1 records, 4 ZSTD in 1 records, "
-        "13 bytes of zstd, 8273 bytes" in told
+        "byte 327: pages of round 1: 4 DATA in 2 records, 1027 ZERO in 2 records, 1 batches, "
+        "1 batches of zstd (25 bytes for 16), 16521 bytes" in told
     )
+    assert any(line.endswith("pages of round 2: none, 16 bytes") for line in told)
     assert '    "number": 1,' in told
     assert '            "ier": 5,' in told
 
 
 def test_page_channel_is_told_round_by_round(tmp_path: Path) -> None:
-    page = PageRecord(0x1000, 1, PageKind.DATA).pack() + bytes(4096)
+    page = RECORD.pack(0x1000, 1, DATA) + bytes(4096)
     data = Preamble(1, 1, 3, bytes(range(16))).pack()
     for number in (1, 2):
-        data += page * number + PageRecord(number, 0, PageKind.END).pack()
+        data += page * number + RECORD.pack(number, 0, END)
     assert list(dump(data, tmp_path)) == [
         "byte 0: preamble of versions 1 to 1, channel 3",
         "byte 36: pages of round 1: 1 DATA in 1 records, 4128 bytes",
@@ -107,11 +112,7 @@ def test_page_channel_is_told_round_by_round(tmp_path: Path) -> None:
         (written(SOURCE)[:-1], "stream: the other side has ended the stream after byte"),
         (written(SOURCE)[: PREAMBLE_SIZE + 5], "after byte 41; 7 more were due"),
         (written(()) + frame(99, b"{}"), "stream: byte 36: frame of kind 99"),
-        (written(SOURCE[:3]) + PageRecord(1, 0, PageKind.END)._replace(pages=2).pack(), "byte 327: the end of round 1"),
-        (
-            written(SOURCE[:3]) + PageRecord(0, 1, PageKind.ZSTD).pack() + b"\xff" * 4,
-            "byte 343: page record at 0x0: 4294967295 bytes of zstd for 4096",
-        ),
+        (written(SOURCE[:3]) + RECORD.pack(1, 2, END), "byte 327: a page record of kind END with 0x1 and 2"),
         (written(SOURCE[-4:-2]), "END_OF_STATE of 2 sections: there were 1"),
         (written(DESTINATION)[:100] + b"\0" + written(DESTINATION)[101:], "stream: byte 96: frame of kind"),
         (Preamble(9, 9).pack(), "the other side speaks versions 9 to 9"),

@@ -75,6 +75,14 @@ def test_what_went_one_way_comes_back_the_same(place: str, tmp_path: Path, stop:
     assert os.listdir(tmp_path) == ["saved"]
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]"])
+def test_listening_without_a_host_is_listening_at_every_address(host: str, stop: Stop) -> None:
+    with listening("tcp::0") as incoming:
+        accepting = Thread(incoming.accept)
+        with connect(f"tcp:{host}:{incoming.port}", stop=stop, insecure=True), accepting.result():
+            pass
+
+
 def test_unix_socket_is_private_and_gone_afterwards(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with listening(f"unix:{path}"):
@@ -285,14 +293,23 @@ def hear_out(connection: socket.socket) -> None:
         return
 
 
-def test_strangers_in_the_way_neither_keep_the_source_out_nor_fill_the_log(
-    stop: Stop, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_strangers_in_the_way_do_not_keep_the_source_out(stop: Stop) -> None:
     """More of them than are attended to at once, all silent."""
     with listening("tcp:127.0.0.1:0", timeout=0.3) as incoming, ExitStack() as stack:
         accepting = Thread(incoming.accept)
         for _ in range(GUESTS_MAX + 5):
             stack.enter_context(socket.create_connection(("127.0.0.1", incoming.port)))
+        with connect(at(incoming), stop=stop, insecure=True), accepting.result():
+            pass
+
+
+def test_strangers_do_not_fill_the_log(stop: Stop, caplog: pytest.LogCaptureFixture) -> None:
+    with listening("tcp:127.0.0.1:0") as incoming:
+        accepting = Thread(incoming.accept)
+        for _ in range(TOLD_MAX + 5):
+            with socket.create_connection(("127.0.0.1", incoming.port)) as stranger:
+                stranger.sendall(bytes(36))
+                hear_out(stranger)
         with connect(at(incoming), stop=stop, insecure=True), accepting.result():
             pass
     assert len(caplog.messages) == TOLD_MAX

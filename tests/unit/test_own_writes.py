@@ -28,44 +28,10 @@ from tests.fakes.net_rig import CONTROLLED, MERGEABLE, OK, PLAIN, net_rig
 from tests.fakes.rig import Parts
 from tests.fakes.virtio_driver import Bytes, RingDriver, guest_memory
 from tests.fakes.virtio_rigs import blk, console, net, rng
+from tests.fakes.watch import Watch
 
 EXAMPLES: Final = count(60, 3000)
 HIGH: Final = 1 << 32
-
-
-class Watch:
-    """Guest memory as it was, and the log of what has been written since."""
-
-    def __init__(self, memory: GuestMemory) -> None:
-        self.memory = memory
-        self.begin()
-
-    def begin(self) -> None:
-        """From here on, it is the device that writes."""
-        self.log = self.memory.start_log()
-        self._before = [bytes(block.view) for block in self.memory.blocks]
-
-    def changed(self) -> set[int]:
-        """The pages, by gpa, that are not as they were."""
-        return {
-            block.gpa + at
-            for block, before in zip(self.memory.blocks, self._before, strict=True)
-            if (now := bytes(block.view)) != before
-            for at in range(0, block.size, PAGE)
-            if now[at : at + PAGE] != before[at : at + PAGE]
-        }
-
-    def logged(self) -> set[int]:
-        """The pages that are in the log, which are then in it no more."""
-        bits = PageBits(self.log.size)
-        self.log.take(0, bits)
-        return {page * PAGE for page in range(bits.size) if page in bits} if bits.count() else set()
-
-    def check(self) -> set[int]:
-        """Every changed page is in the log; which those are."""
-        changed = self.changed()
-        assert changed <= self.logged()
-        return changed
 
 
 # Any driver

@@ -200,6 +200,10 @@ REFUSED: Final[dict[str, tuple[bytes, str]]] = {
     ),
     "batch in a batch": (one(16, 16, BATCH) + one(16, 16, BATCH), "at byte 0x10: no record of kind 5 belongs there"),
     "cut batch": (one(20, 20, BATCH) + one(0, 1, DATA) + b"only", "at byte 0x10: the stream is cut off"),
+    "cut record in a batch": (
+        one(24, 24, BATCH) + one(0, 1, ZERO) + bytes(8),
+        "at byte 0x10 and 0x10 of its batch: the stream is cut off",
+    ),
     "packed without leave": (one(16, 16, ZSTD), "at byte 0x10: a packed batch, where none was agreed"),
     "cut off": (one(0, 1, DATA) + b"only", "at byte 0x10: the stream is cut off"),
     "cut off in a record": (b"only", "at byte 0x10: the stream is cut off"),

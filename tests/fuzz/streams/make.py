@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Final
 
 from kvmpy.migration.messages import Kind
+from kvmpy.migration.records import BATCH, DATA, END, RECORD, ZERO, ZSTD
 from kvmpy.migration.stop import Stop
-from kvmpy.migration.wire import FrameHeader, PageKind, PageRecord, Preamble
+from kvmpy.migration.wire import FrameHeader, Preamble
 from tests.golden.streams.make import SOURCE, frame, written
 
 HERE: Final = Path(__file__).parent
@@ -50,14 +51,22 @@ STREAMS: Final = {
     + frame(Kind.CHECKSUMS, b'{"blocks":[{"gpa":0,"chunk":4096,"values":"AAAAAAAAAA=="}]}'),
     "header-twice": START + HEADER + HEADER,
     "sections-miscounted": START + frame(Kind.END_OF_STATE, b'{"sections":3,"stopped_ns":1,"phases":[]}'),
-    "round-without-an-end": ROUND + PageRecord(0, 1, PageKind.ZERO).pack(),
+    "round-without-an-end": ROUND + RECORD.pack(0, 1, ZERO),
     "record-of-no-kind": ROUND + struct.pack("<QII", 0, 1, 0),
-    "record-of-16-tib": PAGES + struct.pack("<QII", 0, 2**32 - 1, PageKind.DATA),
-    "record-past-the-end": PAGES + struct.pack("<QII", 2**64 - 4096, 2, PageKind.ZERO),
-    "record-not-aligned": PAGES + struct.pack("<QII", 0x1001, 1, PageKind.DATA),
-    "record-of-no-pages": PAGES + struct.pack("<QII", 0x1000, 0, PageKind.ZERO),
-    "zstd-of-4-gib": PAGES + PageRecord(0, 1, PageKind.ZSTD).pack() + b"\xff" * 4,
-    "zstd-of-nothing": PAGES + PageRecord(0, 1, PageKind.ZSTD).pack() + bytes(4),
+    "record-of-16-tib": PAGES + struct.pack("<QII", 0, 2**32 - 1, DATA),
+    "record-past-the-end": PAGES + struct.pack("<QII", 2**64 - 4096, 2, ZERO),
+    "record-not-aligned": PAGES + struct.pack("<QII", 0x1001, 1, DATA),
+    "record-of-no-pages": PAGES + struct.pack("<QII", 0x1000, 0, ZERO),
+    "zstd-of-4-gib": PAGES + RECORD.pack(2**32, 1, ZSTD),
+    "zstd-longer-than-a-batch": PAGES + RECORD.pack(16, (1 << 20) + 1, ZSTD),
+    "zstd-of-nothing": PAGES + RECORD.pack(0, 16, ZSTD),
+    "batch-of-4-gib": PAGES + RECORD.pack(2**32 - 1, 2**32 - 1, BATCH),
+    "batch-of-two-sizes": PAGES + RECORD.pack(32, 16, BATCH),
+    "batch-in-a-batch": PAGES + RECORD.pack(32, 32, BATCH) + RECORD.pack(16, 16, BATCH) + bytes(16),
+    "batch-that-ends-the-round": PAGES + RECORD.pack(16, 16, BATCH) + RECORD.pack(1, 0, END),
+    "batch-that-cuts-a-record": PAGES + RECORD.pack(17, 17, BATCH) + RECORD.pack(0, 1, ZERO) + b"x",
+    "batch-that-cuts-pages": PAGES + RECORD.pack(20, 20, BATCH) + RECORD.pack(0, 1, DATA) + bytes(4),
+    "round-of-2-to-the-32": PAGES + RECORD.pack(2**32, 0, END),
 }
 
 

@@ -10,6 +10,7 @@ from kvmpy.migration.messages import (
     BlockChecksums,
     Cancel,
     Checksums,
+    Compression,
     EndOfState,
     Failed,
     Go,
@@ -26,29 +27,37 @@ from kvmpy.migration.messages import (
     Started,
     encode,
 )
-from kvmpy.migration.wire import NEWEST, PAGE, FrameHeader, PageKind, PageRecord, Preamble
+from kvmpy.migration.records import BATCH, DATA, END, RECORD, ZERO, ZSTD
+from kvmpy.migration.wire import NEWEST, FrameHeader, Preamble
 
 HERE: Final = Path(__file__).parent
 STOPPED: Final = 1_800_000_000_123_456_789
 PHASES: Final = (Phase(name="stop vCPUs", start_ns=STOPPED, ns=1_500_000),)
-# A frame of zstd as RFC 8878 has it, of one block: 16 KiB, all of them 0x5A.
-PACKED: Final = bytes.fromhex("28B52FFD A0 00400000 030002 5A")
+# A frame of zstd as RFC 8878 has it, of one block that is not compressed: the record below.
+ZEROS: Final = RECORD.pack(0x20_0000, 3, ZERO)
+PACKED: Final = bytes.fromhex("28B52FFD 20 10 810000") + ZEROS
+PAGES: Final = RECORD.pack(0x1000, 2, DATA) + b"".join(bytes([byte]) * 4096 for byte in (1, 0xFF))
+
+# What the RAM has afterwards, at these addresses.
+CONTENT: Final = {0x1000: b"\x01" * 4096 + b"\xff" * 4096, 0x10_0000: bytes(4 << 20), 0x20_0000: bytes(3 * 4096)}
 
 SOURCE: Final[tuple[Message | bytes, ...]] = (
     Header(
         description={"memory": [[0, 1 << 20]], "devices": {"vd0": "virtio-blk"}, "tsc-khz": 2_400_000.5},
         channels=0,
+        compression=Compression.ZSTD,
         checksum=True,
         source=Origin(host="host-a", version="1.0", name="web1"),
     ),
     Keepalive(),
-    Round(number=1, remaining_bytes=7 * PAGE),
-    PageRecord(0x1000, 2, PageKind.DATA).pack() + b"".join(bytes([byte]) * PAGE for byte in (1, 0xFF)),
-    PageRecord(0x10_0000, 1024, PageKind.ZERO).pack(),
-    PageRecord(0x8000, 4, PageKind.ZSTD).pack() + len(PACKED).to_bytes(4, "little") + PACKED,
-    PageRecord(1, 0, PageKind.END).pack(),
+    Round(number=1, remaining_bytes=9 * 4096),
+    PAGES,
+    RECORD.pack(0x10_0000, 1024, ZERO),
+    RECORD.pack(len(PAGES + ZEROS), len(PAGES + ZEROS), BATCH) + PAGES + ZEROS,
+    RECORD.pack(len(ZEROS), len(PACKED), ZSTD) + PACKED,
+    RECORD.pack(1, 0, END),
     Round(number=2, remaining_bytes=0),
-    PageRecord(2, 0, PageKind.END).pack(),
+    RECORD.pack(2, 0, END),
     Checksums(blocks=(BlockChecksums.of(0, 1 << 20, (1, 2**64 - 1)),)),
     Section(device="com1", section={"name": "serial16550", "version": 1, "state": {"ier": 5, "rx": "a2V5"}}),
     Section(device="disk ✓", section={"name": "virtio-blk", "version": 3, "state": {}}),
