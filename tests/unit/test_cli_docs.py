@@ -28,3 +28,14 @@ def test_every_exit_code_is_on_the_page() -> None:
 @pytest.mark.parametrize("words", re.findall(r"^\| `([^`]+)` \|", ERRORS, re.MULTILINE))
 def test_each_error_on_the_page_is_one_that_kvmpy_says(words: str) -> None:
     assert words in TEXT
+
+
+MIGRATION: Final = (
+    (HERE / "docs/migration.md").read_text().partition("## What stands in the way")[2].partition("\n## ")[0]
+)
+FIRST_COLUMN: Final = "".join(re.findall(r"^\| (.*?) \|", MIGRATION, re.MULTILINE))
+
+
+@pytest.mark.parametrize("words", re.findall(r"`([^`]+?)(?: \.\.\.[^`]*)?`", FIRST_COLUMN))
+def test_each_obstacle_on_the_page_about_migration_is_one_that_kvmpy_names(words: str) -> None:
+    assert words in TEXT
