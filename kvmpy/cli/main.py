@@ -197,6 +197,7 @@ def _migration_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tls-creds", metavar="DIR", help="the directory of the certificates, here")
     add("--tls-hostname", metavar="NAME", help="what the destination's certificate is for, where that is not HOST")
     add("--insecure", action="store_true", help="tcp: without TLS")
+    add("--timeout", type=seconds, metavar="SECONDS", help="how long the other side may be silent (default 10)")
     add(
         "--on-no-convergence",
         choices=("throttle", "cancel", "continue"),

@@ -86,6 +86,7 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
         "multifd-compression": args.compression,
         "tls-creds": args.tls_creds and os.path.abspath(args.tls_creds),
         "tls-hostname": args.tls_hostname,
+        "x-timeout": args.timeout,
         "x-insecure": args.insecure or None,
         "x-on-no-convergence": args.on_no_convergence,
     }

@@ -78,7 +78,7 @@ def test_the_source_is_kept_where_that_is_wanted(source: Source, capsys: pytest.
 
 def test_options_become_parameters_and_what_is_not_said_is_left_alone(source: Source) -> None:
     options = ["--max-bandwidth", "100MiB", "--downtime-limit", "50", "--channels", "4", "--compression", "zstd"]
-    more = ["--tls-creds", "/etc/kvmpy", "--insecure", "--on-no-convergence", "cancel"]
+    more = ["--tls-creds", "/etc/kvmpy", "--insecure", "--on-no-convergence", "cancel", "--timeout", "5"]
     assert main(["migrate", "web1", URI, *options, *more]) == 0
     assert source.arguments("migrate-set-parameters") == {
         "max-bandwidth": 100 << 20,
@@ -86,6 +86,7 @@ def test_options_become_parameters_and_what_is_not_said_is_left_alone(source: So
         "multifd-channels": 4,
         "multifd-compression": "zstd",
         "tls-creds": "/etc/kvmpy",
+        "x-timeout": 5.0,
         "x-insecure": True,
         "x-on-no-convergence": "cancel",
     }
