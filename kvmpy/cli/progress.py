@@ -43,7 +43,7 @@ def progress(name: str, *, plain: bool) -> Progress:
 
 def figures(answer: Mapping[str, Any]) -> str:
     """What there is to know while pages travel, as far as the answer has it."""
-    if answer.get("status") in ("completed", "failed", "cancelled"):
+    if answer.get("status") in ("setup", "completed", "failed", "cancelled"):
         return ""
     ram = answer.get("ram") or {}
     parts = [f"round {ram['dirty-sync-count']}"] if ram.get("dirty-sync-count") else []

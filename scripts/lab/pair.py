@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 import tempfile
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final, Self
@@ -23,6 +24,7 @@ SHARED_DISK: Final = "/dev/vdb"
 SHARED_SIZE: Final = 1 << 30  # a sparse file: it takes what is written
 SSH_SCRIPT: Final = SOURCES / "host_ssh.sh"
 KEYS: Final = "/run/lab-ssh"
+CLOCK_TRIES: Final = 5
 
 
 class HostPair:
@@ -52,6 +54,7 @@ class HostPair:
             for host in hosts:
                 host.wait_up()
             self.first, self.second = self.hosts = hosts[0], hosts[1]
+            self._agree_on_the_time()
             self._set_up_ssh(images.ssh)
             self._resources = stack.pop_all()
         return self
@@ -70,6 +73,13 @@ class HostPair:
         extra = ["-drive", drive, "-device", device]
         return EmulatedHost(memory=self._memory, lifetime=self._lifetime, hardware=hardware, extra=extra)
 
+    def _agree_on_the_time(self) -> None:
+        """A host's clock begins at a whole second of its RTC: without this they are up to a second apart."""
+        for host in self.hosts:
+            offset = min((_offset(host) for _ in range(CLOCK_TRIES)), key=lambda found: found[0])[1]
+            shift = "import sys, time; time.clock_settime(0, time.clock_gettime(0) - float(sys.argv[1]))"
+            host.run(["python", "-I", "-S", "-c", shift, str(offset)], check=True)
+
     def _set_up_ssh(self, tree: Path) -> None:
         """One key for both hosts, and one for whoever goes from one to the other, made on the first."""
         links = f'cp -rsn "{tree}/." / 2>/dev/null; ldconfig; mkdir -m 700 {KEYS}; cd {KEYS}'
@@ -82,3 +92,11 @@ class HostPair:
             for place, prefix in ((index, ""), (1 - index, "peer_")):
                 environment |= {f"{prefix}name": NAMES[place], f"{prefix}address": self.addresses[place]}
             host.run([str(SSH_SCRIPT)], env=environment | {"peer": NAMES[1 - index]}, timeout=START_SECONDS, check=True)
+
+
+def _offset(host: EmulatedHost) -> tuple[float, float]:
+    """How long it took to ask a host for its time, and how far that is ahead of ours."""
+    before = time.time()
+    there = float(host.run(["date", "+%s.%N"], check=True).stdout)
+    after = time.time()
+    return after - before, there - (before + after) / 2

@@ -136,6 +136,13 @@ def clock_error(guest: Guest, host: EmulatedHost) -> float:
     return max(0, before - there - 1, there - after - 1)
 
 
+def blackout_there(host: EmulatedHost, name: str) -> float:
+    """Milliseconds, as the destination knows it: by the clocks of both hosts."""
+    said = json.loads(host.run(["kvmpy", "qmp", name, "query-migrate"], check=True).stdout)
+    assert said["status"] == "completed"
+    return float(said["blackout-ms"])
+
+
 def report(host: EmulatedHost, path: str) -> dict[str, float]:
     """The figures of a report that was written on ``host``."""
     told = json.loads(host.run(["cat", path], check=True).stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from typing import Final
 
 import pytest
@@ -41,6 +42,15 @@ def test_ssh_takes_no_key_but_the_pairs(two_hosts: HostPair) -> None:
     done = two_hosts.first.run(["sh", "-c", f"{stranger}; {login}"], timeout=120)
     assert done.returncode == 255
     assert "Permission denied" in done.stderr
+
+
+def test_the_hosts_clocks_agree(two_hosts: HostPair) -> None:
+    begin = time.time()
+    offsets = []
+    for host in two_hosts.hosts:
+        before, there = time.time(), float(host.run(["date", "+%s.%N"], check=True).stdout)
+        offsets.append(there - before)
+    assert abs(offsets[0] - offsets[1]) < time.time() - begin + 0.2
 
 
 @BOTH

@@ -16,7 +16,7 @@ from scripts.lab.kernels import CHECKOUT
 from scripts.lab.pair import NAMES, SHARED_DISK, HostPair
 from tests.lab import tables
 from tests.lab.guest import FROM_DISK, PROMPT, Guest
-from tests.lab.journey import MAC, SLOW, Load, Pings, clock_error, pinged, report
+from tests.lab.journey import MAC, SLOW, Load, Pings, blackout_there, clock_error, pinged, report
 
 NAME, GUEST, PORT = "mover", "10.77.0.50", 4444
 CREDENTIALS, STRANGERS = "/run/credentials", "/run/strangers"
@@ -75,15 +75,18 @@ def pair(two_hosts: HostPair, lab_images: Images) -> Iterator[HostPair]:
     assert [host.run(["sh", "-c", LEFT]).stdout for host in two_hosts.hosts] == before
 
 
-def journey(source: EmulatedHost, uri: str, *options: str, watcher: EmulatedHost) -> dict[str, float]:
-    """Go to ``uri``, with a pinger outside; what both sides and it saw must agree."""
+def journey(pair: HostPair, here: int, uri: str, *options: str) -> dict[str, float]:
+    """Go from host number ``here`` to ``uri``; what both sides, and a pinger outside of both, saw must agree."""
+    source, destination, watcher = pair.hosts[here], pair.hosts[1 - here], pair.first
     seen: list[Pings] = []
     with pinged(watcher, GUEST, seen, netns=STATION):
         migrate(source, uri, "--report", "/run/journey.json", "--report", "/run/journey.svg", *options)
         # Frames to it go where it is now.
         watcher.run([*station("busybox", "ping", "-q", "-c", "5", "-W", "20"), GUEST], timeout=SLOW, check=True)
     figures = report(source, "/run/journey.json") | {"gap-ms": seen[0].gap * 1000, "lost": float(len(seen[0].lost))}
+    figures["blackout-there-ms"] = blackout_there(destination, NAME)
     print(figures)
+    assert abs(figures["blackout-there-ms"] - figures["blackout-ms"]) < 1000, "the two sides do not agree"
     assert seen[0].longest_loss == len(seen[0].lost), "pings were lost in more than one place"
     assert figures["gap-ms"] + 200 > figures["blackout-ms"], "the guest answered while it is said to have stood still"
     assert figures["gap-ms"] < figures["blackout-ms"] + 5000, "it was deaf for much longer than it stood still"
@@ -117,11 +120,11 @@ def test_a_guest_under_load_goes_there_by_tls_and_back_by_ssh(pair: HostPair) ->
         load = Load(first, pair.first, STATION_ADDRESS, netns=STATION)
         load.start(3600)
         with waiting(pair.second, uri, tls) as second:
-            there = journey(pair.first, uri, "--tls-creds", CREDENTIALS, watcher=pair.first)
+            there = journey(pair, 0, uri, "--tls-creds", CREDENTIALS)
             assert first.wait_end() == 0
             load.assert_whole(second)
             assert clock_error(second, pair.second) <= 1
-            back = journey(pair.second, f"ssh://{NAMES[0]}", watcher=pair.first)
+            back = journey(pair, 1, f"ssh://{NAMES[0]}")
             assert second.wait_end() == 0
         with Attached(pair.first) as third:
             load.assert_whole(third)
