@@ -11,13 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import msgspec
 
 from kvmpy import trace
 from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
+from kvmpy.config.values import Backend
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
@@ -55,6 +58,16 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.set, name=args.name)
     for warning in warnings(config):
         log.warning("warning: %s", printable(warning))
+    if not args.detach:
+        return _run(args, config, started_ns, lambda: None)
+    from kvmpy.cli.detach import detach
+
+    ready = detach(config.name, args.log)
+    return ready if isinstance(ready, int) else _run(args, _without_terminal(config), started_ns, ready)
+
+
+def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Callable[[], object]) -> int:
+    """Make the machine, and run it; ``ready`` is called when it runs."""
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         stack.enter_context(lossy_stderr())
@@ -80,9 +93,10 @@ def run(args: argparse.Namespace) -> int:
             signals.end_if_caught()
             with signals.main_thread_only():
                 machine.start()
-                if migrations is not None and args.incoming != DEFER:
+                if migrations is not None and args.incoming not in (None, DEFER):
                     migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
+            ready()
             outcome = machine.wait()
             _finish_callback(machine)
         with signals.ending():
@@ -194,6 +208,14 @@ class _Signals:
                     limit,
                 )
             self._served += 1
+
+
+def _without_terminal(config: Config) -> Config:
+    """The same for a machine that has no terminal: `kvmpy console` is its terminal then."""
+    if config.console.serial != "stdio":
+        return config
+    console = msgspec.structs.replace(config.console, serial=Backend("pty"))
+    return msgspec.structs.replace(config, console=console)
 
 
 def _runtime_directory(config: Config) -> RuntimeDirectory:

@@ -152,6 +152,10 @@ class HotPlug:
                     raise CommandError(f"Device '{name}' is in use by '{device.id}'")
             self._netdevs = tuple(netdev for netdev in self._netdevs if netdev.id != name)
 
+    def current_config(self) -> Config:
+        """The configuration as it would be written now; a device on its way out is in it. Raises CommandError."""
+        return self._config()
+
     def close(self) -> None:
         """With the control thread at its end: wait for the devices that were on their way out."""
         with self._plugging:

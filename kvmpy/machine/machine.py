@@ -205,6 +205,10 @@ class Machine:
         """
         self.in_control(lambda: self._set_link(name, up=up))
 
+    def current_config(self) -> Config:
+        """The configuration as it would be written now, with what was plugged in and out since the start."""
+        return self.config if self._hotplug is None else self._hotplug.current_config()
+
     def device_add(self, table: Mapping[str, Any]) -> None:
         """Plug in the device that ``table`` says, which has the keys of a [[device]]. Not by the control thread.
 

@@ -71,7 +71,8 @@ class Ingoing:
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
             source, vcpus = parse(header.description), self._machine.board.vcpus
-            findings = compare(source, describe(self._machine, describe_host(vcpus[0], len(vcpus))))
+            with self._answering(main):  # our kernel and initrd are read for it
+                findings = compare(source, describe(self._machine, describe_host(vcpus[0], len(vcpus))))
             if findings.problems:
                 raise IncompatibleError(*findings.problems)
         except IncompatibleError as e:
@@ -117,8 +118,9 @@ class Ingoing:
 
     def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
-        self._machine.handoff.adopt_cpu(self._cpu)
-        rehearse(self._machine)
+        with self._answering(arrival.main):
+            self._machine.handoff.adopt_cpu(self._cpu)
+            rehearse(self._machine)
         token = os.urandom(16)
         self._accept(arrival.main, token)
         channels = arrival.accept_page_channels(header.channels, token)
