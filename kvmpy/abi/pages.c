@@ -1,5 +1,5 @@
 /* Bitmaps of pages, and the pump of a migration: it scans a bitmap, tells zero pages, and moves runs of pages between
- * guest memory and a descriptor (docs/migration-pages.md has the records). All of it runs without the GIL, so a call may
+ * guest memory and a descriptor (kvmpy/migration/records.py has the records). All of it runs without the GIL, so a call may
  * take as long as a round does; what another thread may change meanwhile is in struct kvmpy_flow, and is read
  * atomically. No call trusts what comes in from a descriptor.
  *
