@@ -150,7 +150,9 @@ def test_lspci_makes_sense_of_it(lab: Lab) -> None:
 
 
 def test_its_rom_is_what_the_host_reads(lab: Lab) -> None:
-    read = "cd /sys/bus/pci/devices/{}; if [ -e rom ]; then echo 1 >rom; md5sum <rom; echo 0 >rom; else echo none; fi"
+    # The beginning alone: every four bytes are an exit, and it has a quarter of a million.
+    digest = "echo 1 >rom; dd if=rom bs=512 count=1 2>&- | md5sum; echo 0 >rom"
+    read = f"cd /sys/bus/pci/devices/{{}}; if [ -e rom ]; then {digest}; else echo none; fi"
     on_host = lab.host.run(["bash", "-c", read.format(lab.function)], check=True).stdout.strip()
     assert (on_host == "none") == (lab.model == "igb"), "a virtual function has none"
     assert lab.guest.type(read.format("0000:01:00.0"), SLOW) == on_host
