@@ -267,6 +267,7 @@ class Handoff:
         return time.time_ns()
 
     def _run(self) -> None:
+        """What raises has come before the first instruction: nothing may fail after it, or both sides would run."""
         machine = self._machine
         machine.tell_paused()
         if not machine.run():

@@ -189,14 +189,9 @@ class Machine:
 
         With ``limit``, in seconds, the machine is stopped if the guest has not powered off by then.
         """
-        self.require_alive()
         if limit is not None and not 0 <= limit < math.inf:  # no timer takes NaN
             raise CommandError(f"limit: expected seconds, 0 or more, got {limit}")
-        heard = self.board.acpi_pm.press_power_button()
-        if limit is not None:
-            self._powerdown_limit.arm(limit)
-        self.emit("POWERDOWN")
-        return heard
+        return self.in_control(lambda: self._powerdown(limit))
 
     def set_link(self, name: str, *, up: bool) -> None:
         """Plug a network device's cable in, or pull it. ``name`` is the device's id or its netdev's.
@@ -410,6 +405,14 @@ class Machine:
                 device.reset()
         board.set_up_pci()
         registers.enter(board.vcpus[0], self.boot.load(board.memory))
+
+    def _powerdown(self, limit: float | None) -> bool:
+        self.require_alive()
+        heard = self.board.acpi_pm.press_power_button()
+        if limit is not None:
+            self._powerdown_limit.arm(limit)
+        self.emit("POWERDOWN")
+        return heard
 
     def _set_link(self, name: str, *, up: bool) -> None:
         if self.state in MOVING:

@@ -134,6 +134,7 @@ class Migrations:
                 raise CommandError(str(e)) from e
             self._incoming_stop, self.progress = stop, self._new_progress(other="source")
             self._start(lambda: self._take_in(incoming, stop))
+        log.info("migration: waiting for the guest at %s", uri)
 
     def set_parameters(self, **changes: Any) -> None:
         """Change some; what goes on goes on with them, as far as that can be. Raises CommandError."""
@@ -212,8 +213,9 @@ class Migrations:
             self._refused(MigrationError(f"kvmpy's own mistake: {e!r}"))
         else:
             self.progress.become(Status.COMPLETED)
-            with suppress(CommandError):  # it has ended already
-                self._machine.announce(self.parameters.announcement)
+            if self._machine.state is RunState.RUNNING:
+                with suppress(CommandError):  # it has ended already
+                    self._machine.announce(self.parameters.announcement)
 
     def _receive(self, incoming: Incoming) -> None:
         """Wait for the machine that is to come, and take it in; who only asks is answered."""

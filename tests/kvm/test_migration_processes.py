@@ -67,6 +67,13 @@ class Process:
             pass
         return dict(answer)
 
+    def send_descriptor(self, fd: int, name: str) -> None:
+        message = json.dumps({"execute": "getfd", "arguments": {"fdname": name}}).encode()
+        socket.send_fds(self._client, [message], [fd])
+        while "event" in (answer := json.loads(self._lines.readline())):
+            pass
+        assert "return" in answer, answer
+
     @property
     def said(self) -> bytes:
         return self.console.read_bytes()
@@ -169,6 +176,22 @@ def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Proces
     here("migrate", uri=f"unix:{tmp_path / 'in'}")
     here.wait_for("completed")
     there.wait_for_count()
+
+
+def test_a_descriptor_that_came_over_qmp_is_a_way_to_go(processes: Processes, tmp_path: Path) -> None:
+    here, (there, uri) = processes(), processes.incoming()
+    assert "has not been found" in here.ask("migrate", uri="fd:way")["error"]["desc"]
+    with socket.socket(socket.AF_UNIX) as way:
+        way.connect(uri.removeprefix("unix:"))
+        here.send_descriptor(way.fileno(), "way")
+    here("migrate-set-parameters", **{"x-checksum": True})
+    here("migrate", uri="fd:way")
+    here.wait_for("completed")
+    there.wait_for_count()
+    here("quit")
+    assert here.process.wait(BOUND) == 0
+    there("stop")
+    assert gap(here.said + there.said) is None
 
 
 def test_a_destination_whose_source_leaves_ends_with_a_message(processes: Processes) -> None:
