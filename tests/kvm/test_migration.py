@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from kvmpy.migration.sections import MachineState, load_machine, save_devices, s
 from kvmpy.migration.status import Status
 from kvmpy.state import StateError
 from tests.counts import count
+from tests.fakes.certificates import Authority
 from tests.fakes.counting_guest import WRITES
 from tests.fakes.journey import Journey, Stop
 from tests.fakes.loop import BOUND
@@ -261,6 +263,71 @@ def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: P
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_a_command_can_keep_a_machine_and_bring_it_back(journey: Journey, tmp_path: Path) -> None:
+    source = journey.begin(x_checksum=True)
+    source.wait_for_count()
+    source.migrations.migrate(f"exec:gzip -1 > {tmp_path / 'saved.gz'}")
+    source.wait(Status.COMPLETED)
+    there = journey.wait_at(uri=f"exec:gzip -dc {tmp_path / 'saved.gz'}")
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_a_command_that_fails_leaves_the_guest_here(journey: Journey) -> None:
+    source = journey.begin()
+    source.migrations.migrate("exec:exit 3")
+    source.wait(Status.FAILED)
+    assert "status 3" in str(source.error)
+    assert source.runs
+    journey.move(source)
+    journey.check()
+
+
+def test_a_guest_goes_by_tcp_with_certificates_on_both_sides(journey: Journey, tmp_path: Path) -> None:
+    credentials = Authority().credentials(tmp_path / "tls")
+    source = journey.begin(tls_creds=credentials, x_checksum=True)
+    source.wait_for_count()
+    there = journey.wait_at(uri=f"tcp:localhost:{free_port()}", tls_creds=credentials)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_a_certificate_of_somebody_else_is_turned_away_and_the_guest_stays(journey: Journey, tmp_path: Path) -> None:
+    ours, others = Authority().credentials(tmp_path / "tls"), Authority().credentials(tmp_path / "other")
+    source = journey.begin(tls_creds=others)
+    there = journey.wait_at(uri=f"tcp:localhost:{free_port()}", tls_creds=ours)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.FAILED)
+    assert "certificate" in str(source.error)
+    assert source.runs
+    assert there.machine.state is RunState.INMIGRATE, "it goes on waiting for the right one"
+    source.migrations.set_parameters(tls_creds=ours)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_tcp_without_certificates_must_be_asked_for(journey: Journey) -> None:
+    source = journey.begin()
+    with pytest.raises(CommandError, match="insecure"):
+        journey.wait_at(uri="tcp:localhost:0")
+    source.migrations.migrate("tcp:localhost:1")
+    source.wait(Status.FAILED)
+    assert "insecure" in str(source.error)
+    assert source.runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 # A guest that writes too fast
