@@ -64,8 +64,11 @@ class Runs(Protocol):
     def is_running(self) -> bool:
         """The vCPUs run; asked by the control thread."""
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        """Make a change in the control thread, and wait for it. Raises CommandError where there is none any more."""
+    def in_control(self, call: Callable[[], T]) -> T:
+        """Make a call in the control thread, and wait for it. Raises CommandError where there is none any more."""
+
+    def in_turn(self, call: Callable[[], object]) -> None:
+        """The same, after the changes of the run state that are under way."""
 
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""
@@ -127,7 +130,7 @@ class HotPlug:
             except HostError as e:
                 raise CommandError(str(e)) from e
             try:
-                self._machine.in_control(lambda: self._plug(plugged))
+                self._machine.in_turn(lambda: self._plug(plugged))
             except BaseException:
                 plugged.resources.close()
                 raise
@@ -151,6 +154,11 @@ class HotPlug:
                 if getattr(device, "netdev", None) == name:
                     raise CommandError(f"Device '{name}' is in use by '{device.id}'")
             self._netdevs = tuple(netdev for netdev in self._netdevs if netdev.id != name)
+
+    @property
+    def is_waiting(self) -> bool:
+        """A device that is out of its slot still has something of the host."""
+        return bool(self._leaving)
 
     def close(self) -> None:
         """With the control thread at its end: wait for the devices that were on their way out."""

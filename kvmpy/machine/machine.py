@@ -7,6 +7,9 @@
 Three roles of threads. `control` changes the run state, one change at a time, and serves the monitor. `vcpuN` runs the
 guest and its devices' registers. `io` moves the console's bytes and keeps the devices' timers. A request by the guest
 (reset, power-off, panic) closes the gate at once, so that no vCPU runs on past it, and is carried out by `control`.
+
+A change that has to wait for the host, for a disk or for the reset of a real device, waits in a thread made for it
+(`kvmpy.machine.changes`), with the vCPUs parked. No wait holds up the end of a machine for more than END_PATIENCE.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
@@ -33,6 +36,7 @@ from kvmpy.kvm.vm import InterruptState
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
+from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
 from kvmpy.machine.check import check, located
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
@@ -50,6 +54,8 @@ STDIN: Final = (0, 0)
 STDOUT: Final = (1, 1)
 # Seconds between two looks at whether a slow reader has taken the last of the output
 OUTPUT_POLL: Final = 0.05
+# Seconds that the end of a machine waits for devices that are at work on the host, and then for what they have of it
+END_PATIENCE: Final = 5.0
 
 
 class PowerOn(NamedTuple):
@@ -60,7 +66,10 @@ class PowerOn(NamedTuple):
 
 
 class Machine:
-    """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has."""
+    """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has.
+
+    By the control thread itself, as a listener does, they return before that where there is something to wait for.
+    """
 
     def __init__(self, config: Config) -> None:
         """Make the machine, its vCPUs parked before their first instruction.
@@ -88,6 +97,7 @@ class Machine:
             resources.callback(self._io.close)
             self.control = Reactor("control")
             resources.callback(self.control.close)
+            self._changes = Changes(self.control)
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
@@ -125,13 +135,13 @@ class Machine:
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
             for vcpu in self.board.vcpus
         )
-        running = _Call(self._start)
+        running = Change(self._start())
         try:
             self._io.start()
             for thread in self._threads:
                 thread.start()
             # Posted first, so that it comes before what a client of the monitor may have sent already.
-            self.control.post(running)
+            self.control.post(lambda: self._changes.begin(running))
             self.control.start()
         except RuntimeError as e:  # "can't start new thread", without an errno
             raise HostError(
@@ -142,15 +152,15 @@ class Machine:
 
     def pause(self) -> None:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
-        self.in_control(self._pause)
+        self._change(Change(self._pause()))
 
     def resume(self) -> None:
         """Run on after `pause`."""
-        self.in_control(self._resume)
+        self._change(Change(self._resume()))
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self.in_control(lambda: self._reset(by_guest=False))
+        self._change(Change(self._reset(by_guest=False)))
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
@@ -211,7 +221,7 @@ class Machine:
 
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
-        self.in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
+        self._pull_the_plug(reason="host-qmp-quit")
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait until the machine has ended, or ``timeout`` seconds; None where it still runs."""
@@ -227,7 +237,11 @@ class Machine:
             pass
 
     def close(self) -> None:
-        """End what still runs, and give everything back to the host. Closing twice is allowed; a listener cannot."""
+        """End what still runs, and give everything back to the host. Closing twice is allowed; a listener cannot.
+
+        Where a disk does not answer, a thread goes on with that after this has returned: until then the host writes to
+        guest memory, which stays, as does the disk's lock.
+        """
         if os.getpid() != self._process:
             return  # a fork's copy: the machine, its threads and its sockets are the parent's
         if threading.current_thread() is self.control.thread:
@@ -243,10 +257,25 @@ class Machine:
                 if thread.ident is not None:
                     thread.join()
             self.control.stop()
-            if self._hotplug is not None:
-                self._hotplug.close()
-            self._io.stop()  # or it could accept a client that nobody closes
-            self._resources.close()
+            if self._is_held_up():
+                giving = threading.Thread(target=self._give_back, name=f"close-{self.name}", daemon=True)
+                giving.start()
+                giving.join(END_PATIENCE)
+                if giving.is_alive():
+                    log.error("%s: a disk does not answer: what it uses of the host is kept until it does", self.name)
+            else:
+                self._give_back()
+
+    def _is_held_up(self) -> bool:
+        """A device is still at work on the host."""
+        leaving = self._hotplug is not None and self._hotplug.is_waiting
+        return leaving or not all(device.begin_pause() for device in self.board.devices)
+
+    def _give_back(self) -> None:
+        if self._hotplug is not None:
+            self._hotplug.close()
+        self._io.stop()  # or it could accept a client that nobody closes
+        self._resources.close()
 
     @property
     def threads(self) -> tuple[VcpuThread, ...]:
@@ -282,11 +311,11 @@ class Machine:
 
     def request_shutdown(self) -> None:
         """The guest turns the machine off."""
-        self._ask(lambda: self._end(Outcome.POWER_OFF, reason="guest-shutdown", by_guest=True))
+        self._ask(lambda: self._end(Outcome.POWER_OFF, reason="guest-shutdown", by_guest=True), last=True)
 
     def report_panic(self) -> None:
         """The guest's kernel has panicked."""
-        self._ask(self._panicked)
+        self._ask(self._panicked, last=True)
 
     def report(self, event: str, **data: Any) -> None:
         """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
@@ -295,19 +324,19 @@ class Machine:
 
     # The control thread
 
-    def _start(self) -> None:
+    def _start(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
         self._become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
-        self._run()
+        yield from self._run()
 
     # A change is complete before its event is sent: a listener may make the next one.
 
-    def _pause(self) -> None:
+    def _pause(self) -> Steps[None]:
         self.require_alive()
         if self.state is RunState.RUNNING:
-            self._halt()
+            yield from self._halt()
             self._become(RunState.PAUSED)
             try:
                 for vcpu in self.board.vcpus:
@@ -315,26 +344,33 @@ class Machine:
             finally:
                 self._emit("STOP")
 
-    def _resume(self) -> None:
+    def _resume(self) -> Steps[None]:
         self.require_alive()
         if self.state is RunState.PAUSED:
             self._become(RunState.RUNNING)
-            if self._run():
+            if (yield from self._run()):
                 self._emit("RESUME")
 
-    def _reset(self, *, by_guest: bool) -> None:
+    def _reset(self, *, by_guest: bool) -> Steps[None]:
         if by_guest and self.state is RunState.SHUTDOWN:
             return
         self.require_alive()
-        self._halt()
+        yield from self._halt()
         self._boots += 1
         try:
+            yield from self._reset_the_host_s()
             self._power_cycle()
         except KvmpyError as e:
-            self._end(Outcome.HOST_ERROR, error=e)
+            yield from self._end(Outcome.HOST_ERROR, error=e)
             return
-        if self.state is not RunState.RUNNING or self._run():
+        if self.state is not RunState.RUNNING or (yield from self._run()):
             self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+
+    def _reset_the_host_s(self) -> Steps[None]:
+        """Real devices take up to seconds: all of them at once."""
+        resetting = [device for device in self.board.devices if not device.begin_reset()]
+        if resetting:
+            yield Waiting([device.await_reset for device in resetting])
 
     def _power_cycle(self) -> None:
         """All as it was when the machine was made, and the kernel loaded anew. Raises KvmpyError."""
@@ -360,15 +396,15 @@ class Machine:
         self.require_alive()
         self._announcer.start(rounds, nics, id_)
 
-    def _panicked(self) -> None:
+    def _panicked(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
         self._become(RunState.GUEST_PANICKED)
         self._emit("GUEST_PANICKED", action="poweroff")
-        self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
+        yield from self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
-    def _failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
+    def _failed(self, thread: VcpuThread, what: Exit | HostError) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
@@ -378,11 +414,16 @@ class Machine:
         if registers.are_lost(thread.vcpu):
             text += "; this processor resets its registers then, so those below are not the crash's"
         error = VcpuError(text, registers.dump(thread.vcpu))
-        self._end(outcome, error=error, reason="guest-panic" if outcome is Outcome.GUEST_PANIC else "host-error")
+        reason = "guest-panic" if outcome is Outcome.GUEST_PANIC else "host-error"
+        yield from self._end(outcome, error=error, reason=reason)
 
     def _power_off_by_force(self) -> None:
         log.warning("the guest has not powered off in time; stopping it")
-        self._end(Outcome.POWER_OFF, reason="host-signal", by_force=True)
+        self._pull_the_plug(reason="host-signal")
+
+    def _pull_the_plug(self, *, reason: str) -> None:
+        """End the machine whatever it waits for, also for whoever reads its output."""
+        self._change(Change(self._end(Outcome.POWER_OFF, reason=reason, by_force=True), last=True), cut_in=True)
 
     def _end(
         self,
@@ -392,12 +433,12 @@ class Machine:
         reason: str = "host-error",
         by_guest: bool = False,
         by_force: bool = False,
-    ) -> None:
+    ) -> Steps[None]:
         if by_force:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
-        self._halt()
+        yield from self._halt(END_PATIENCE)
         self._become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self._announcer.stop()
@@ -405,21 +446,29 @@ class Machine:
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
-    def _run(self) -> bool:
+    def _run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
         try:
             for device in self.board.devices:
                 device.resume()
         except HostError as e:
-            self._end(Outcome.HOST_ERROR, error=e)
+            yield from self._end(Outcome.HOST_ERROR, error=e)
             return False
         self._gate.open()
         return True
 
-    def _halt(self) -> None:
-        """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""
+    def _halt(self, seconds: float | None = None) -> Steps[None]:
+        """Stop the vCPUs, then the devices: when this is made, nobody touches the guest's memory.
+
+        But for a disk that has not answered in so many ``seconds``.
+        """
         self._park()
+        if working := [device for device in self.board.devices if not device.begin_pause()]:
+            yield Waiting([device.pause for device in working], seconds)
         for device in self.board.devices:
+            if not device.begin_pause():
+                log.error("%s: stopped while the host was at work for it", device.name)
+                continue
             try:
                 device.pause()
             except HostError as e:  # the machine's change goes on: its devices are not what decides it
@@ -448,28 +497,55 @@ class Machine:
 
     # Between threads
 
-    def _ask(self, request: Callable[[], object]) -> None:
+    def _ask(self, request: Callable[[], Steps[None]], *, last: bool = False) -> None:
         """Let no vCPU run on past the guest's request, and have `control` carry it out, unless a reset comes first."""
         boot = self._boots
         self._gate.close(self._threads)
         self._asked += 1  # in this order: see let_accesses_end
-        self.control.post(lambda: request() if boot == self._boots else None)
+        change = Change(self._unless_reset(boot, request), last=last)
+        self.control.post(lambda: self._change(change))
+
+    def _unless_reset(self, boot: int, request: Callable[[], Steps[None]]) -> Steps[None]:
+        if boot == self._boots:
+            yield from request()
 
     def _vcpu_failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
-        self._ask(functools.partial(self._failed, thread, what))
+        self._ask(functools.partial(self._failed, thread, what), last=True)
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        """Make a change in the control thread and return what it returns, or raise what it raises."""
+    def _change(self, change: Change[T], *, cut_in: bool = False) -> T | None:
+        """Make a change of the run state when those before it are made, and wait for it; see the class."""
+        begin = self._changes.cut_in if cut_in else self._changes.begin
         if threading.current_thread() is self.control.thread:
-            return change()
+            begin(change)
+            if not change.is_over:
+                change.forget()
+                return None
+        else:
+            self._post(lambda: begin(change))
+        return change.result()
+
+    def in_turn(self, call: Callable[[], object]) -> None:
+        """Make a call in the control thread, once the changes of the run state before it are made; raises what it does.
+
+        Not by the control thread.
+        """
+        self._change(Change(at_once(call)))
+
+    def in_control(self, call: Callable[[], T]) -> T:
+        """Make a call in the control thread, whatever a change waits for; returns or raises what it does."""
+        if threading.current_thread() is self.control.thread:
+            return call()
+        made = Change(at_once(call))
+        self._post(lambda: self._changes.make(made))
+        return made.result()
+
+    def _post(self, call: Callable[[], object]) -> None:
         if self.control.thread is None:
             raise CommandError("the machine has not been started")
-        call = _Call(change)
         try:
             self.control.post(call)
         except RuntimeError as e:
             raise CommandError("the machine has been closed") from e
-        return call.result()
 
     def _make_hotplug(self) -> HotPlug | None:
         """None without root ports: what plugging takes is not even imported."""
@@ -495,30 +571,6 @@ class Machine:
             return self.console.open(serial.kind, serial.path)
         except HostError as e:
             raise located(self.config, "console.serial", e) from e
-
-
-class _Call(Generic[T]):
-    """A call that one thread makes for another, which waits for its result."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._done = threading.Event()
-        self._result: list[T] = []
-        self._failure: BaseException | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._result.append(self._function())
-        except BaseException as e:  # noqa: BLE001  it is raised again, in the thread that waits
-            self._failure = e
-        self._done.set()
-
-    def result(self) -> T:
-        """Wait for the call; returns what it returned, or raises what it raised."""
-        self._done.wait()
-        if self._failure is not None:
-            raise self._failure
-        return self._result[0]
 
 
 def _explain(what: Exit | HostError) -> str:

@@ -287,9 +287,10 @@ class Plugger:
         self._pci.add(function, next(self._free))
 
     def _close(self) -> None:
-        """All that is plugged in gives back what it has of the host, the last first."""
+        """All that is plugged in gives back what it has of the host: the last first, but what has to wait after all."""
         self._ending = True
-        for name, plugged in reversed(list(self._inventory.plugged.items())):
+        last_first = reversed(list(self._inventory.plugged.items()))
+        for name, plugged in sorted(last_first, key=lambda item: not item[1].device.begin_pause()):
             give_back(name, plugged.resources.close)
 
     @contextmanager

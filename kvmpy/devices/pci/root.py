@@ -110,7 +110,7 @@ class PciRoot:
     def functions(self) -> Iterator[tuple[int, int, int, Function]]:
         """Bus, device, function number and function of all that can be reached by the numbers programmed now.
 
-        Without the lock: an operator who looks is not kept waiting by an access that waits for a disk.
+        Without the lock: an operator who looks is not kept waiting by an access that is under way.
         """
         places = [(0, devfn) for devfn in sorted(self._bus0)]
         places += sorted({(port.header.secondary, 0) for port in self._ports if port.header.secondary})
@@ -143,9 +143,9 @@ class Seats:
         """Where its BARs in memory are mapped now."""
         return self._root.decoder.places(function)
 
-    def remains(self, places: Sequence[range]) -> Closable:
-        """Have ``places`` read as 0 until what is returned is closed."""
-        return self._root.decoder.remains(f"{self._port.name} (torn out)", places)
+    def remains(self, function: Function, places: Sequence[range]) -> Closable:
+        """Have ``places``, where ``function`` was, read as 0 once it is not busy, until what is returned is closed."""
+        return self._root.decoder.remains(f"{self._port.name} (torn out)", function, places)
 
 
 class Ecam:

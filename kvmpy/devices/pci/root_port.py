@@ -37,8 +37,8 @@ class Seats(Protocol):
     def places(self, function: PciFunction[Any]) -> Sequence[range]:
         """Where its BARs in memory are mapped now."""
 
-    def remains(self, places: Sequence[range]) -> Closable:
-        """Have ``places`` read as 0 until what is returned is closed."""
+    def remains(self, function: PciFunction[Any], places: Sequence[range]) -> Closable:
+        """Have ``places``, where ``function`` was, read as 0 once it is not busy, until what is returned is closed."""
 
 
 class RootPort(PortRegisters):
@@ -134,12 +134,12 @@ class RootPort(PortRegisters):
         with self._seats().lock, self.lock:
             if self.card is None:
                 return
-            zero = self.behind is not None and self.behind.ZERO_WHEN_TORN_OUT
-            places = self._seats().places(self.behind) if self.behind is not None and zero else ()
+            torn = self.behind
+            places = self._seats().places(torn) if torn is not None and torn.ZERO_WHEN_TORN_OUT else ()
             self._slot.remove()
             self.take_out()
-            if places:
-                self._remains = self._seats().remains(places)
+            if torn is not None and places:
+                self._remains = self._seats().remains(torn, places)
 
     # What the slot has us do (`slot.Hands`), with both locks
 
