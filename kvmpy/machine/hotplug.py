@@ -45,6 +45,10 @@ from kvmpy.machine.plug import give_back
 
 T = TypeVar("T")
 PERIPHERAL: Final = "/machine/peripheral/"  # where QEMU has them in its tree of objects
+REFUSED: Final = (
+    "the guest began to let it go, its power indicator blinking, and went back: somebody there pressed again, or its "
+    "driver does not let go; its kernel log says more"
+)
 IO_BOUND: Final = 10.0
 """Seconds to wait for the io thread to be done with what it was about to do; it never takes as long."""
 
@@ -155,6 +159,12 @@ class HotPlug:
                     raise CommandError(f"Device '{name}' is in use by '{device.id}'")
             self._netdevs = tuple(netdev for netdev in self._netdevs if netdev.id != name)
 
+    def config(self) -> Config:
+        """The configuration as it would be written now. Any thread."""
+        tables = [plugged.table for plugged in self._inventory.plugged.values()]
+        tables += [leaving.table for leaving in tuple(self._leaving.values())]
+        return msgspec.structs.replace(self._machine.config, netdev=self._netdevs, device=tuple(tables))
+
     @property
     def is_waiting(self) -> bool:
         """A device that is out of its slot still has something of the host."""
@@ -168,12 +178,9 @@ class HotPlug:
             leaving.join()
 
     def _config(self) -> Config:
-        """The configuration as it would be written now."""
         if self._closed:
             raise CommandError("the machine has been closed")
-        tables = [plugged.table for plugged in self._inventory.plugged.values()]
-        tables += [leaving.table for leaving in tuple(self._leaving.values())]
-        return msgspec.structs.replace(self._machine.config, netdev=self._netdevs, device=tuple(tables))
+        return self.config()
 
     # By the control thread
 
@@ -257,7 +264,8 @@ class HotPlug:
     # Under the locks of root and port
 
     def _refused(self, function: PciFunction[Any]) -> None:
-        self._machine.report("DEVICE_UNPLUG_GUEST_ERROR", device=function.name, path=PERIPHERAL + function.name)
+        path = PERIPHERAL + function.name
+        self._machine.report("DEVICE_UNPLUG_GUEST_ERROR", device=function.name, path=path, reason=REFUSED)
 
     def _failed(self, function: PciFunction[Any], reason: str) -> None:
         path = PERIPHERAL + function.name

@@ -212,6 +212,10 @@ class Machine:
         """Have that netdev no more. Not by the control thread. Raises CommandError where a device uses it."""
         self._require_hotplug(None).netdev_del(name)
 
+    def current_config(self) -> Config:
+        """The configuration as it would be written now: with what was added, and without what was removed."""
+        return self.config if self._hotplug is None else self._hotplug.config()
+
     def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
         """Have the network learn where the guest is: ``nics``, or all network devices, by their or their netdev's name.
 

@@ -48,10 +48,14 @@ class FakeMachine:
                     )
                 }
             ),
+            ports={},
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.boot = SimpleNamespace(description="Linux 6.1")
-        self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")))
+        self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")), device=(), netdev=(), drive=())
+
+    def current_config(self) -> Any:
+        return self.config
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

@@ -19,6 +19,7 @@ from kvmpy.errors import CommandError
 from kvmpy.machine import machine as machine_module
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.monitor.ports import RootPortState, root_ports
 from kvmpy.monitor.server import MonitorServer
 from tests.fakes.disk import Hanging
 from tests.fakes.hotplug_guest import CardDriver
@@ -99,6 +100,8 @@ def test_a_device_is_torn_out_and_is_gone_when_its_disk_answers(rig: HungRig) ->
     assert rig.machine.board.mmio.read(bar + Reg.STATUS.value[0], 1) == 0xFF
     assert rig.deleted() == ["rng1"]
     assert rig.refused(BLK) == "Duplicate device ID 'vd1'"
+    (root2,) = (port for port in root_ports(rig.machine) if port.id == "root2")
+    assert (root2.state, root2.device) == (RootPortState.LEAVING, "vd1")
 
     rig.disk.go.set()
     rig.events.wait_until(lambda _: rig.deleted() == ["rng1", "vd1"])

@@ -18,6 +18,7 @@ from kvmpy.devices.virtio.blk import VirtioBlk
 from kvmpy.errors import CommandError
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
+from kvmpy.monitor.ports import SpareInfo, root_ports, spare
 from tests.counts import count
 from tests.fakes.hotplug_guest import HotplugGuest
 from tests.fakes.loop import Inbox
@@ -223,8 +224,9 @@ def test_a_guest_that_keeps_its_device_is_reported(rig: Rig) -> None:
     rig.guests["root1"].obeys = False
     rig.machine.device_del("rng1")
     rig.guests["root1"].refuse()
-    rig.events.wait()
-    assert rig.events.items == [("DEVICE_UNPLUG_GUEST_ERROR", {"device": "rng1", "path": "/machine/peripheral/rng1"})]
+    ((event, data),) = rig.events.wait()
+    assert (event, data["device"], data["path"]) == ("DEVICE_UNPLUG_GUEST_ERROR", "rng1", "/machine/peripheral/rng1")
+    assert "power indicator" in data["reason"]
     rig.machine.device_del("rng1")
 
 
@@ -234,6 +236,41 @@ def test_r25_a_guest_that_cannot_use_a_device_is_reported(rig: Rig) -> None:
     ((event, data),) = rig.events.wait()
     assert (event, data["device"], data["path"]) == ("DEVICE_PLUG_GUEST_ERROR", "rng1", "/machine/peripheral/rng1")
     assert "attention indicator" in data["reason"]
+
+
+def ports(rig: Rig) -> dict[str, tuple[str, str | None]]:
+    return {port.id: (port.state.value, port.device) for port in root_ports(rig.machine)}
+
+
+def test_an_operator_sees_which_ports_are_free_and_what_goes_on_at_the_others(rig: Rig) -> None:
+    guest = rig.guests["root1"]
+    assert ports(rig) == {"root1": ("free", None), "root2": ("free", None), "root3": ("on", "rng3")}
+    rig.machine.device_add(RNG)
+    assert ports(rig)["root1"] == ("off", "rng1")
+    guest._indicate(0x200)
+    assert ports(rig)["root1"] == ("working", "rng1")
+    guest.serve()
+    assert ports(rig)["root1"] == ("on", "rng1")
+    guest.obeys = False
+    rig.machine.device_del("rng1")
+    assert ports(rig)["root1"] == ("asked", "rng1")
+    guest.let_go()
+    rig.events.wait_until(lambda _: rig.deleted() == ["rng1"])
+    assert ports(rig)["root1"] == ("free", None)
+    assert [(port.slot, port.bus, port.power_controller) for port in root_ports(rig.machine)] == [
+        (1, 1, False),
+        (2, 2, False),
+        (3, 3, True),
+    ]
+
+
+def test_an_operator_sees_what_no_device_uses(rig: Rig) -> None:
+    assert spare(rig.machine.current_config()) == SpareInfo(netdevs=["hostnet1"], drives=["disk0", "gone"])
+    rig.machine.netdev_add({"type": "tap", "id": "hostnet2", "ifname": "tap-none2"})
+    rig.add(BLK)
+    assert spare(rig.machine.current_config()) == SpareInfo(netdevs=["hostnet1", "hostnet2"], drives=["gone"])
+    rig.machine.netdev_del("hostnet1")
+    assert spare(rig.machine.current_config()).netdevs == ["hostnet2"]
 
 
 def test_r53_a_reset_completes_an_unplug(rig: Rig) -> None:

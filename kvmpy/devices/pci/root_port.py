@@ -16,7 +16,7 @@ from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.express import SLOT_EMPTY, SLOT_OCCUPIED, Link, SlotControl, SlotStatus
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.port_registers import PortRegisters
-from kvmpy.devices.pci.slot import MakeTimer, Slot
+from kvmpy.devices.pci.slot import MakeTimer, Phase, Slot
 from kvmpy.irq import MsiSink
 from kvmpy.trace import Tracepoint
 
@@ -81,6 +81,11 @@ class RootPort(PortRegisters):
     def is_releasing(self) -> bool:
         """The guest is being asked for the card."""
         return self._slot.requested
+
+    @property
+    def phase(self) -> Phase:
+        """What goes on at the slot."""
+        return self._slot.phase
 
     # What the machine does, while it stands still
 
