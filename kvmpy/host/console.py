@@ -106,8 +106,11 @@ class Console:
         return None
 
     def open_pty(self) -> str:
-        """Make a new pty a backend; returns the path of its terminal side."""
-        ours, theirs = os.openpty()
+        """Make a new pty a backend; returns the path of its terminal side. Raises HostError."""
+        try:
+            ours, theirs = os.openpty()
+        except OSError as e:
+            raise HostError(f"pty: {refusal(e.errno, 'none can be made')}") from e
         # Kept open, or our side would report a hang-up whenever nobody has it open; raw, or it would echo.
         self._pty = theirs
         tty.setraw(theirs)

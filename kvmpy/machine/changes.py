@@ -55,11 +55,14 @@ class Change(Generic[T]):
         return self._over.is_set()
 
     def result(self) -> T:
-        """Wait for it, by another thread than control's; returns what it returned, or raises what it raised."""
+        """Wait for it, by another thread than control's; returns what it returned, or raises what it raised. Once."""
         self._over.wait()
-        if self._failure is not None:
+        if self._failure is None:
+            return self._result[0]
+        try:
             raise self._failure
-        return self._result[0]
+        finally:
+            self._failure = None  # its traceback holds us, and nobody collects circles while vCPUs run
 
     def forget(self) -> None:
         """Nobody waits for it, so a failure is logged. In the control thread."""

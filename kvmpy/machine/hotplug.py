@@ -114,7 +114,7 @@ class HotPlug:
         self._netdevs = machine.config.netdev
         self._plugging = threading.Lock()
         self._leaving: dict[str, Leaving] = {}
-        self._closed = False
+        self._closed = self._left_circles = False
         for port in self._ports.values():
             port.on_released = lambda function: self._post(lambda: self._released(function))
             port.on_refused = self._refused
@@ -125,10 +125,12 @@ class HotPlug:
     def device_add(self, table: Mapping[str, Any]) -> None:
         """Plug in the device that ``table`` says, which has the keys of a [[device]]. Raises CommandError."""
         with self._plugging:
+            self._forget_failed()
             config = self._config()
             device = read_device(config, table)
             for key, problem in unbuildable(device):
                 raise CommandError(f"{key}: {problem}")
+            self._left_circles = True
             try:
                 plugged = self._machine.board.plugger.make(device, config)
             except HostError as e:
@@ -138,6 +140,13 @@ class HotPlug:
             except BaseException:
                 plugged.resources.close()
                 raise
+            self._left_circles = False
+
+    def _forget_failed(self) -> None:
+        """A device that could not be plugged in is full of cycles, which live on after the error it failed with."""
+        if self._left_circles:
+            self._left_circles = False
+            _collect()
 
     def device_del(self, name: str, *, force: bool = False) -> None:
         """Ask the guest to let a device go; ``force``: take it away. DEVICE_DELETED follows. Raises CommandError."""
@@ -241,8 +250,7 @@ class HotPlug:
 
     def _give_back(self, name: str, last: list[Plugged]) -> None:
         self._close(name, last.pop())
-        if not gc.isenabled():
-            gc.collect()  # a device is full of cycles; what was there at the start is frozen, so this takes a moment
+        _collect()  # a device is full of cycles
         self._post(lambda: self._forget(name))
 
     def _close(self, name: str, plugged: Plugged) -> None:
@@ -274,3 +282,9 @@ class HotPlug:
     def _post(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the machine is being closed, and gives back all there is
             self._machine.control.post(call)
+
+
+def _collect() -> None:
+    """Collect cycles where nobody else does; what was there at the start is frozen, so this takes a moment."""
+    if not gc.isenabled():
+        gc.collect()

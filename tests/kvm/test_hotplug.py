@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -271,6 +273,69 @@ def test_an_operator_sees_what_no_device_uses(rig: Rig) -> None:
     assert spare(rig.machine.current_config()) == SpareInfo(netdevs=["hostnet1", "hostnet2"], drives=["gone"])
     rig.machine.netdev_del("hostnet1")
     assert spare(rig.machine.current_config()).netdevs == ["hostnet2"]
+
+
+def fails(call: Callable[[], object]) -> None:
+    with pytest.raises(CommandError):
+        call()
+
+
+@contextmanager
+def descriptors_left(most: int) -> Iterator[None]:
+    """This process may open ``most`` more; the descriptors that it has have no gaps."""
+    used = {int(fd) for fd in os.listdir("/proc/self/fd")}
+    fillers = [os.dup(0) for _ in range(max(used) - len(used) + 1)]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(int(fd) for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in fillers:
+            os.close(fd)
+
+
+@contextmanager
+def as_in_a_vmm() -> Iterator[None]:
+    """Nobody collects circles; what is there now is frozen."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+
+
+SERIAL: Final = {"driver": "virtio-serial-pci", "id": "con1", "bus": "root1", "chardev": "pty"}
+
+
+@pytest.mark.parametrize(
+    ("table", "left"),
+    [
+        *((table, left) for table in (BLK, SERIAL) for left in range(3)),
+        *((RNG, left) for left in range(2)),
+        (RNG | {"id": "rng0"}, 100),
+        (BLK | {"drive": "gone"}, 100),
+        (RNG | {"driver": "no-such"}, 100),
+        (BLK | {"num-queues": "many"}, 100),
+    ],
+    ids=str,
+)
+def test_a_device_that_cannot_be_added_leaves_no_object_behind(rig: Rig, table: dict[str, Any], left: int) -> None:
+    def attempt() -> None:
+        fails(lambda: rig.machine.device_add(table))
+        fails(lambda: rig.machine.device_del("no-such"))
+
+    with as_in_a_vmm(), descriptors_left(left):
+        for _ in range(3):  # what the first ones leave is there for good, or is what the next one collects
+            attempt()
+        before = len(gc.get_objects())
+        for _ in range(20):
+            attempt()
+        assert len(gc.get_objects()) - before < 20  # none, but for what other threads are just at
 
 
 def test_r53_a_reset_completes_an_unplug(rig: Rig) -> None:
