@@ -420,6 +420,35 @@ def test_a_machine_stopped_while_it_ran_is_ended_by_sigterm(shell: Terminal, her
     shell.expect(b"SIGTERM: the guest has not enabled its power button; stopping it in 0 s")
 
 
+def test_a_machine_runs_on_in_the_background_and_has_the_terminal_again_in_the_foreground(
+    shell: Terminal, here: Path
+) -> None:
+    (here / "kernel").write_bytes(pvh_kernel(ECHO))
+    shell.type(b"./kvmpy run m.toml\n")
+    shell.expect(b"K")
+    pid = int((here / "run/m/pid").read_text())
+    for turn in (b"one", b"two"):
+        os.kill(pid, signal.SIGSTOP)
+        shell.expect(b"Stopped")
+        shell.type(b"bg\n")
+        # What is typed now is for the shell, and we neither read it nor stop because of it.
+        for word in (b"a", b"b", b"c"):
+            shell.type(b"jobs; echo he''re " + word + b"\n")
+            shell.expect(b"Running")
+            shell.expect(b"here " + word)
+        with client.Client(client.find("m")) as monitor:
+            assert monitor("query-status")["running"]
+        shell.type(b"fg\n")
+        until(lambda: shell.raw)
+        shell.type(turn)
+        shell.expect(turn)
+    shell.type(b"Q")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+    assert not shell.raw
+
+
 def test_a_console_in_the_background_is_ended_by_sigterm(shell: Terminal, run: Start, stopped: Process) -> None:
     shell.type(b"./kvmpy console m &\n")
     shell.expect(b"stopped until it is brought to the foreground")
