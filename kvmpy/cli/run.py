@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(directory.close)
         with signals.ending():
             _give_back_leftovers(directory)
-            machine = stack.enter_context(Machine(config))
+            machine = stack.enter_context(Machine(config, named=True))
         stack.callback(_serve_monitor(machine, directory).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:

@@ -95,8 +95,12 @@ def build(
     control: Reactor,
     report: Report,
     resources: ExitStack,
+    *,
+    named: bool = False,
 ) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
+
+    ``named``: its name is locked already.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
     """
@@ -142,7 +146,7 @@ def build(
     groups = VfioGroups(vm)
     resources.callback(groups.close)
     directory = os.path.join(rundir.base(), config.name)
-    host = Host(memory, io, vm, network, report, control.timer, groups, directory)
+    host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named)
     plugger = Plugger(config, pci, host, inventory, resources)
     plugger.plug_all()
     return Board(

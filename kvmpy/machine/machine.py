@@ -71,8 +71,11 @@ class Machine:
     By the control thread itself, as a listener does, they return before that where there is something to wait for.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, named: bool = False) -> None:
         """Make the machine, its vCPUs parked before their first instruction.
+
+        ``named``: the caller has locked its name (`kvmpy.host.rundir.RuntimeDirectory`), and given back what an earlier
+        machine of that name had left. Else that is done with the first function of the host that it is given.
 
         Raises ConfigError where the configuration cannot be used, HostError where this host cannot run it.
         """
@@ -101,7 +104,9 @@ class Machine:
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
-            self.board: Board = build(config, self, self.console, self._io, self.control, self.report, resources)
+            self.board: Board = build(
+                config, self, self.console, self._io, self.control, self.report, resources, named=named
+            )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
             self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
