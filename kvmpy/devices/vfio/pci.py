@@ -4,9 +4,9 @@ Its registers are mapped straight into the guest wherever whole pages of a BAR a
 ours, since the vectors are. Configuration space is ours too: the IDs, the BARs and the interrupts are the device's, but
 what the guest writes stays here, except for the three bits of the command register that let it answer and do DMA.
 
-Left out, so that it cannot do harm: power states other than in name, the option ROM (nothing would run it), link and
-payload settings (the host's), function level reset by the guest, and every capability not named here: PCI Express, MSI,
-MSI-X, power management, and the serial number. A guest sees a single function, whatever the device is one of.
+Left out, so that it cannot do harm: power states other than in name, link and payload settings (the host's), function
+level reset by the guest, and every capability not named here: PCI Express, MSI, MSI-X, power management, and the serial
+number. A guest sees a single function, whatever the device is one of.
 
 While the machine is paused the device's DMA goes on: to stop it would break what its driver knows of it.
 
@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from kvmpy.abi import vfio as abi
 from kvmpy.abi.vfio import Extent
-from kvmpy.devices.pci.bar import BarKind
+from kvmpy.devices.pci.bar import BarKind, Rom
 from kvmpy.devices.pci.config import Capability, Command, Status
 from kvmpy.devices.pci.function import PciFunction, PciFunctionState
 from kvmpy.devices.pci.msix import VECTORS, pba_size, table_size
@@ -103,8 +103,11 @@ class VfioPci(PciFunction[VfioPciState]):
         "a passed-through device cannot be migrated: unplug it, or make it the primary of a failover pair"
     )
 
-    def __init__(self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor) -> None:
-        """Raises HostError, the device closed, where the guest cannot be given it."""
+    def __init__(self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor, *, rombar: bool = True) -> None:
+        """Without ``rombar`` the guest sees no expansion ROM.
+
+        Raises HostError, the device closed, where the guest cannot be given it.
+        """
         super().__init__(name, VfioPciState(), device.config.ids, pin=device.pin)
         self.device, self._io = device, io
         self.broken: str | None = None
@@ -120,6 +123,8 @@ class VfioPci(PciFunction[VfioPciState]):
         self._watched: list[EventFd] = []
         try:
             self._add_bars()
+            if rombar:
+                self._add_rom()
             self._add_capabilities(sink)
             self._map_bars()
             self._watch(abi.ERROR_IRQ, self._failed)
@@ -228,6 +233,15 @@ class VfioPci(PciFunction[VfioPciState]):
                 raise HostError(f"{self.device.address}: BAR {index} cannot have {region.size:#x} bytes")
             self.add_bar(index, region.size, kind, BarTarget(self, region))
 
+    def _add_rom(self) -> None:
+        region = self.device.rom
+        if not region.size or not abi.REGION_READ & region.flags:
+            return
+        if region.size & region.size - 1 or region.size not in Rom.SIZES:
+            log.warning("%s: has no ROM for the guest: %#x bytes make no sense", self.name, region.size)
+            return
+        self.add_rom(region.size, BarTarget(self, region))
+
     def _add_capabilities(self, sink: MsiSink) -> None:
         assert self.express is not None
         self.express.preset(device_capability=self.express.device_capability & ~FLR)
@@ -260,8 +274,8 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _map_bars(self) -> None:
         """Where a page cannot be mapped, the guest's accesses to it exit: slow, and right."""
-        for index, bar in self.bars.items():
-            region = self.device.bars[index]
+        for index, region in self.device.bars.items():
+            bar = self.bars[index]
             if bar.kind is BarKind.IO or not abi.REGION_READ & region.flags or not abi.REGION_WRITE & region.flags:
                 continue
             for piece in without(region.areas, self._trapped(index)):
