@@ -17,7 +17,6 @@ To add a field: bump VERSION and mark the field ``since(new version)``. A field 
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -89,10 +88,6 @@ def load(kind: type[S], section: object) -> S:
         raise StateError(f"{kind.NAME}: {str(e)[:200]}") from e
 
 
-# Cached: each look at a class leaves a circle behind (msgspec's own), and nobody collects those while vCPUs run.
-_fields = cache(msgspec.structs.fields)
-
-
 def _check_fields(kind: type[State], value: object, version: int, path: str) -> None:
     """Exactly the fields of ``version`` are present, in this State and those nested in it.
 
@@ -101,9 +96,9 @@ def _check_fields(kind: type[State], value: object, version: int, path: str) -> 
     if not isinstance(value, dict):
         raise StateError(f"{path}: expected an object, got {type(value).__name__}")
     hints = get_type_hints(kind, include_extras=True)
-    if unknown := value.keys() - {field.name for field in _fields(kind)}:
+    if unknown := value.keys() - {field.name for field in msgspec.structs.fields(kind)}:
         raise StateError(f"{path}: {_shown(unknown.pop())} is no field of it")
-    for field in _fields(kind):
+    for field in msgspec.structs.fields(kind):
         hint = hints[field.name]
         born = next((m.version for m in get_args(hint)[1:] if isinstance(m, Since)), 1)
         if (field.name in value) != (born <= version):

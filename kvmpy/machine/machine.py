@@ -30,7 +30,7 @@ from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
-from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
+from kvmpy.kvm.exits import Exit, TripleFault
 from kvmpy.kvm.vcpu import VcpuState, accept_kicks
 from kvmpy.kvm.vm import InterruptState
 from kvmpy.machine import registers
@@ -38,6 +38,7 @@ from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
 from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
 from kvmpy.machine.check import check, located
+from kvmpy.machine.failure import explain
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
@@ -157,15 +158,15 @@ class Machine:
 
     def pause(self) -> None:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
-        self._change(Change(self._pause()))
+        self.change(Change(self._pause()))
 
     def resume(self) -> None:
         """Run on after `pause`."""
-        self._change(Change(self._resume()))
+        self.change(Change(self._resume()))
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self._change(Change(self._reset(by_guest=False)))
+        self.change(Change(self._reset(by_guest=False)))
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
@@ -336,17 +337,17 @@ class Machine:
     def _start(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
-        self._become(RunState.RUNNING)
+        self.become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
-        yield from self._run()
+        yield from self.run()
 
     # A change is complete before its event is sent: a listener may make the next one.
 
     def _pause(self) -> Steps[None]:
         self.require_alive()
         if self.state is RunState.RUNNING:
-            yield from self._halt()
-            self._become(RunState.PAUSED)
+            yield from self.halt()
+            self.become(RunState.PAUSED)
             try:
                 for vcpu in self.board.vcpus:
                     vcpu.tell_paused()
@@ -356,15 +357,15 @@ class Machine:
     def _resume(self) -> Steps[None]:
         self.require_alive()
         if self.state is RunState.PAUSED:
-            self._become(RunState.RUNNING)
-            if (yield from self._run()):
+            self.become(RunState.RUNNING)
+            if (yield from self.run()):
                 self._emit("RESUME")
 
     def _reset(self, *, by_guest: bool) -> Steps[None]:
         if by_guest and self.state is RunState.SHUTDOWN:
             return
         self.require_alive()
-        yield from self._halt()
+        yield from self.halt()
         self._boots += 1
         try:
             yield from self._reset_the_host_s()
@@ -372,7 +373,7 @@ class Machine:
         except KvmpyError as e:
             yield from self._end(Outcome.HOST_ERROR, error=e)
             return
-        if self.state is not RunState.RUNNING or (yield from self._run()):
+        if self.state is not RunState.RUNNING or (yield from self.run()):
             self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
 
     def _reset_the_host_s(self) -> Steps[None]:
@@ -409,7 +410,7 @@ class Machine:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
-        self._become(RunState.GUEST_PANICKED)
+        self.become(RunState.GUEST_PANICKED)
         self._emit("GUEST_PANICKED", action="poweroff")
         yield from self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
@@ -417,9 +418,9 @@ class Machine:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
-        self._become(RunState.INTERNAL_ERROR)
+        self.become(RunState.INTERNAL_ERROR)
         outcome = Outcome.GUEST_PANIC if isinstance(what, TripleFault) else Outcome.HOST_ERROR
-        text = f"{thread.name}: {_explain(what)}"
+        text = f"{thread.name}: {explain(what)}"
         if registers.are_lost(thread.vcpu):
             text += "; this processor resets its registers then, so those below are not the crash's"
         error = VcpuError(text, registers.dump(thread.vcpu))
@@ -432,7 +433,7 @@ class Machine:
 
     def _pull_the_plug(self, *, reason: str) -> None:
         """End the machine whatever it waits for, also for whoever reads its output."""
-        self._change(Change(self._end(Outcome.POWER_OFF, reason=reason, by_force=True), last=True), cut_in=True)
+        self.change(Change(self._end(Outcome.POWER_OFF, reason=reason, by_force=True), last=True), cut_in=True)
 
     def _end(
         self,
@@ -447,15 +448,15 @@ class Machine:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
-        yield from self._halt(END_PATIENCE)
-        self._become(RunState.SHUTDOWN)
+        yield from self.halt(END_PATIENCE)
+        self.become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self._announcer.stop()
         self.outcome, self.error = outcome, error
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
-    def _run(self) -> Steps[bool]:
+    def run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
         try:
             for device in self.board.devices:
@@ -466,7 +467,7 @@ class Machine:
         self._gate.open()
         return True
 
-    def _halt(self, seconds: float | None = None) -> Steps[None]:
+    def halt(self, seconds: float | None = None) -> Steps[None]:
         """Stop the vCPUs, then the devices: when this is made, nobody touches the guest's memory.
 
         But for a disk that has not answered in so many ``seconds``.
@@ -488,7 +489,8 @@ class Machine:
         self._gate.close(self._threads)
         self._gate.wait_parked(self._threads)
 
-    def _become(self, state: RunState) -> None:
+    def become(self, state: RunState) -> None:
+        """Change the run state. Raises CommandError where that is not legal."""
         if state not in LEGAL[self.state]:
             raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
         self.state = state
@@ -512,7 +514,7 @@ class Machine:
         self._gate.close(self._threads)
         self._asked += 1  # in this order: see let_accesses_end
         change = Change(self._unless_reset(boot, request), last=last)
-        self.control.post(lambda: self._change(change))
+        self.control.post(lambda: self.change(change))
 
     def _unless_reset(self, boot: int, request: Callable[[], Steps[None]]) -> Steps[None]:
         if boot == self._boots:
@@ -521,7 +523,7 @@ class Machine:
     def _vcpu_failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
         self._ask(functools.partial(self._failed, thread, what), last=True)
 
-    def _change(self, change: Change[T], *, cut_in: bool = False) -> T | None:
+    def change(self, change: Change[T], *, cut_in: bool = False) -> T | None:
         """Make a change of the run state when those before it are made, and wait for it; see the class."""
         begin = self._changes.cut_in if cut_in else self._changes.begin
         if threading.current_thread() is self.control.thread:
@@ -538,7 +540,7 @@ class Machine:
 
         Not by the control thread.
         """
-        self._change(Change(at_once(call)))
+        self.change(Change(at_once(call)))
 
     def in_control(self, call: Callable[[], T]) -> T:
         """Make a call in the control thread, whatever a change waits for; returns or raises what it does."""
@@ -580,20 +582,3 @@ class Machine:
             return self.console.open(serial.kind, serial.path)
         except HostError as e:
             raise located(self.config, "console.serial", e) from e
-
-
-def _explain(what: Exit | HostError) -> str:
-    """What a vCPU's end means, for the operator."""
-    match what:
-        case TripleFault():
-            return "triple fault: the guest's kernel crashed so early, or so badly, that it could not say why"
-        case InternalError(suberror, data):
-            meaning = {1: "an instruction that KVM cannot emulate", 3: "a fault while delivering an event"}
-            words = " ".join(f"{word:#x}" for word in data)
-            return f"KVM_EXIT_INTERNAL_ERROR {suberror} ({meaning.get(suberror, 'see linux/kvm.h')}), data {words}"
-        case FailEntry(reason, cpu):
-            return f"KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state, reason {reason:#x} on cpu {cpu}"
-        case HostError():
-            return str(what)
-        case _:
-            return f"KVM_RUN returned {what}, which kvmpy did not ask for"

@@ -277,11 +277,10 @@ class VirtioBlk(VirtioDevice[BlkState]):
         with self.lock:
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
-            if job.generation != self._generation:
-                return
-            request.status[0] = answer
-            self.queues[job.queue].push(job.chain, request.written(answer))
-            self.interrupt(job.queue)
+            if job.generation == self._generation:  # else nobody waits for it any more
+                request.status[0] = answer
+                self.queues[job.queue].push(job.chain, request.written(answer))
+                self.interrupt(job.queue)
 
     def _report(self, what: str, number: int) -> None:
         """Tell the operator once of each kind of error: the guest drives this, and hears of every one."""
