@@ -30,13 +30,21 @@ BankHook = TypeVar("BankHook", bound=Callable[..., object])
 
 
 class _Watch(NamedTuple):
-    """Who wants to know of guest accesses to [offset, offset+size)."""
+    """Who wants to know of guest accesses to [offset, offset+size), which ends at ``end``."""
 
     offset: int
     size: int
+    end: int
     changed: Change | None
     written: Change | None
-    reading: Callable[[], object] | None
+
+
+class _Reading(NamedTuple):
+    """Who wants to know of guest reads of [offset, end)."""
+
+    offset: int
+    end: int
+    reading: Callable[[], object]
 
 
 class RegisterSpace:
@@ -49,6 +57,7 @@ class RegisterSpace:
         self._clear = bytearray(size)
         self._hardware = bytearray(size)
         self._watches: list[_Watch] = []
+        self._readings: list[_Reading] = []
 
     def define(
         self,
@@ -74,9 +83,13 @@ class RegisterSpace:
         masks = (self.content, self._reset, self._writable, self._clear, self._hardware)
         for mask, value in zip(masks, (reset, reset, writable, clear, hardware), strict=True):
             mask[offset : offset + size] = value.to_bytes(size, "little")
-        self._watches = [w for w in self._watches if w[:2] != (offset, size)]
-        if changed or written or reading:
-            self._watches.append(_Watch(offset, size, changed, written, reading))
+        end = offset + size
+        self._watches = [w for w in self._watches if (w.offset, w.end) != (offset, end)]
+        self._readings = [r for r in self._readings if (r.offset, r.end) != (offset, end)]
+        if changed or written:
+            self._watches.append(_Watch(offset, size, end, changed, written))
+        if reading:
+            self._readings.append(_Reading(offset, end, reading))
 
     def get(self, offset: int, size: int) -> int:
         """What is at ``offset`` now, for our code."""
@@ -93,18 +106,21 @@ class RegisterSpace:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read of any width and alignment; all ones unless all of it is in the space."""
-        if not 0 <= offset <= len(self.content) - size:
+        end = offset + size
+        if not 0 <= offset <= end <= len(self.content):
             return (1 << 8 * size) - 1
-        for watch in self._touched(offset, size):
-            if watch.reading is not None:
-                watch.reading()
-        return self.get(offset, size)
+        for first, last, reading in self._readings:
+            if offset < last and first < end:
+                reading()
+        return int.from_bytes(self.content[offset:end], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write of any width and alignment; ignored unless all of it is in the space."""
-        if not 0 <= offset <= len(self.content) - size:
+        end = offset + size
+        if not 0 <= offset <= end <= len(self.content):
             return
-        touched = [(watch, self.get(watch.offset, watch.size)) for watch in self._touched(offset, size)]
+        watches = [watch for watch in self._watches if offset < watch.end and watch.offset < end]
+        touched = [(watch, self.get(watch.offset, watch.size)) for watch in watches]
         old = self.get(offset, size)
         writable, clear = _int(self._writable, offset, size), _int(self._clear, offset, size)
         self.set(offset, size, (old & ~writable | value & writable) & ~(value & clear))
@@ -131,9 +147,6 @@ class RegisterSpace:
                 f"the register byte at {at:#x} is {content[at]:#x} where this machine has {self._reset[at]:#x}"
             )
         self.content = content
-
-    def _touched(self, offset: int, size: int) -> list[_Watch]:
-        return [w for w in self._watches if offset < w.offset + w.size and w.offset < offset + size]
 
 
 class Field:
