@@ -57,6 +57,7 @@ class RegisterSpace:
         self._clear = bytearray(size)
         self._hardware = bytearray(size)
         self._watches: list[_Watch] = []
+        self._by_dword: dict[int, list[_Watch]] = {}  # those of _watches that touch it
         self._readings: list[_Reading] = []
 
     def define(
@@ -88,6 +89,9 @@ class RegisterSpace:
         self._readings = [r for r in self._readings if (r.offset, r.end) != (offset, end)]
         if changed or written:
             self._watches.append(_Watch(offset, size, end, changed, written))
+        for dword in range(offset >> 2, (end + 3) >> 2):
+            here = [w for w in self._watches if w.offset < 4 * dword + 4 and 4 * dword < w.end]
+            self._by_dword[dword] = here
         if reading:
             self._readings.append(_Reading(offset, end, reading))
 
@@ -119,11 +123,14 @@ class RegisterSpace:
         end = offset + size
         if not 0 <= offset <= end <= len(self.content):
             return
-        watches = [watch for watch in self._watches if offset < watch.end and watch.offset < end]
-        touched = [(watch, self.get(watch.offset, watch.size)) for watch in watches]
-        old = self.get(offset, size)
-        writable, clear = _int(self._writable, offset, size), _int(self._clear, offset, size)
-        self.set(offset, size, (old & ~writable | value & writable) & ~(value & clear))
+        dword = offset >> 2
+        near = self._by_dword.get(dword, ()) if end <= 4 * dword + 4 else self._watches
+        touched = [(w, self.get(w.offset, w.size)) for w in near if offset < w.end and w.offset < end] if near else ()
+        old = int.from_bytes(self.content[offset:end], "little")
+        writable = int.from_bytes(self._writable[offset:end], "little")
+        clear = int.from_bytes(self._clear[offset:end], "little")
+        new = (old & ~writable | value & writable) & ~(value & clear)
+        self.content[offset:end] = new.to_bytes(size, "little")
         for watch, before in touched:
             after = self.get(watch.offset, watch.size)
             if watch.written is not None:
@@ -182,7 +189,10 @@ class Field:
     @overload
     def __get__(self, bank: RegisterBank, owner: type) -> int: ...
     def __get__(self, bank: RegisterBank | None, owner: type) -> Self | int:
-        return self if bank is None else bank.space.get(bank.offset + self.offset, self.size)
+        if bank is None:
+            return self
+        at = bank.offset + self.offset
+        return int.from_bytes(bank.space.content[at : at + self.size], "little")
 
     def __set__(self, bank: RegisterBank, value: int) -> None:
         bank.space.set(bank.offset + self.offset, self.size, value)
@@ -233,7 +243,3 @@ class RegisterBank:
         said: dict[str, Any] = {kind: getattr(self, method) for kind, method in field.hooks.items()}
         said |= field.masks | {"reset": field.reset} | resets
         self.space.define(self.offset + field.offset, field.size, **said)
-
-
-def _int(mask: bytearray, offset: int, size: int) -> int:
-    return int.from_bytes(mask[offset : offset + size], "little")

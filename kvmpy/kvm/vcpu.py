@@ -113,7 +113,10 @@ class Vcpu:
         reason, direction, size, port, count, at = REASON_AND_IO.unpack_from(self._mmap, REASON_AT)
         if reason == EXIT_IO:
             self._data_at, self._data_size = at, size * count
-            return PioRead(port, size, count) if direction == IO_IN else PioWrite(port, size, self._items(size, count))
+            if direction == IO_IN:
+                return PioRead(port, size, count)
+            data = self._mmap[at : at + size * count]
+            return PioWrite(port, size, (int.from_bytes(data, "little"),) if count == 1 else _items(data, size))
         if reason == EXIT_MMIO:
             gpa, data, size, is_write = MMIO.unpack_from(self._mmap, MMIO_AT)
             self._data_at, self._data_size = MMIO_DATA, size
@@ -146,14 +149,6 @@ class Vcpu:
         result = _run(self.fd)
         if result < 0 and result not in (-errno.EINTR, -errno.EAGAIN):
             raise IoctlError("KVM_RUN", -result)
-
-    def _items(self, size: int, count: int) -> tuple[int, ...]:
-        """What OUT or OUTS puts out."""
-        first = self._data_at
-        if count == 1:
-            return (int.from_bytes(self._mmap[first : first + size], "little"),)
-        data = self._mmap[first : first + size * count]
-        return tuple([int.from_bytes(data[at : at + size], "little") for at in range(0, size * count, size)])
 
     def _rare(self, reason: int) -> Exit:
         if reason in (EXIT_INTR, EXIT_IRQ_WINDOW_OPEN):
@@ -263,3 +258,7 @@ def accept_kicks() -> None:
     result = lib.kvmpy_accept_kicks(KICK_SIGNAL)
     if result < 0:
         raise IoctlError("sigaction", -result)
+
+
+def _items(data: bytes, size: int) -> tuple[int, ...]:
+    return tuple([int.from_bytes(data[at : at + size], "little") for at in range(0, len(data), size)])

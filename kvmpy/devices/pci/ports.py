@@ -62,14 +62,15 @@ class ConfigPorts(Device[ConfigPortsState]):
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        if (offset, size) == (ADDRESS, 4):
+        if offset >= DATA:
+            if (address := self.state.address) & ENABLE:
+                register = (address & 0xFC) + offset - DATA
+                self._config.write(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size, value)
+        elif (offset, size) == (ADDRESS, 4):
             self.state.address = value & ADDRESS_BITS
         elif (offset, size) == (RESET, 1):
             with self._reset_register.lock:
                 self._reset_register.write(0, 1, value)
-        elif offset >= DATA and (address := self.state.address) & ENABLE:
-            register = (address & 0xFC) + offset - DATA
-            self._config.write(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size, value)
 
     def post_load(self) -> None:
         self.state.address &= ADDRESS_BITS
