@@ -46,7 +46,7 @@ class Reader:
             self.refuse(path, f"expected a table, got {got(value)}")
             value = {}
         kind = self.kind(kinds, value, path)
-        keys = [field for field in _fields(kind) if not field.name.startswith("_")]
+        keys = [field for field in fields_of(kind) if not field.name.startswith("_")]
         if kind in kinds:
             names = [field.encode_name for field in keys] + [kind.__struct_config__.tag_field or ""]
             for key in [key for key in value if key not in names]:
@@ -97,7 +97,8 @@ class Reader:
         return parsed.within(self.directory) if isinstance(parsed, HostPath | Backend) else parsed
 
 
-_fields = cache(msgspec.structs.fields)
+fields_of = cache(msgspec.structs.fields)
+"""What msgspec says of the fields of a Struct. It evaluates the annotations each time it is asked."""
 
 
 def tables(hint: Any) -> tuple[type[Table], ...]:

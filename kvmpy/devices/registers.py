@@ -56,9 +56,9 @@ class RegisterSpace:
         self._writable = bytearray(size)
         self._clear = bytearray(size)
         self._hardware = bytearray(size)
-        self._watches: list[_Watch] = []
+        self._watches: dict[tuple[int, int], _Watch] = {}  # by offset and size, in the order of their declaration
         self._by_dword: dict[int, list[_Watch]] = {}  # those of _watches that touch it
-        self._readings: list[_Reading] = []
+        self._readings: dict[tuple[int, int], _Reading] = {}
 
     def define(
         self,
@@ -84,16 +84,17 @@ class RegisterSpace:
         masks = (self.content, self._reset, self._writable, self._clear, self._hardware)
         for mask, value in zip(masks, (reset, reset, writable, clear, hardware), strict=True):
             mask[offset : offset + size] = value.to_bytes(size, "little")
-        end = offset + size
-        self._watches = [w for w in self._watches if (w.offset, w.end) != (offset, end)]
-        self._readings = [r for r in self._readings if (r.offset, r.end) != (offset, end)]
-        if changed or written:
-            self._watches.append(_Watch(offset, size, end, changed, written))
-        for dword in range(offset >> 2, (end + 3) >> 2):
-            here = [w for w in self._watches if w.offset < 4 * dword + 4 and 4 * dword < w.end]
-            self._by_dword[dword] = here
+        key, end = (offset, size), offset + size
+        self._readings.pop(key, None)
         if reading:
-            self._readings.append(_Reading(offset, end, reading))
+            self._readings[key] = _Reading(offset, end, reading)
+        earlier = self._watches.pop(key, None)
+        if changed or written:
+            self._watches[key] = _Watch(offset, size, end, changed, written)
+        if changed or written or earlier:
+            for dword in range(offset >> 2, (end + 3) >> 2):
+                here = [w for w in self._watches.values() if w.offset < 4 * dword + 4 and 4 * dword < w.end]
+                self._by_dword[dword] = here
 
     def get(self, offset: int, size: int) -> int:
         """What is at ``offset`` now, for our code."""
@@ -113,7 +114,7 @@ class RegisterSpace:
         end = offset + size
         if not 0 <= offset <= end <= len(self.content):
             return (1 << 8 * size) - 1
-        for first, last, reading in self._readings:
+        for first, last, reading in self._readings.values():
             if offset < last and first < end:
                 reading()
         return int.from_bytes(self.content[offset:end], "little")
@@ -124,7 +125,7 @@ class RegisterSpace:
         if not 0 <= offset <= end <= len(self.content):
             return
         dword = offset >> 2
-        near = self._by_dword.get(dword, ()) if end <= 4 * dword + 4 else self._watches
+        near = self._by_dword.get(dword, ()) if end <= 4 * dword + 4 else self._watches.values()
         touched = [(w, self.get(w.offset, w.size)) for w in near if offset < w.end and w.offset < end] if near else ()
         old = int.from_bytes(self.content[offset:end], "little")
         writable = int.from_bytes(self._writable[offset:end], "little")
