@@ -84,7 +84,8 @@ class Board:
 
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
-        pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
+        with self.pci.lock:
+            pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
 
 
 def build(
