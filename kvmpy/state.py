@@ -17,6 +17,7 @@ To add a field: bump VERSION and mark the field ``since(new version)``. A field 
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -95,17 +96,28 @@ def _check_fields(kind: type[State], value: object, version: int, path: str) -> 
     """
     if not isinstance(value, dict):
         raise StateError(f"{path}: expected an object, got {type(value).__name__}")
-    hints = get_type_hints(kind, include_extras=True)
-    if unknown := value.keys() - {field.name for field in msgspec.structs.fields(kind)}:
+    hints = _hints(kind)
+    if unknown := value.keys() - hints.keys():
         raise StateError(f"{path}: {_shown(unknown.pop())} is no field of it")
-    for field in msgspec.structs.fields(kind):
-        hint = hints[field.name]
-        born = next((m.version for m in get_args(hint)[1:] if isinstance(m, Since)), 1)
-        if (field.name in value) != (born <= version):
+    for name, (hint, born) in hints.items():
+        if (name in value) != (born <= version):
             said = "is missing" if born <= version else f"does not belong to version {version}"
-            raise StateError(f"{path}.{field.name}: {said}")
-        if field.name in value:
-            _check_value(hint, value[field.name], version, f"{path}.{field.name}")
+            raise StateError(f"{path}.{name}: {said}")
+        if name in value:
+            _check_value(hint, value[name], version, f"{path}.{name}")
+
+
+@cache
+def _hints(kind: type[State]) -> dict[str, tuple[Any, int]]:
+    """Each field's type and the version that brought it. Kept: a section may have thousands of one kind."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        field.name: (
+            hints[field.name],
+            next((m.version for m in get_args(hints[field.name])[1:] if isinstance(m, Since)), 1),
+        )
+        for field in msgspec.structs.fields(kind)
+    }
 
 
 def _check_value(hint: Any, value: object, version: int, path: str) -> None:
@@ -115,8 +127,7 @@ def _check_value(hint: Any, value: object, version: int, path: str) -> None:
     """
     if get_origin(hint) is Annotated:
         hint, *marks = get_args(hint)
-        if "u64" in marks and (type(value) is not int or not 0 <= value <= _U64_MAX):
-            raise StateError(f"{path}: expected an integer from 0 to 2**64-1")
+        _check_marks(marks, value, path)
     if isinstance(hint, type) and issubclass(hint, State):
         _check_fields(hint, value, version, path)
         return
@@ -131,6 +142,15 @@ def _check_value(hint: Any, value: object, version: int, path: str) -> None:
     elif origin is dict and isinstance(value, dict):
         for key, item in value.items():
             _check_value(inner[1], item, version, f"{path}[{_shown(key)}]")
+
+
+def _check_marks(marks: list[Any], value: object, path: str) -> None:
+    """What the type is annotated with: the range of a u64, and the length of a list before each item is looked at."""
+    if "u64" in marks and (type(value) is not int or not 0 <= value <= _U64_MAX):
+        raise StateError(f"{path}: expected an integer from 0 to 2**64-1")
+    most = next((mark.max_length for mark in marks if isinstance(mark, msgspec.Meta)), None)
+    if most is not None and isinstance(value, list) and len(value) > most:
+        raise StateError(f"{path}: {len(value)} items, where there are {most} at most")
 
 
 def _shown(value: object) -> str:

@@ -84,10 +84,26 @@ class Sregs(Layout, c="struct kvm_sregs"):
     interrupt_bitmap: MutableSequence[int]
 
 
-class Fpu(Layout, c="struct kvm_fpu"):
-    fcw: int
-    fsw: int
-    mxcsr: int
+class Sregs2(Layout, c="struct kvm_sregs2"):
+    cs: Segment
+    ds: Segment
+    es: Segment
+    fs: Segment
+    gs: Segment
+    ss: Segment
+    tr: Segment
+    ldt: Segment
+    gdt: Dtable
+    idt: Dtable
+    cr0: int
+    cr2: int
+    cr3: int
+    cr4: int
+    cr8: int
+    efer: int
+    apic_base: int
+    flags: int
+    pdptrs: MutableSequence[int]
 
 
 class Xsave(Layout, c="struct kvm_xsave"):
@@ -109,10 +125,25 @@ class Debugregs(Layout, c="struct kvm_debugregs"):
     db: MutableSequence[int]
     dr6: int
     dr7: int
+    flags: int
 
 
 class VcpuEvents(Layout, c="struct kvm_vcpu_events"):
+    exception: object
+    interrupt: object
+    nmi: object
+    sipi_vector: int
     flags: int
+    smi: object
+    triple_fault: object
+    exception_has_payload: int
+    exception_payload: int
+
+
+class NestedState(Layout, c="struct kvm_nested_state"):
+    flags: int
+    format: int
+    size: int
 
 
 class MpState(Layout, c="struct kvm_mp_state"):
@@ -162,6 +193,7 @@ class IrqLevel(Layout, c="struct kvm_irq_level"):
 
 class Irqchip(Layout, c="struct kvm_irqchip"):
     chip_id: int
+    chip: object  # pic or ioapic
 
 
 class PitConfig(Layout, c="struct kvm_pit_config"):
@@ -169,12 +201,21 @@ class PitConfig(Layout, c="struct kvm_pit_config"):
 
 
 class PitState2(Layout, c="struct kvm_pit_state2"):
+    channels: MutableSequence[object]
     flags: int
 
 
 class ClockData(Layout, c="struct kvm_clock_data"):
     clock: int
     flags: int
+    realtime: int
+    host_tsc: int
+
+
+class EnableCap(Layout, c="struct kvm_enable_cap"):
+    cap: int
+    flags: int
+    args: MutableSequence[int]
 
 
 class Msi(Layout, c="struct kvm_msi"):
@@ -255,15 +296,18 @@ KVM_GET_CLOCK = Get("KVM_GET_CLOCK", ClockData)
 KVM_SET_CLOCK = Put("KVM_SET_CLOCK", ClockData)
 KVM_CREATE_DEVICE = Put("KVM_CREATE_DEVICE", CreateDevice)
 KVM_SET_DEVICE_ATTR = Put("KVM_SET_DEVICE_ATTR", DeviceAttr)
+KVM_GET_DEVICE_ATTR = Put("KVM_GET_DEVICE_ATTR", DeviceAttr)
+KVM_HAS_DEVICE_ATTR = Put("KVM_HAS_DEVICE_ATTR", DeviceAttr)
+KVM_ENABLE_CAP = Put("KVM_ENABLE_CAP", EnableCap)
 
 KVM_GET_REGS = Get("KVM_GET_REGS", Regs)
 KVM_SET_REGS = Put("KVM_SET_REGS", Regs)
 KVM_GET_SREGS = Get("KVM_GET_SREGS", Sregs)
 KVM_SET_SREGS = Put("KVM_SET_SREGS", Sregs)
+KVM_GET_SREGS2 = Get("KVM_GET_SREGS2", Sregs2)
+KVM_SET_SREGS2 = Put("KVM_SET_SREGS2", Sregs2)
 KVM_GET_MSRS = Put("KVM_GET_MSRS", Msrs)
 KVM_SET_MSRS = Put("KVM_SET_MSRS", Msrs)
-KVM_GET_FPU = Get("KVM_GET_FPU", Fpu)
-KVM_SET_FPU = Put("KVM_SET_FPU", Fpu)
 KVM_GET_LAPIC = Get("KVM_GET_LAPIC", LapicState)
 KVM_SET_LAPIC = Put("KVM_SET_LAPIC", LapicState)
 KVM_SET_CPUID2 = Put("KVM_SET_CPUID2", Cpuid2)
@@ -274,9 +318,10 @@ KVM_SET_VCPU_EVENTS = Put("KVM_SET_VCPU_EVENTS", VcpuEvents)
 KVM_GET_DEBUGREGS = Get("KVM_GET_DEBUGREGS", Debugregs)
 KVM_SET_DEBUGREGS = Put("KVM_SET_DEBUGREGS", Debugregs)
 KVM_GET_XSAVE = Get("KVM_GET_XSAVE", Xsave)
-KVM_SET_XSAVE = Put("KVM_SET_XSAVE", Xsave)
 KVM_GET_XCRS = Get("KVM_GET_XCRS", Xcrs)
 KVM_SET_XCRS = Put("KVM_SET_XCRS", Xcrs)
+KVM_GET_TSC_KHZ = Call("KVM_GET_TSC_KHZ")
+KVM_SET_TSC_KHZ = Call("KVM_SET_TSC_KHZ")
 KVM_KVMCLOCK_CTRL = Call("KVM_KVMCLOCK_CTRL")
 
 DEVICE_VFIO: Final[int] = lib.KVM_DEV_TYPE_VFIO
@@ -295,6 +340,12 @@ IOEVENTFD_PIO: Final[int] = lib.KVM_IOEVENTFD_FLAG_PIO
 IOEVENTFD_DEASSIGN: Final[int] = lib.KVM_IOEVENTFD_FLAG_DEASSIGN
 PIT_SPEAKER_DUMMY: Final[int] = lib.KVM_PIT_SPEAKER_DUMMY
 CPUID_SIGNIFICANT_INDEX: Final[int] = lib.KVM_CPUID_FLAG_SIGNIFCANT_INDEX
+TSC_CTRL: Final[int] = lib.KVM_VCPU_TSC_CTRL
+TSC_OFFSET: Final[int] = lib.KVM_VCPU_TSC_OFFSET
+CLOCK_REALTIME: Final[int] = lib.KVM_CLOCK_REALTIME
+SREGS2_PDPTRS_VALID: Final[int] = lib.KVM_SREGS2_FLAGS_PDPTRS_VALID
+EVENT_PAYLOAD: Final[int] = lib.KVM_VCPUEVENT_VALID_PAYLOAD
+EVENT_TRIPLE_FAULT: Final[int] = lib.KVM_VCPUEVENT_VALID_TRIPLE_FAULT
 IDENTITY_MAP_REQUEST: Final[int] = lib.KVM_SET_IDENTITY_MAP_ADDR
 
 
@@ -307,6 +358,52 @@ def set_vfio_group(fd: int, attr: int, group: int) -> None:
     """KVM_SET_DEVICE_ATTR of the VFIO device ``fd``: a group's descriptor, by its address."""
     value = ffi.new("int32_t *", group)
     KVM_SET_DEVICE_ATTR(fd, DeviceAttr.new(group=VFIO_GROUP, attr=attr, addr=int(ffi.cast("uintptr_t", value))))
+
+
+def get_tsc_offset(fd: int) -> int:
+    """KVM_GET_DEVICE_ATTR of a vCPU: what is added to the host's TSC, modulo 2**64."""
+    value = ffi.new("uint64_t *")
+    KVM_GET_DEVICE_ATTR(fd, DeviceAttr.new(group=TSC_CTRL, attr=TSC_OFFSET, addr=int(ffi.cast("uintptr_t", value))))
+    return int(value[0])
+
+
+def set_tsc_offset(fd: int, offset: int) -> None:
+    """KVM_SET_DEVICE_ATTR of a vCPU: the same."""
+    value = ffi.new("uint64_t *", offset)
+    KVM_SET_DEVICE_ATTR(fd, DeviceAttr.new(group=TSC_CTRL, attr=TSC_OFFSET, addr=int(ffi.cast("uintptr_t", value))))
+
+
+def get_xsave2(fd: int, size: int) -> bytes:
+    """KVM_GET_XSAVE2: the ``size`` bytes that KVM_CAP_XSAVE2 says; the request's number says 4096 all the same."""
+    return _get_bytes("KVM_GET_XSAVE2", fd, ffi.new("char[]", size))
+
+
+def set_xsave(fd: int, area: bytes) -> None:
+    """KVM_SET_XSAVE: as long as KVM_CAP_XSAVE2 says, for so much is read."""
+    ioctl.sys_ioctl("KVM_SET_XSAVE", fd, lib.KVM_SET_XSAVE, ffi.from_buffer(area))
+
+
+def get_nested_state(fd: int, size: int) -> bytes:
+    """KVM_GET_NESTED_STATE: as long as its own ``size`` field says, at most ``size`` bytes."""
+    buffer = ffi.new("char[]", size)
+    ffi.cast("struct kvm_nested_state *", buffer).size = size
+    data = _get_bytes("KVM_GET_NESTED_STATE", fd, buffer)
+    return data[: ffi.cast("struct kvm_nested_state *", buffer).size]
+
+
+def set_nested_state(fd: int, state: bytes) -> None:
+    """KVM_SET_NESTED_STATE: its size is in it, and must be right."""
+    ioctl.sys_ioctl("KVM_SET_NESTED_STATE", fd, lib.KVM_SET_NESTED_STATE, ffi.from_buffer(state))
+
+
+def nested_state_size(state: bytes) -> int:
+    """What its own ``size`` field says; ``state`` has a whole header."""
+    return int(ffi.from_buffer("struct kvm_nested_state *", state).size)
+
+
+def _get_bytes(name: str, fd: int, buffer: Any) -> bytes:
+    ioctl.sys_ioctl(name, fd, getattr(lib, name), buffer)
+    return bytes(ffi.buffer(buffer))
 
 
 def capability(name: str) -> int:

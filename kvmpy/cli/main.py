@@ -95,6 +95,20 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="for scripts")
     doctor.add_argument("--device", metavar="ADDRESS", help="whether that PCI function can be passed through")
 
+    baseline = _command(
+        commands,
+        "cpu-baseline",
+        "cpu_baseline:cpu_baseline_command",
+        "describe the processor that this host can give a guest, or the one that several hosts can",
+    )
+    baseline.add_argument("--output", metavar="FILE", help="instead of standard output")
+    baseline.add_argument(
+        "host",
+        nargs="*",
+        metavar="HOST.json",
+        help="what the command printed on a host; without one, describe this host",
+    )
+
     ps = _command(commands, "ps", "control:ps", "list the machines that run")
     ps.add_argument("--json", action="store_true", help="for scripts")
 

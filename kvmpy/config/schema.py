@@ -23,6 +23,7 @@ from kvmpy.config.toml_lines import Document, Message, Path, did_you_mean, key_t
 from kvmpy.config.values import (
     Backend,
     CharacterDevice,
+    Cpu,
     HostPath,
     Id,
     Interface,
@@ -72,6 +73,7 @@ class Machine(Table, frozen=True, kw_only=True):
 
     memory: Size = Size("512MiB")  # guest RAM: bytes, or a string with a unit (KiB, MiB, GiB, TiB or K, M, G, T)
     cpus: Annotated[int, Meta(ge=1, le=254)] = 1  # virtual CPUs
+    cpu: Cpu = Cpu("host")  # the guest's processor: all that the host's can give, or what its fleet has in common
     hugepages: HugePages = HugePages.OFF  # huge pages to take RAM from, which is a multiple of them
     reserve: bool = False  # take all RAM from the host at start
     shared: bool = False  # RAM in a memfd, for backends that map it

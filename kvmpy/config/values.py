@@ -141,6 +141,19 @@ class HostPath(Text):
         return type(self)(join(directory, self))
 
 
+class Cpu(HostPath):
+    """The guest's processor: the host's own, or a baseline in a file."""
+
+    FORM = '"host", or the path of a CPU baseline'
+
+    @property
+    def is_host(self) -> bool:
+        return self == "host"
+
+    def within(self, directory: str) -> Self:
+        return self if self.is_host else super().within(directory)
+
+
 class Backend(Text):
     """Where a character device ends on the host. ``kind`` is the word before the path, ``path`` empty without one."""
 

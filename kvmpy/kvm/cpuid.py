@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kvmpy.abi import kvm as abi
+from kvmpy.state import State, u32
 
 TOPOLOGY: Final = (0xB, 0x1F)
 ADDRESS_SIZES: Final = 0x8000_0008
@@ -25,10 +26,26 @@ LEVEL_THREAD: Final = 1
 LEVEL_CORE: Final = 2
 
 
-def guest_cpuid(
-    supported: Sequence[abi.CpuidEntry2], apic_id: int, vcpus: int, *, tsc_deadline: bool
-) -> list[dict[str, int]]:
-    """The table for KVM_SET_CPUID2 of one vCPU of ``vcpus``, as fields of `CpuidEntry2`."""
+class CpuidLeaf(State):
+    """struct kvm_cpuid_entry2, where it is kept or travels."""
+
+    function: u32 = 0
+    index: u32 = 0
+    flags: u32 = 0
+    eax: u32 = 0
+    ebx: u32 = 0
+    ecx: u32 = 0
+    edx: u32 = 0
+
+
+Leaf = abi.CpuidEntry2 | CpuidLeaf
+
+
+def guest_cpuid(supported: Sequence[Leaf], apic_id: int, vcpus: int, *, tsc_deadline: bool) -> list[dict[str, int]]:
+    """The table for KVM_SET_CPUID2 of one vCPU of ``vcpus``, as fields of `CpuidEntry2`.
+
+    ``supported`` is what KVM can give, or a table that this made before: then only the APIC id changes.
+    """
     table = [_fields(entry) for entry in supported if entry.function not in TOPOLOGY]
     bits = max(vcpus - 1, 0).bit_length()
     for leaf in table:
@@ -54,7 +71,7 @@ def guest_cpuid(
     return table
 
 
-def address_bits(supported: Sequence[abi.CpuidEntry2]) -> int:
+def address_bits(supported: Sequence[Leaf]) -> int:
     """How many bits a physical address has (MAXPHYADDR); 36 where the processor does not say."""
     return next((entry.eax & 0xFF for entry in supported if entry.function == ADDRESS_SIZES), 36)
 
@@ -92,5 +109,5 @@ def _share_amd_cache(leaf: dict[str, int], vcpus: int) -> None:
         leaf["eax"] = leaf["eax"] & ~0x03FF_C000 | sharing << 14 & 0x03FF_C000
 
 
-def _fields(entry: abi.CpuidEntry2) -> dict[str, int]:
+def _fields(entry: Leaf) -> dict[str, int]:
     return {name: getattr(entry, name) for name in abi.CpuidEntry2.__annotations__}

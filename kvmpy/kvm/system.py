@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 from kvmpy.abi import kvm as abi
@@ -35,6 +36,7 @@ REQUIRED: Final = (
     Capability("KVM_CAP_ADJUST_CLOCK", "2.6.33"),
     Capability("KVM_CAP_VCPU_EVENTS", "2.6.33"),
     Capability("KVM_CAP_DEBUGREGS", "2.6.35"),
+    Capability("KVM_CAP_XSAVE", "2.6.36"),
     Capability("KVM_CAP_PIT_STATE2", "2.6.35"),
     Capability("KVM_CAP_SIGNAL_MSI", "3.5"),
     Capability("KVM_CAP_IRQFD_RESAMPLE", "3.8"),
@@ -43,19 +45,21 @@ REQUIRED: Final = (
 """What kvmpy cannot do without."""
 
 WELCOME: Final = (
-    Capability("KVM_CAP_XSAVE", "2.6.36"),
     Capability("KVM_CAP_XCRS", "2.6.36"),
     Capability("KVM_CAP_TSC_CONTROL", "2.6.39"),
+    Capability("KVM_CAP_GET_TSC_KHZ", "2.6.39"),
     Capability("KVM_CAP_TSC_DEADLINE_TIMER", "3.1"),
     Capability("KVM_CAP_KVMCLOCK_CTRL", "3.4"),
     Capability("KVM_CAP_READONLY_MEM", "3.7"),
     Capability("KVM_CAP_IOEVENTFD_ANY_LENGTH", "4.4"),
     Capability("KVM_CAP_X2APIC_API", "4.8"),
     Capability("KVM_CAP_NESTED_STATE", "4.19"),
+    Capability("KVM_CAP_EXCEPTION_PAYLOAD", "4.20"),
     Capability("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", "5.2"),
     Capability("KVM_CAP_DIRTY_LOG_RING", "5.11"),
     Capability("KVM_CAP_SREGS2", "5.14"),
     Capability("KVM_CAP_XSAVE2", "5.17"),
+    Capability("KVM_CAP_X86_TRIPLE_FAULT_EVENT", "6.1"),
     Capability("KVM_CAP_MEMORY_FAULT_INFO", "6.8"),
     Capability("KVM_CAP_PRE_FAULT_MEMORY", "6.11"),
 )
@@ -152,10 +156,26 @@ class System:
                 return []
             raise
 
+    def feature_msrs(self) -> dict[int, int]:
+        """The MSRs that say what the processor can do, with the most that KVM can give a guest."""
+        return read_msrs(self.fd, self.feature_msr_indices())
+
     def _msr_list(self, request: Put[abi.MsrList]) -> list[int]:
         table = abi.MsrList.new(nmsrs=MOST_ENTRIES, indices=MOST_ENTRIES)
         request(self.fd, table)
         return [table.indices[i] for i in range(table.nmsrs)]
+
+
+def read_msrs(fd: int, indices: Sequence[int]) -> dict[int, int]:
+    """The values of those of ``indices`` that a vCPU has, or KVM itself of those that say what it can do."""
+    values: dict[int, int] = {}
+    rest = list(indices)
+    while rest:
+        table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
+        done = abi.KVM_GET_MSRS(fd, table)
+        values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
+        rest = rest[done + 1 :]  # KVM stops at the first it does not have
+    return values
 
 
 def _copied(entry: abi.CpuidEntry2) -> abi.CpuidEntry2:

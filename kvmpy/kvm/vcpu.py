@@ -15,7 +15,7 @@ import errno
 import mmap
 import os
 import struct
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from kvmpy._native import ffi, lib
 from kvmpy.abi import kvm as abi
@@ -33,6 +33,7 @@ from kvmpy.kvm.exits import (
     TripleFault,
     Unknown,
 )
+from kvmpy.kvm.system import read_msrs
 from kvmpy.kvm.vm import Vm
 
 KICK_SIGNAL: Final[int] = lib.kvmpy_kick_signal()
@@ -52,23 +53,10 @@ MMIO_DATA: Final[int] = ffi.offsetof("struct kvm_run", "mmio", "data")
 # tests/unit/test_abi.py holds them against the header.
 REASON_AND_IO: Final = struct.Struct("=I20xBBHIQ")
 MMIO: Final = struct.Struct("=QQIB")
+ECX_VMX: Final = 1 << 5  # of CPUID leaf 1
+ECX_SVM: Final = 1 << 2  # of leaf 0x8000_0001
 
 _run = lib.kvmpy_run
-
-
-class VcpuState(NamedTuple):
-    """A vCPU's registers, all that KVM lets a VMM set (within one kernel: not a migration format)."""
-
-    mp_state: abi.MpState
-    regs: abi.Regs
-    sregs: abi.Sregs
-    fpu: abi.Fpu
-    xsave: abi.Xsave | None
-    xcrs: abi.Xcrs | None
-    msrs: dict[int, int]
-    lapic: abi.LapicState | None
-    debugregs: abi.Debugregs
-    events: abi.VcpuEvents
 
 
 class Vcpu:
@@ -77,7 +65,9 @@ class Vcpu:
     def __init__(self, vm: Vm, index: int) -> None:
         """Raises IoctlError; EEXIST and EINVAL mean an index in use or beyond KVM's limit."""
         self.index = index
-        self._vm = vm
+        self.vm = vm
+        self.cpuid: list[dict[str, int]] = []
+        self.msr_limit: frozenset[int] | None = None  # where the guest may go next may have no more
         self.fd = abi.KVM_CREATE_VCPU(vm.fd, index)
         try:
             self._mmap = mmap.mmap(self.fd, vm.system.vcpu_mmap_size)
@@ -186,19 +176,22 @@ class Vcpu:
         abi.KVM_SET_SREGS(self.fd, sregs)
 
     def set_cpuid(self, table: list[dict[str, int]]) -> None:
-        """What CPUID answers on this vCPU; before its first run."""
+        """What CPUID answers on this vCPU, then found in ``cpuid``; before its first run."""
         abi.KVM_SET_CPUID2(self.fd, abi.Cpuid2.new(nent=len(table), entries=table))
+        self.cpuid = table
+
+    @property
+    def can_nest(self) -> bool:
+        """Whether the guest is told of VMX or SVM, and so can have guests of its own."""
+        return any(
+            leaf["function"] == function and leaf["ecx"] & bit
+            for leaf in self.cpuid
+            for function, bit in ((0x1, ECX_VMX), (0x8000_0001, ECX_SVM))
+        )
 
     def get_msrs(self, indices: list[int]) -> dict[int, int]:
         """The values of those of ``indices`` that this vCPU has."""
-        values: dict[int, int] = {}
-        rest = list(indices)
-        while rest:
-            table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
-            done = abi.KVM_GET_MSRS(self.fd, table)
-            values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
-            rest = rest[done + 1 :]  # KVM stops at the first it does not have
-        return values
+        return read_msrs(self.fd, indices)
 
     def set_msrs(self, values: dict[int, int]) -> list[int]:
         """Set MSRs; returns the indices that KVM refused."""
@@ -210,39 +203,6 @@ class Vcpu:
             refused += [index for index, _ in rest[done : done + 1]]
             rest = rest[done + 1 :]
         return refused
-
-    def state(self, *, irqchip: bool = True) -> VcpuState:
-        """A copy of every register. ``irqchip``: the VM has local APICs in the kernel."""
-        # MP_STATE first: reading it makes KVM take in a pending INIT or start-up IPI.
-        return VcpuState(
-            mp_state=abi.KVM_GET_MP_STATE(self.fd),
-            regs=self.regs,
-            sregs=self.sregs,
-            fpu=abi.KVM_GET_FPU(self.fd),
-            xsave=abi.KVM_GET_XSAVE(self.fd) if self._vm.system.check("KVM_CAP_XSAVE") else None,
-            xcrs=abi.KVM_GET_XCRS(self.fd) if self._vm.system.check("KVM_CAP_XCRS") else None,
-            msrs=self.get_msrs(self._vm.system.msr_indices()),
-            lapic=abi.KVM_GET_LAPIC(self.fd) if irqchip else None,
-            debugregs=abi.KVM_GET_DEBUGREGS(self.fd),
-            events=abi.KVM_GET_VCPU_EVENTS(self.fd),
-        )
-
-    def set_state(self, state: VcpuState) -> None:
-        """Put back what `state` gave. The order matters: EFER and the APIC base before the MSRs and the LAPIC."""
-        self.sregs = state.sregs
-        self.regs = state.regs
-        if state.xsave is not None:
-            abi.KVM_SET_XSAVE(self.fd, state.xsave)
-        else:
-            abi.KVM_SET_FPU(self.fd, state.fpu)
-        if state.xcrs is not None:
-            abi.KVM_SET_XCRS(self.fd, state.xcrs)
-        abi.KVM_SET_DEBUGREGS(self.fd, state.debugregs)
-        if state.lapic is not None:
-            abi.KVM_SET_LAPIC(self.fd, state.lapic)
-        self.set_msrs(state.msrs)
-        abi.KVM_SET_MP_STATE(self.fd, state.mp_state)
-        abi.KVM_SET_VCPU_EVENTS(self.fd, state.events)
 
     def tell_paused(self) -> None:
         """Tell the guest's kvmclock that it was stopped, so that its watchdogs do not bark at the gap."""

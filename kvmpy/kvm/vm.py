@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvmpy.abi import kvm as abi
 from kvmpy.host.eventfd import EventFd
@@ -14,14 +14,8 @@ from kvmpy.kvm.msi import Vector
 from kvmpy.kvm.system import System
 from kvmpy.memory import Ram
 
-CHIPS: Final = (abi.IRQCHIP_PIC_MASTER, abi.IRQCHIP_PIC_SLAVE, abi.IRQCHIP_IOAPIC)
-
-
-class InterruptState(NamedTuple):
-    """The PICs, the IOAPIC and the PIT as KVM keeps them."""
-
-    chips: tuple[abi.Irqchip, ...]
-    pit: abi.PitState2
+# Each lets KVM tell of one more kind of event that a vCPU has pending.
+EVENTS: Final = ("KVM_CAP_EXCEPTION_PAYLOAD", "KVM_CAP_X86_TRIPLE_FAULT_EVENT")
 
 
 class Vm:
@@ -34,7 +28,17 @@ class Vm:
         self.routing = Routing(self.fd)
         self._slots: set[int] = set()
         self._slots_lock = threading.Lock()
-        self._any_length = bool(system.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
+        self._capabilities: dict[str, int] = {}
+        self._any_length = bool(self.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
+        for name in EVENTS:
+            if self.check(name):
+                abi.KVM_ENABLE_CAP(self.fd, abi.EnableCap.new(cap=abi.capability(name), args=[1]))
+
+    def check(self, name: str) -> int:
+        """What KVM_CHECK_EXTENSION says of "KVM_CAP_..." for this VM."""
+        if name not in self._capabilities:
+            self._capabilities[name] = abi.KVM_CHECK_EXTENSION(self.fd, abi.capability(name))
+        return self._capabilities[name]
 
     def close(self) -> None:
         """Close the descriptor; KVM frees the VM when the last vCPU's is closed too."""
@@ -99,27 +103,6 @@ class Vm:
             self.fd,
             abi.Msi.new(address_lo=message.address & 0xFFFF_FFFF, address_hi=message.address >> 32, data=message.data),
         )
-
-    def interrupt_state(self) -> InterruptState:
-        """A copy of the interrupt controllers and the PIT."""
-        chips = tuple(abi.Irqchip.new(chip_id=chip) for chip in CHIPS)
-        for chip in chips:
-            abi.KVM_GET_IRQCHIP(self.fd, chip)
-        return InterruptState(chips, abi.KVM_GET_PIT2(self.fd))
-
-    def set_interrupt_state(self, state: InterruptState) -> None:
-        """Put back what `interrupt_state` gave."""
-        for chip in state.chips:
-            abi.KVM_SET_IRQCHIP(self.fd, chip)
-        abi.KVM_SET_PIT2(self.fd, state.pit)
-
-    def clock(self) -> int:
-        """The VM's kvmclock, in nanoseconds."""
-        return abi.KVM_GET_CLOCK(self.fd).clock
-
-    def set_clock(self, nanoseconds: int) -> None:
-        """Set the VM's kvmclock."""
-        abi.KVM_SET_CLOCK(self.fd, abi.ClockData.new(clock=nanoseconds))
 
 
 class Slot:

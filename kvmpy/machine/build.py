@@ -28,12 +28,12 @@ from kvmpy.host import rundir
 from kvmpy.host.console import Console
 from kvmpy.host.memory import Mapping as HostMemory
 from kvmpy.host.reactor import Reactor
-from kvmpy.kvm.cpuid import address_bits, guest_cpuid
+from kvmpy.kvm.cpuid import address_bits
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vfio import VfioGroups
 from kvmpy.kvm.vm import MemorySlots, Vm
-from kvmpy.machine import layout
+from kvmpy.machine import layout, processor
 from kvmpy.machine.check import huge_page, located, mmio64, placed
 from kvmpy.machine.inventory import Inventory
 from kvmpy.machine.plug import Host, Plugger, Report
@@ -109,6 +109,7 @@ def build(
     system.require()
     check_vcpu_limit(config, system)
     network = _start_network(config, resources)
+    cpu = processor.baseline(config)
     vm = Vm(system)
     resources.callback(vm.close)
     memory = _build_memory(config, vm, resources)
@@ -134,7 +135,7 @@ def build(
     pio.map(*layout.PVPANIC, pvpanic, widest=1)
     pio.map(*layout.DEBUG_PORT, debug_port, widest=1)
 
-    windows = pci_windows(config, system)
+    windows = pci_windows(config, address_bits(processor.table(cpu, system)))
     lines = [vm.line(gsi) for gsi in layout.PCI_IRQS]
     pci = PciRoot(mmio, pio, vm, lines, windows, memory.overlaps, reset)
     pio.map(*layout.PCI_CONFIG, pci.ports, widest=4)
@@ -156,7 +157,7 @@ def build(
         memory=memory,
         pio=pio,
         mmio=mmio,
-        vcpus=_build_vcpus(config, vm, resources),
+        vcpus=processor.build_vcpus(config, cpu, vm, resources),
         serial=com1,
         acpi_pm=acpi_pm,
         debug_port=debug_port,
@@ -167,9 +168,9 @@ def build(
     )
 
 
-def pci_windows(config: Config, system: System) -> PciWindows:
+def pci_windows(config: Config, bits: int) -> PciWindows:
     """The addresses for BARs. Raises HostError where the guest's processor cannot reach all of them."""
-    mem64, bits = mmio64(config), address_bits(system.supported_cpuid())
+    mem64 = mmio64(config)
     if not layout.is_addressable(mem64, bits):
         raise HostError(
             placed(
@@ -227,18 +228,6 @@ def _start_network(config: Config, resources: ExitStack) -> Network | None:
 def _is_assigned(table: DeviceTable) -> bool:
     """Whether a device is a virtual function whose PF is told something."""
     return isinstance(table, VfioPci) and (table.mac is not None or table.vlan is not None)
-
-
-def _build_vcpus(config: Config, vm: Vm, resources: ExitStack) -> tuple[Vcpu, ...]:
-    supported = vm.system.supported_cpuid()
-    tsc_deadline = bool(vm.system.check("KVM_CAP_TSC_DEADLINE_TIMER"))
-    vcpus = []
-    for index in range(config.machine.cpus):
-        vcpu = Vcpu(vm, index)
-        resources.callback(vcpu.close)
-        vcpu.set_cpuid(guest_cpuid(supported, index, config.machine.cpus, tsc_deadline=tsc_deadline))
-        vcpus.append(vcpu)
-    return tuple(vcpus)
 
 
 def _ram_sizes(config: Config) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from kvmpy.config.schema import Config, Device, VfioPci, VirtioNetPci
 from kvmpy.devices.acpi_pm import Reg as PmReg
 from kvmpy.devices.reset_register import RESET_VALUE
 from kvmpy.errors import ConfigError, HostError
-from kvmpy.machine import layout
+from kvmpy.machine import layout, processor
 
 ROOT_BUS_SLOTS: Final = 31  # and the host bridge
 # What to do where a file or socket that the configuration names cannot be made.
@@ -33,10 +33,11 @@ def check(config: Config) -> BootPlan:
         boot = plan_boot(config)
     except ConfigError as e:
         problems += e.problems
-    try:
-        check_devices(config)
-    except ConfigError as e:
-        problems += e.problems
+    for look in (check_devices, processor.baseline):
+        try:
+            look(config)
+        except ConfigError as e:
+            problems += e.problems
     if boot is None or problems:
         raise ConfigError(*problems)
     return boot

@@ -30,9 +30,12 @@ from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
+from kvmpy.kvm import vcpu_state
 from kvmpy.kvm.exits import Exit, TripleFault
-from kvmpy.kvm.vcpu import VcpuState, accept_kicks
-from kvmpy.kvm.vm import InterruptState
+from kvmpy.kvm.tsc import load_tsc
+from kvmpy.kvm.vcpu import accept_kicks
+from kvmpy.kvm.vcpu_registers import VcpuRegisters
+from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
@@ -43,6 +46,7 @@ from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from kvmpy.kvm.cpu_model import CpuDescription
     from kvmpy.machine.hotplug import HotPlug
 
 log = logging.getLogger(__name__)
@@ -62,8 +66,8 @@ END_PATIENCE: Final = 5.0
 class PowerOn(NamedTuple):
     """What KVM holds of a machine that has just been made: a reset puts it back."""
 
-    interrupts: InterruptState
-    vcpus: tuple[VcpuState, ...]
+    interrupts: InterruptsState
+    vcpus: tuple[VcpuRegisters, ...]
 
 
 class Machine:
@@ -110,7 +114,7 @@ class Machine:
             )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
-            self._power_on = PowerOn(self.board.vm.interrupt_state(), tuple(vcpu.state() for vcpu in self.board.vcpus))
+            self._power_on = self._read_power_on()
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._announcer = Announcer(self.control, lambda: self.board.nics)
             self._resources = resources.pop_all()
@@ -133,6 +137,19 @@ class Machine:
                 raise CommandError("the machine has been " + ("closed" if self._closed else "started already"))
             self._started = True
             self._start_threads()
+
+    def adopt_processor(self, cpu: CpuDescription) -> None:
+        """Give the guest the processor of the machine that it comes from, before any vCPU has run.
+
+        Raises StateError or IoctlError where KVM refuses; the machine is then not to be run.
+        """
+        from kvmpy.kvm.cpu_model import adopt
+
+        adopt(self.board.vcpus, cpu)
+        self._power_on = self._read_power_on()
+
+    def _read_power_on(self) -> PowerOn:
+        return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
     def _start_threads(self) -> None:
         accept_kicks()
@@ -387,9 +404,10 @@ class Machine:
         board = self.board
         for port in board.ports.values():
             port.finish()
-        board.vm.set_interrupt_state(self._power_on.interrupts)
+        load_interrupts(board.vm, self._power_on.interrupts)
         for vcpu, state in zip(board.vcpus, self._power_on.vcpus, strict=True):
-            vcpu.set_state(state)
+            vcpu_state.load(vcpu, state)
+        load_tsc(board.vcpus, self._power_on.vcpus, goes_on=False)
         for device in board.devices:
             with device.lock:
                 device.reset()

@@ -11,6 +11,23 @@ from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import VirtioPci
+from kvmpy.kvm.cpu_model import CpuDescription
+from kvmpy.kvm.cpuid import CpuidLeaf
+from kvmpy.kvm.vcpu_registers import (
+    DebugregsState,
+    EventsState,
+    ExceptionState,
+    InterruptState,
+    NmiState,
+    RegsState,
+    SegmentState,
+    SmiState,
+    SregsState,
+    TripleFaultState,
+    TscState,
+    VcpuRegisters,
+)
+from kvmpy.kvm.vm_state import ClockState, PicState, VmState
 from kvmpy.state import State, save
 from tests.fakes.net_rig import CONTROLLED
 from tests.fakes.rig import Rig
@@ -182,13 +199,70 @@ BUSY: Final[dict[str, Callable[[Rig], object]]] = {
 }
 
 
+def _busy_vcpu() -> VcpuRegisters:
+    """Every field is another than at power-on, and the optional ones are there."""
+    return VcpuRegisters(
+        mp_state=3,
+        regs=RegsState(rax=2**64 - 1, rbx=2**63, rip=0xFFFF_FFFF_8100_0000, rflags=0x246),
+        sregs=SregsState(cs=SegmentState(selector=0x10, type=11, l=1, g=1), cr0=0x8005_0033, cr4=0x20, efer=0xD01),
+        pdptrs=(0x1001, 0x2001, 0x3001, 2**52 - 1),
+        debugregs=DebugregsState(db=(1, 2, 3, 2**64 - 1), dr6=0xFFFF_0FF1, dr7=0x402),
+        xcrs=((0, 7),),
+        xsave=bytes(range(256)) * 44,
+        lapic=bytes(reversed(range(256))) * 4,
+        msrs=((0x174, 0x10), (0xC000_0082, 2**64 - 1), (0x4B56_4D01, 0x4001)),
+        nested=bytes(4) + (128 + 4096).to_bytes(4, "little") + bytes(120 + 4096),
+        events=EventsState(
+            exception=ExceptionState(pending=1, nr=14, has_error_code=1, error_code=6),
+            interrupt=InterruptState(injected=1, nr=0x31, shadow=2),
+            nmi=NmiState(masked=1),
+            flags=0x3D,
+            smi=SmiState(latched_init=1),
+            triple_fault=TripleFaultState(pending=1),
+            exception_has_payload=1,
+            exception_payload=0x1234_5000,
+        ),
+        tsc=TscState(khz=2_600_000, value=2**63, realtime=1_700_000_000 * 10**9, offset=2**64 - 5, deadline=2**63 + 1),
+    )
+
+
+def _busy_vm() -> VmState:
+    state = VmState(clock=ClockState(nanoseconds=2**40, realtime=1_700_000_000 * 10**9))
+    interrupts = state.interrupts
+    interrupts.pic_master = PicState(imr=0xFB, irq_base=0x20, isr=1, elcr=0x20, elcr_mask=0xF8)
+    interrupts.pic_slave = PicState(imr=0xFF, irq_base=0x28)
+    interrupts.ioapic.redirtbl[4].bits, interrupts.ioapic.irr = 0xFF00_0000_0001_A031, 1 << 10
+    interrupts.pit.channels[0].count, interrupts.pit.channels[0].mode, interrupts.pit.flags = 11932, 2, 2
+    return state
+
+
+def _busy_cpu() -> CpuDescription:
+    return CpuDescription(
+        cpuid=(CpuidLeaf(eax=0xD, ebx=0x756E_6547), CpuidLeaf(function=7, flags=1, ebx=0xFFFF_FFFF, edx=1)),
+        msrs=(0x174, 0x4B56_4D01),
+        feature_msrs=((0x10A, 2**64 - 1),),
+        tsc_khz=2_600_000,
+        tsc_control=True,
+        xsave_size=11_264,
+        nested_size=4224,
+    )
+
+
+OF_KVM: Final[dict[str, Callable[[], State]]] = {"vcpu": _busy_vcpu, "vm": _busy_vm, "cpu": _busy_cpu}
+NAMES: Final = (*RIGS, *OF_KVM)
+
+
 def kind_of(name: str) -> type[State]:
-    """The State of the device in that rig."""
+    """The State of the device in that rig, or KVM's of that name."""
+    if name in OF_KVM:
+        return type(OF_KVM[name]())
     with made(name) as rig:
         return type(rig.device.state)
 
 
 def sections(name: str) -> dict[str, Any]:
+    if name in OF_KVM:
+        return {"power_on": save(kind_of(name)()), "busy": save(OF_KVM[name]())}
     with made(name) as rig:
         power_on = save(rig.device.state)
         BUSY[name](rig)
@@ -197,7 +271,7 @@ def sections(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    for name in RIGS:
+    for name in NAMES:
         kind = kind_of(name)
         file = path(kind, kind.VERSION)
         if not file.exists():

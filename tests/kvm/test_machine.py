@@ -156,10 +156,10 @@ def test_a_kernel_that_is_gone_at_a_reset_ends_the_machine_and_says_so(make_conf
 
 
 def test_a_host_that_fails_a_reset_ends_the_machine(spinning: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise HostError("KVM_SET_IRQCHIP: EIO")
 
-    monkeypatch.setattr(spinning.board.vm, "set_interrupt_state", fail)
+    monkeypatch.setattr("kvmpy.machine.machine.load_interrupts", fail)
     spinning.reset()
     assert spinning.wait(60) is Outcome.HOST_ERROR
     assert str(spinning.error) == "KVM_SET_IRQCHIP: EIO"

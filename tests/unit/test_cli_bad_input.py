@@ -126,12 +126,22 @@ CONFIG_MISTAKES: Final = (
     ),
     refusals(
         "all in one go",
-        '[machine]\nmemory = 0\ncpu = 1\n[boot]\nkernel = 1\n[[device]]\ndriver = "virtio-rng-pci"\nbus = "r"\n',
+        '[machine]\nmemory = 0\ncpuss = 1\n[boot]\nkernel = 1\n[[device]]\ndriver = "virtio-rng-pci"\nbus = "r"\n',
         "m.toml:2: machine.memory: expected 16 MiB to 4096 TiB, got 0 bytes",
-        "m.toml:3: machine.cpu: unknown key 'cpu' (did you mean 'cpus'?)",
+        "m.toml:3: machine.cpuss: unknown key 'cpuss' (did you mean 'cpus'?)",
         "m.toml:5: boot.kernel: expected a path, got an integer (1)",
         "m.toml:6: device[0].id: missing",
         'm.toml:8: device[0].bus: no root_port has the id "r"',
+    ),
+    refusals(
+        "no such baseline",
+        GOOD + 'cpu = "fleet.json"\n',
+        "m.toml:5: machine.cpu: {here}/fleet.json: ENOENT: cannot be read",
+    ),
+    refusals(
+        "no baseline",
+        GOOD + 'cpu = "m.toml"\n',
+        "m.toml:5: machine.cpu: {here}/m.toml: is not JSON; make it with 'kvmpy cpu-baseline'",
     ),
     refusals("not TOML", GOOD + "memory\n", "m.toml:5: not TOML: expected '=' after a key in a key/value pair"),
     refusals(
@@ -208,6 +218,13 @@ def test_each_mistake_is_a_line_with_its_place_and_the_exit_code_is_2(
     (here / "m.toml").write_text(text)
     expected = "".join(f"kvmpy: {problem.format(here=here)}\n" for problem in problems)
     assert kvmpy(command, "m.toml") == (2, "", expected)
+
+
+def test_a_host_description_that_cannot_be_used_is_the_hosts_fault(kvmpy: Kvmpy, here: Path) -> None:
+    assert kvmpy("cpu-baseline", "a.json", "b.json") == (1, "", "kvmpy: a.json: ENOENT: cannot be read\n")
+    (here / "a.json").write_text("{}")
+    refusal = "a section has exactly the keys name, version and state; make it with 'kvmpy cpu-baseline'"
+    assert kvmpy("cpu-baseline", "a.json") == (1, "", f"kvmpy: a.json: is no CPU baseline: cpu: {refusal}\n")
 
 
 KERNELS: Final = {
@@ -490,8 +507,8 @@ def shell(script: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_check_and_run_say_the_same_as_processes(here: Path) -> None:
-    (here / "m.toml").write_text(GOOD + "cpu = 1\n")
-    said = "kvmpy: m.toml:5: machine.cpu: unknown key 'cpu' (did you mean 'cpus'?)\n"
+    (here / "m.toml").write_text(GOOD + "cpuss = 1\n")
+    said = "kvmpy: m.toml:5: machine.cpuss: unknown key 'cpuss' (did you mean 'cpus'?)\n"
     ended = shell("kvmpy check m.toml; echo $?; kvmpy run m.toml; echo $?")
     assert (ended.stdout, ended.stderr) == ("2\n2\n", said + said)
     assert os.listdir(here / "run") == []

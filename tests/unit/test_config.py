@@ -33,7 +33,19 @@ from kvmpy.config.schema import (
     validate,
     warnings,
 )
-from kvmpy.config.values import Backend, HostPath, Id, Interface, Mac, Name, PciAddress, Size, UnixSocket, size_text
+from kvmpy.config.values import (
+    Backend,
+    Cpu,
+    HostPath,
+    Id,
+    Interface,
+    Mac,
+    Name,
+    PciAddress,
+    Size,
+    UnixSocket,
+    size_text,
+)
 from kvmpy.errors import ConfigError
 from scripts import config_reference
 
@@ -190,6 +202,13 @@ def test_only_the_kernel_must_be_said(read: Read, tmp_path: Path) -> None:
     assert (config.console.serial, config.monitor.qmp) == ("stdio", None)
 
 
+def test_a_processor_is_the_hosts_or_a_file_beside_the_configuration(read: Read, tmp_path: Path) -> None:
+    assert read(BOOT).machine.cpu.is_host
+    assert read(BOOT + '[machine]\ncpu = "host"').machine.cpu.is_host
+    found = read(BOOT + '[machine]\ncpu = "fleet.json"').machine.cpu
+    assert (found, found.is_host) == (f"{tmp_path}/fleet.json", False)
+
+
 def test_a_name_that_is_given_wins(read: Read) -> None:
     assert read(f'name = "a"\n{BOOT}', name="b").name == "b"
 
@@ -338,6 +357,7 @@ DEVICE = "expected virtio-net-pci, vfio-pci, virtio-blk-pci, virtio-rng-pci or v
         ),
         ('[machine]\nhugepages = "1GiB"', ":3: machine.memory: 512 MiB is not a multiple of the page size, 1 GiB"),
         ("[[machine]]", ":3: machine: expected a table, got an array"),
+        ("[machine]\ncpu = 4", f":4: machine.cpu: expected {Cpu.FORM}, got an integer (4)"),
         ('initrd = ""', ':3: boot.initrd: expected a path, got ""'),
         ("cmdline = 1", ":3: boot.cmdline: expected a string, got an integer (1)"),
         ('[console]\nserial = "tty"', f':4: console.serial: expected {Backend.FORM}, got "tty"'),
