@@ -7,6 +7,9 @@
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
     ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
+    ├── MigrationError       peer       the other side, or the way there; the source keeps its guest
+    │   ├── StreamError                 corrupt or hostile bytes
+    │   └── IncompatibleError           a good stream that this machine cannot hold
     └── CommandError         client     becomes an error reply on the monitor
 
 Messages are sentences without a final stop, numbers in hex where they are addresses, the offender first. Anything else
@@ -93,6 +96,18 @@ class VcpuError(KvmpyError):
     def __init__(self, message: str, registers: str = "") -> None:
         super().__init__(message)
         self.registers = registers
+
+
+class MigrationError(KvmpyError):
+    """A migration cannot go on: the other side says so or is gone, or the way there is."""
+
+
+class StreamError(MigrationError):
+    """What came in is no stream of ours: corrupt, hostile, or cut off."""
+
+
+class IncompatibleError(MigrationError):
+    """A good stream, of a machine that cannot run here. Names every difference."""
 
 
 class CommandError(KvmpyError):

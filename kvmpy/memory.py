@@ -6,15 +6,21 @@ MemoryListeners: each is told of every block, in order, once.
 
 Every gpa and size may come from the guest, so each access goes through one check: [gpa, gpa+size) lies in one block, or
 GuestError. There is no route from here to a device's registers.
+
+While a migration runs there is a log of what we write (`GuestMemory.log`). `write` notes it there by itself; whoever
+writes through a view does so too, afterwards (`GuestMemory.mark`). Who has others write for him, past us, is a
+LogFollower.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from kvmpy.errors import GuestError
+from kvmpy.pagebits import WriteLog
 
 
 class Backing(Protocol):
@@ -64,11 +70,27 @@ class MemoryListener(Protocol):
         """``block`` is about to leave; must not be touched after this returns."""
 
 
+class LogFollower(Protocol):
+    """Somebody whose writes to guest memory do not pass here: vhost."""
+
+    def log_started(self, log: WriteLog) -> None:
+        """Have them noted in ``log`` from now on. Raises HostError, noting none."""
+
+    def log_stopped(self) -> None:
+        """Once this returns nothing is noted there any more; nothing happens where nothing was."""
+
+
 class GuestMemory:
-    """The guest's RAM: blocks at guest-physical addresses. Any thread may read and write."""
+    """The guest's RAM: blocks at guest-physical addresses. Any thread may read and write.
+
+    ``log`` is where writes are noted, None while nobody wants to know.
+    """
 
     def __init__(self) -> None:
         self.blocks: tuple[Ram, ...] = ()
+        self.log: WriteLog | None = None
+        self._log_lock = threading.Lock()
+        self._followers: list[LogFollower] = []
         self._views: tuple[tuple[int, int, memoryview], ...] = ()
         self._listeners: list[MemoryListener] = []
 
@@ -78,7 +100,12 @@ class GuestMemory:
         return sum(block.size for block in self.blocks)
 
     def add(self, block: Ram) -> None:
-        """Make ``block`` part of the guest; every listener is told, and if one refuses, the others forget it."""
+        """Make ``block`` part of the guest; every listener is told, and if one refuses, the others forget it.
+
+        Not while there is a log: it is as long as it is.
+        """
+        if self.log is not None:
+            raise ValueError("RAM is added while writes to RAM are logged")
         for other in self.blocks:
             if block.gpa < other.end and other.gpa < block.end:
                 raise ValueError(f"RAM at {block.gpa:#x}+{block.size:#x} overlaps the block at {other.gpa:#x}")
@@ -95,6 +122,7 @@ class GuestMemory:
 
     def close(self) -> None:
         """Forget every block, telling the listeners, so that the backing can be unmapped."""
+        self.stop_log()
         for block in reversed(self.blocks):
             for listener in reversed(self._listeners):
                 listener.ram_removed(block)
@@ -145,6 +173,55 @@ class GuestMemory:
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Store ``data`` at ``gpa``. Raises GuestError, having written nothing, unless one block takes it all."""
         self.view(gpa, len(data))[:] = data
+        if self.log is not None:
+            self.mark(gpa, len(data))
+
+    def mark(self, gpa: int, size: int) -> None:
+        """[gpa, gpa+size) has been written through a view: note it, if anybody wants to know. Any thread."""
+        log = self.log
+        if log is not None:
+            log.mark(gpa, size)
+
+    def start_log(self) -> WriteLog:
+        """Note every write in a new log from now on. Raises HostError where a follower cannot: then none is noted."""
+        with self._log_lock:
+            self._stop_log()
+            log = WriteLog(max((block.end for block in self.blocks), default=0))
+            self.log = log
+            try:
+                for follower in self._followers:
+                    follower.log_started(log)
+            except BaseException:
+                self._stop_log()
+                raise
+            return log
+
+    def stop_log(self) -> None:
+        """Note nothing any more; nothing happens where nothing is noted."""
+        with self._log_lock:
+            self._stop_log()
+
+    def follow_log(self, follower: LogFollower) -> None:
+        """Tell ``follower`` of every log, the one there is included. Raises HostError, and then of none."""
+        with self._log_lock:
+            if self.log is not None:
+                follower.log_started(self.log)
+            self._followers.append(follower)
+
+    def unfollow_log(self, follower: LogFollower) -> None:
+        """Do not, any more. Nothing happens where it does not follow."""
+        with self._log_lock:
+            if follower in self._followers:
+                self._followers.remove(follower)
+                if self.log is not None:
+                    follower.log_stopped()
+
+    def _stop_log(self) -> None:
+        if (log := self.log) is not None:
+            self.log = None
+            for follower in self._followers:
+                follower.log_stopped()
+            del log  # not before: the kernel wrote there
 
     def _set(self, blocks: Iterable[Ram]) -> None:
         self.blocks = tuple(sorted(blocks, key=lambda block: block.gpa))

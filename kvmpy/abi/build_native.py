@@ -1,4 +1,4 @@
-"""Build kvmpy._native: the kernel's ABI as the compiler knows it, and native.c (cffi API mode)."""
+"""Build kvmpy._native: the kernel's ABI as the compiler knows it, and the C of ours (cffi API mode)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 
 ffi = FFI()
-for name in ("kvm.cdef", "vhost.cdef", "vfio.cdef", "tun.cdef", "block.cdef", "native.cdef"):
+for name in ("kvm.cdef", "vhost.cdef", "vfio.cdef", "tun.cdef", "block.cdef", "native.cdef", "pages.cdef"):
     ffi.cdef((HERE / name).read_text())
 ffi.set_source(
     "kvmpy._native",
-    (HERE / "native.c").read_text(),
+    "".join((HERE / name).read_text() for name in ("native.c", "pages.c")),
     include_dirs=[str(HERE)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror=incompatible-pointer-types"],
     py_limited_api=True,

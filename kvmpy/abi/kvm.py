@@ -22,6 +22,24 @@ class UserspaceMemoryRegion(Layout, c="struct kvm_userspace_memory_region"):
     userspace_addr: int
 
 
+class DirtyLog(Layout, c="struct kvm_dirty_log"):
+    slot: int
+    padding2: int  # the bitmap's address
+
+
+class ClearDirtyLog(Layout, c="struct kvm_clear_dirty_log"):
+    slot: int
+    num_pages: int
+    first_page: int
+    padding2: int  # the bitmap's address
+
+
+class EnableCap(Layout, c="struct kvm_enable_cap"):
+    cap: int
+    flags: int
+    args: MutableSequence[int]
+
+
 class Regs(Layout, c="struct kvm_regs"):
     rax: int
     rbx: int
@@ -295,6 +313,9 @@ KVM_SET_PIT2 = Put("KVM_SET_PIT2", PitState2)
 KVM_GET_CLOCK = Get("KVM_GET_CLOCK", ClockData)
 KVM_SET_CLOCK = Put("KVM_SET_CLOCK", ClockData)
 KVM_CREATE_DEVICE = Put("KVM_CREATE_DEVICE", CreateDevice)
+KVM_ENABLE_CAP = Put("KVM_ENABLE_CAP", EnableCap)
+KVM_GET_DIRTY_LOG = Put("KVM_GET_DIRTY_LOG", DirtyLog)
+KVM_CLEAR_DIRTY_LOG = Put("KVM_CLEAR_DIRTY_LOG", ClearDirtyLog)
 KVM_SET_DEVICE_ATTR = Put("KVM_SET_DEVICE_ATTR", DeviceAttr)
 KVM_GET_DEVICE_ATTR = Put("KVM_GET_DEVICE_ATTR", DeviceAttr)
 KVM_HAS_DEVICE_ATTR = Put("KVM_HAS_DEVICE_ATTR", DeviceAttr)
@@ -324,6 +345,9 @@ KVM_GET_TSC_KHZ = Call("KVM_GET_TSC_KHZ")
 KVM_SET_TSC_KHZ = Call("KVM_SET_TSC_KHZ")
 KVM_KVMCLOCK_CTRL = Call("KVM_KVMCLOCK_CTRL")
 
+MEM_LOG_DIRTY_PAGES: Final[int] = lib.KVM_MEM_LOG_DIRTY_PAGES
+DIRTY_LOG_MANUAL_PROTECT: Final[int] = lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+DIRTY_LOG_INITIALLY_SET: Final[int] = lib.KVM_DIRTY_LOG_INITIALLY_SET
 DEVICE_VFIO: Final[int] = lib.KVM_DEV_TYPE_VFIO
 VFIO_GROUP: Final[int] = lib.KVM_DEV_VFIO_GROUP
 VFIO_GROUP_ADD: Final[int] = lib.KVM_DEV_VFIO_GROUP_ADD

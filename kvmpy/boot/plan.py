@@ -73,6 +73,7 @@ class BootPlan:
             extent = self.initrd_extent
             with self.initrd.open() as reader:
                 reader.read_into(0, memory.view(extent.start, len(extent)))
+            memory.mark(extent.start, len(extent))
         memory.write(low.command_line, cmdline.encode(self.command_line))
         memory.write(low.acpi.start, self.acpi.ljust(len(low.acpi), b"\0"))
         memory.write(low.gdt, cpu_tables.gdt(image.mode))
@@ -163,3 +164,4 @@ def _load_segment(memory: GuestMemory, reader: Reader, segment: Segment) -> None
     for start in range(segment.file_size, segment.size, CHUNK):
         rest = view[start : start + CHUNK]
         rest[:] = bytes(len(rest))
+    memory.mark(segment.gpa, segment.size)

@@ -4,7 +4,7 @@ A network device is one device with two workers. While vhost has a pair of rings
 memory in the kernel, and none of it passes here; `give_back` leaves the same QueueStates that the userspace path uses,
 so it goes on from there, or another host does.
 
-Four traps:
+Five traps:
 
 - Taking the backend off a ring makes the kernel finish what it is at, and signal it. Only then is its base the next
   available index; the next used index is nowhere but in the used ring in guest memory.
@@ -13,6 +13,8 @@ Four traps:
 - vhost polls a kick eventfd and never reads it, so the count is still there for who watches it next: one look too many.
 - A ring that the guest broke is reported by a signal on an eventfd, and vhost leaves that ring alone until its next
   kick. The pair is taken back, and the device says that it needs a reset.
+- Whether it logs what it writes is two settings: a feature for the buffers, a flag for each used ring; and they are
+  lost whenever a pair is lent anew. So whoever lends looks whether there is a log.
 """
 
 from __future__ import annotations
@@ -23,12 +25,14 @@ import threading
 from collections.abc import Sequence
 from typing import Final, NamedTuple, Protocol
 
+from kvmpy.abi import vhost as abi
 from kvmpy.abi.virtio import VIRTQ_DESC, VIRTQ_IDX, VIRTQ_RING, VIRTQ_USED_ELEM, Feature, feature_mask
 from kvmpy.devices.virtio.device import Loop
 from kvmpy.devices.virtio.queue import Virtqueue
 from kvmpy.errors import GuestError, IoctlError
 from kvmpy.host.vhost import DEVICE, RINGS, Region, Ring, VhostWorker
 from kvmpy.memory import GuestMemory, Ram
+from kvmpy.pagebits import WriteLog
 from kvmpy.trace import Tracepoint
 
 trace_take = Tracepoint("vhost.take", "device pair rx tx features")
@@ -58,6 +62,7 @@ class Loan(NamedTuple):
 
     device: Owner
     queues: tuple[Virtqueue, Virtqueue]
+    features: int
 
     def lies_in(self, block: Ram) -> bool:
         """Whether a part of a ring is in ``block``; each part is in one block."""
@@ -66,7 +71,7 @@ class Loan(NamedTuple):
 
 
 class VhostNet:
-    """The rings of one network device, lent to the kernel pair by pair (a `MemoryListener`).
+    """The rings of one network device, lent to the kernel pair by pair (a `MemoryListener`, and a `LogFollower`).
 
     `take`, `give_back` and `set_call` are called with the device's lock held. Ours is a leaf: no other is taken under
     it.
@@ -80,6 +85,7 @@ class VhostNet:
         self._workers: list[VhostWorker] = []
         self._loans: list[Loan | None] = [None] * pairs
         self._features = HANDLED
+        self._log: WriteLog | None = None
         try:
             for pair in range(pairs):
                 self._workers.append(worker := VhostWorker(path))
@@ -87,6 +93,7 @@ class VhostNet:
                 for index, event in enumerate(worker.errors):
                     io.watch(event.fd, readable=functools.partial(self._ring_broken, pair, index))
             memory.listen(self)
+            memory.follow_log(self)
         except BaseException:
             self.close()
             raise
@@ -113,17 +120,18 @@ class VhostNet:
             assert self._loans[pair] is None
             rings = [self._ring(queue) for queue in queues]
             started: list[Virtqueue] = []
+            features &= self._features
             try:
-                worker.set_features(features & self._features)
+                worker.set_features(features | (self._log is not None) << abi.F_LOG_ALL)
                 for index, (ring, queue, call) in enumerate(zip(rings, queues, calls, strict=True)):
-                    worker.set_up(index, ring, kick=queue.kick.fd, call=call)
+                    worker.set_up(index, ring, kick=queue.kick.fd, call=call, logged=self._log is not None)
                 for index, queue in enumerate(queues):
                     worker.start(index, tap)
                     started.append(queue)
             except BaseException:
                 self._stop(worker, started)
                 raise
-            self._loans[pair] = Loan(device, queues)
+            self._loans[pair] = Loan(device, queues, features)
         if trace_take:
             trace_take(device.name, pair, rx.state.last_avail, tx.state.last_avail, features)
         for queue in queues:
@@ -175,8 +183,37 @@ class VhostNet:
             if loan is not None and (pair in failed or loan.lies_in(block)):
                 self._break(pair, loan, "vhost: memory is taken away that its rings need")
 
+    def log_started(self, log: WriteLog) -> None:
+        """Pairs that are lent, and those that will be, note there what the kernel writes. Raises HostError."""
+        try:
+            with self._lock:
+                self._log = log
+                for worker, loan in zip(self._workers, self._loans, strict=True):
+                    if worker.fd >= 0:
+                        worker.set_log(log.address)
+                    if loan is not None:
+                        rings = [self._ring(queue) for queue in loan.queues]
+                        worker.change_logging(loan.features, rings, enabled=True)
+        except BaseException:
+            self.log_stopped()
+            raise
+
+    def log_stopped(self) -> None:
+        """A pair that the kernel does not stop to log for is taken back, and its device is broken."""
+        failed: list[tuple[int, Loan]] = []
+        with self._lock:
+            self._log = None
+            for pair, loan in enumerate(self._loans):
+                if loan is not None:
+                    rings = [self._ring(queue) for queue in loan.queues]
+                    if not self._workers[pair].stop_logging(loan.features, rings):
+                        failed.append((pair, loan))
+        for pair, loan in failed:
+            self._break(pair, loan, "vhost: the kernel does not stop to log what it writes")
+
     def close(self) -> None:
         """Take back what is lent and close every descriptor; closing twice is allowed."""
+        self._memory.unfollow_log(self)
         for pair, loan in enumerate(self._loans):
             if loan is not None:
                 with loan.device.lock:

@@ -85,19 +85,37 @@ class VhostWorker:
             return False
         return True
 
-    def set_up(self, index: int, ring: Ring, *, kick: int, call: int) -> None:
+    def set_log(self, address: int) -> None:
+        """Where a bitmap lies, a bit for each page from gpa 0 to the end of memory: for features with F_LOG_ALL, and
+        rings that are logged. It must stay there as long as these are set. Raises HostError.
+        """
+        if not self.features() & 1 << abi.F_LOG_ALL:
+            raise HostError("vhost: this kernel does not log what it writes; set vhost = false to migrate")
+        abi.VHOST_SET_LOG_BASE(self._usable(), address)
+
+    def change_logging(self, features: int, rings: Sequence[Ring], *, enabled: bool) -> None:
+        """Log what is written to buffers and to rings that work, or do not: they go on. Raises HostError."""
+        self.set_features(features | enabled << abi.F_LOG_ALL)
+        for index, ring in enumerate(rings):
+            self._set_addresses(index, ring, logged=enabled)
+
+    def stop_logging(self, features: int, rings: Sequence[Ring]) -> bool:
+        """`change_logging` that must not fail: False if it took closing the worker."""
+        if self.fd < 0:
+            return False
+        try:
+            self.change_logging(features, rings, enabled=False)
+        except IoctlError as e:
+            self._give_up(e)
+            return False
+        return True
+
+    def set_up(self, index: int, ring: Ring, *, kick: int, call: int, logged: bool = False) -> None:
         """All that a stopped ring needs before `start`; ``kick`` and ``call`` are eventfds. Raises HostError."""
         fd = self._usable()
         abi.VHOST_SET_VRING_NUM(fd, abi.VringState.new(index=index, num=ring.size))
         abi.VHOST_SET_VRING_BASE(fd, abi.VringState.new(index=index, num=ring.base))
-        address = abi.VringAddr.new(
-            index=index,
-            desc_user_addr=ring.desc,
-            avail_user_addr=ring.avail,
-            used_user_addr=ring.used,
-            log_guest_addr=ring.used_gpa,
-        )
-        abi.VHOST_SET_VRING_ADDR(fd, address)
+        self._set_addresses(index, ring, logged=logged)
         abi.VHOST_SET_VRING_ERR(fd, abi.VringFile.new(index=index, fd=self.errors[index].fd))
         abi.VHOST_SET_VRING_CALL(fd, abi.VringFile.new(index=index, fd=call))
         abi.VHOST_SET_VRING_KICK(fd, abi.VringFile.new(index=index, fd=kick))
@@ -139,6 +157,17 @@ class VhostWorker:
                 request(self.fd, abi.VringFile.new(index=index, fd=abi.FILE_UNBIND))
             abi.VHOST_GET_VRING_BASE(self.fd, base)
         return [base.num for base in bases]
+
+    def _set_addresses(self, index: int, ring: Ring, *, logged: bool) -> None:
+        address = abi.VringAddr.new(
+            index=index,
+            flags=logged << abi.VRING_F_LOG,
+            desc_user_addr=ring.desc,
+            avail_user_addr=ring.avail,
+            used_user_addr=ring.used,
+            log_guest_addr=ring.used_gpa,
+        )
+        abi.VHOST_SET_VRING_ADDR(self._usable(), address)
 
     def _usable(self) -> int:
         if self.fd < 0:

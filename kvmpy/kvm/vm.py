@@ -18,6 +18,14 @@ from kvmpy.memory import Ram
 EVENTS: Final = ("KVM_CAP_EXCEPTION_PAYLOAD", "KVM_CAP_X86_TRIPLE_FAULT_EVENT")
 
 
+class Region(NamedTuple):
+    """What a slot backs: [gpa, gpa+size) with host memory at ``hva``."""
+
+    gpa: int
+    size: int
+    hva: int
+
+
 class Vm:
     """One virtual machine of KVM. Owns its descriptor; vCPUs made from it must be closed first."""
 
@@ -26,7 +34,7 @@ class Vm:
         self.system = system
         self.fd = system.create_vm()
         self.routing = Routing(self.fd)
-        self._slots: set[int] = set()
+        self._slots: dict[int, Region] = {}
         self._slots_lock = threading.Lock()
         self._capabilities: dict[str, int] = {}
         self._any_length = bool(self.check("KVM_CAP_IOEVENTFD_ANY_LENGTH"))
@@ -61,14 +69,24 @@ class Vm:
         with self._slots_lock:
             number = next(n for n in range(len(self._slots) + 1) if n not in self._slots)
             self.set_memory(number, gpa, size, hva)
-            self._slots.add(number)
+            self._slots[number] = Region(gpa, size, hva)
         return Slot(self, number, gpa)
 
     def free_slot(self, number: int, gpa: int) -> None:
         """Used by Slot."""
         with self._slots_lock:
             self.set_memory(number, gpa, 0, 0)
-            self._slots.remove(number)
+            del self._slots[number]
+
+    def slot_at(self, gpa: int) -> int:
+        """The number of the slot that begins at ``gpa``."""
+        with self._slots_lock:
+            return next(number for number, region in self._slots.items() if region.gpa == gpa)
+
+    def set_logging(self, number: int, *, enabled: bool) -> None:
+        """Have KVM note which pages of a slot are written to, or not. Raises IoctlError."""
+        with self._slots_lock:
+            self.set_memory(number, *self._slots[number], abi.MEM_LOG_DIRTY_PAGES if enabled else 0)
 
     def create_irqchip(self, *, tss: int, identity_map: int) -> None:
         """PICs, IOAPIC, local APICs and PIT in the kernel, and the default routes.

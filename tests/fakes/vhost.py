@@ -15,6 +15,7 @@ from tests.fakes.loop import Inbox
 
 # What Linux 6.1 answers: VHOST_F_LOG_ALL, VHOST_NET_F_VIRTIO_NET_HDR and VIRTIO_F_ACCESS_PLATFORM among them.
 FEATURES = sum(1 << number for number in (15, 24, 26, 27, 28, 29, 32, 33))
+LOG_ALL = 26
 FILES = {"KICK": "kick", "CALL": "call", "ERR": "error"}
 
 
@@ -43,6 +44,8 @@ class FakeRing:
     call: int = -1
     error: int = -1
     backend: int = -1
+    logged: bool = False
+    log_gpa: int = 0
 
     @property
     def idle(self) -> bool:
@@ -56,8 +59,20 @@ class FakeVhost:
     def __init__(self) -> None:
         self.owned = False
         self.features = 0
+        self.log_base = 0
         self.table: list[tuple[int, int, int]] = []
         self.rings = (FakeRing(), FakeRing())
+
+    @property
+    def logs(self) -> bool:
+        """Whether writes to buffers are logged, and to both rings that have a backend."""
+        return bool(self.features >> LOG_ALL & 1) and all(ring.logged for ring in self.rings if ring.backend != -1)
+
+    @property
+    def logs_nothing(self) -> bool:
+        """Whether none is, of what it works on."""
+        idle = all(ring.backend == -1 for ring in self.rings)
+        return idle or not (self.features >> LOG_ALL & 1 or any(ring.logged for ring in self.rings))
 
 
 class VhostKernel(Kernel):
@@ -102,7 +117,11 @@ class VhostKernel(Kernel):
             case "VHOST_SET_FEATURES":
                 if argument[0] & ~self.offers:
                     raise IoctlError(name, errno.EOPNOTSUPP)
+                if argument[0] >> LOG_ALL & 1 and not vhost.log_base and not vhost.rings[0].idle:
+                    raise IoctlError(name, errno.EFAULT)
                 vhost.features = argument[0]
+            case "VHOST_SET_LOG_BASE":
+                vhost.log_base = argument[0]
             case "VHOST_SET_MEM_TABLE":
                 regions = [argument.regions[n] for n in range(argument.nregions)]
                 vhost.table = [(each.guest_phys_addr, each.memory_size, each.userspace_addr) for each in regions]
@@ -120,6 +139,7 @@ class VhostKernel(Kernel):
             case [*_, "VRING", "ADDR"]:
                 ring.desc, ring.avail = argument.desc_user_addr, argument.avail_user_addr
                 ring.used = argument.used_user_addr
+                ring.logged, ring.log_gpa = bool(argument.flags & 1), argument.log_guest_addr
             case [*_, "VRING", "KICK" | "CALL" | "ERR" as what]:
                 setattr(ring, FILES[what], argument.fd)
             case [*_, "BACKEND"]:

@@ -17,7 +17,7 @@ from kvmpy.host.eventfd import EventFd
 from kvmpy.host.reactor import Reactor
 from kvmpy.memory import GuestMemory, Ram
 from tests.fakes.loop import open_descriptors, running, settle
-from tests.fakes.vhost import FakeOwner, FakeRing, FakeVhost, VhostKernel
+from tests.fakes.vhost import LOG_ALL, FakeOwner, FakeRing, FakeVhost, VhostKernel
 from tests.fakes.virtio_driver import Bytes, RingDriver
 
 SIZE = 8
@@ -450,3 +450,105 @@ def test_closing_takes_back_what_is_lent_and_leaves_nothing_open(kernel: VhostKe
     rig.close()
     assert open_descriptors() == before
     settle(io)
+
+
+# Logging what the kernel writes
+
+
+def test_rings_that_are_lent_are_logged_while_there_is_a_log_and_go_on(two: Rig) -> None:
+    two.take(0)
+    log = two.memory.start_log()
+    kernel = two.kernels[0]
+    assert kernel.logs
+    assert kernel.log_base == log.address
+    assert [ring.log_gpa for ring in kernel.rings] == [driver.device for driver in two.drivers[:2]]
+    assert kernel.features & ~(1 << LOG_ALL) == two.vhost.features()
+    two.memory.stop_log()
+    assert kernel.logs_nothing
+    assert kernel.features == two.vhost.features()
+    assert two.vhost.lent(0)
+    assert [ring.backend for ring in kernel.rings] == [TAP, TAP]
+
+
+def test_rings_that_are_lent_while_there_is_a_log_are_logged_too_each_time(two: Rig) -> None:
+    log = two.memory.start_log()
+    for _ in range(2):
+        two.take(1)
+        assert two.kernels[1].logs
+        assert two.kernels[1].log_base == log.address
+        two.give_back(1)
+    two.memory.stop_log()
+    two.take(1)
+    assert two.kernels[1].logs_nothing
+
+
+def test_second_log_is_as_good_as_the_first(rig: Rig) -> None:
+    rig.take()
+    for _ in range(3):
+        log = rig.memory.start_log()
+        assert rig.kernels[0].logs
+        assert rig.kernels[0].log_base == log.address
+        rig.memory.stop_log()
+        assert rig.kernels[0].logs_nothing
+
+
+def test_vhost_that_comes_while_there_is_a_log_logs(kernel: VhostKernel, io: Reactor) -> None:
+    memory = GuestMemory()
+    memory.add(LOW)
+    log = memory.start_log()
+    vhost = VhostNet(memory, io, 1, os.devnull)
+    (opened,) = kernel.opened.values()
+    assert opened.log_base == log.address
+    vhost.close()
+    memory.stop_log()
+
+
+START = ["GET_FEATURES", "SET_LOG_BASE", "SET_FEATURES", "SET_VRING_ADDR", "SET_VRING_ADDR"]
+
+
+def test_log_has_its_place_before_it_is_written_to(rig: Rig) -> None:
+    rig.take()
+    rig.kernel.seen.clear()
+    rig.memory.start_log()
+    assert rig.kernel.names() == [f"VHOST_{name}" for name in START]
+
+
+@pytest.mark.parametrize("failing", range(2 * len(START)))
+def test_log_that_cannot_be_started_is_not_there_and_frames_go_on(two: Rig, failing: int) -> None:
+    two.take(0)
+    two.take(1)
+    two.kernel.countdown = failing
+    with pytest.raises(IoctlError, match=rf"^VHOST_{START[failing % len(START)]}: EIO$"):
+        two.memory.start_log()
+    assert two.memory.log is None
+    assert all(kernel.logs_nothing for kernel in two.kernels)
+    assert [two.vhost.lent(pair) for pair in range(2)] == [True, True]
+    assert two.device.broken.items == []
+    two.memory.start_log()
+    assert all(kernel.logs for kernel in two.kernels)
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_kernel_that_does_not_stop_to_log_loses_the_pair(two: Rig, failing: int) -> None:
+    two.take(0)
+    two.take(1)
+    two.memory.start_log()
+    before = open_descriptors()
+    two.kernel.countdown = failing
+    two.memory.stop_log()
+    assert two.memory.log is None
+    assert len(set(before) - set(open_descriptors())) == 1
+    assert two.device.broken.items == ["vhost: the kernel does not stop to log what it writes"]
+    assert [two.vhost.lent(pair) for pair in range(2)] == [False, True]
+    assert two.kernels[1].logs_nothing
+
+
+def test_kernel_that_cannot_log_is_named_and_what_to_do(rig: Rig) -> None:
+    rig.kernel.offers &= ~(1 << LOG_ALL)
+    rig.take()
+    with pytest.raises(
+        HostError, match=r"^vhost: this kernel does not log what it writes; set vhost = false to migrate$"
+    ):
+        rig.memory.start_log()
+    assert rig.vhost.lent(0)
+    assert rig.memory.log is None

@@ -277,6 +277,8 @@ class VirtioBlk(VirtioDevice[BlkState]):
         with self.lock:
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
+            # All of it: a read that fails may have filled a part, and so has one whose device was reset or broke meanwhile.
+            self.queues[job.queue].mark(job.chain)
             if job.generation == self._generation:  # else nobody waits for it any more
                 request.status[0] = answer
                 self.queues[job.queue].push(job.chain, request.written(answer))

@@ -206,7 +206,10 @@ class Receiver:
             return False
         if size <= self._room:
             self._deliver(size)
-        elif self._mergeable:
+            return True
+        for chain in self._chains:  # filled for nothing
+            self._queue.mark(chain)
+        if self._mergeable:
             self._held = b"".join([*self._buffers, self._scratch[: size - self._room]])
         else:
             self._drop(size, "larger than the chain")

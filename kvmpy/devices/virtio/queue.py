@@ -79,7 +79,8 @@ class QueueState(State):
 class Chain:
     """One request of the driver: views of guest memory, to be read and to be written. Sizes in bytes.
 
-    What ``readable`` shows may change while it is looked at: copy what is checked before it is used.
+    What ``readable`` shows may change while it is looked at: copy what is checked before it is used. ``spans`` is where
+    the writable buffers are, (gpa, size) of each.
     """
 
     head: int
@@ -87,6 +88,7 @@ class Chain:
     writable: list[memoryview]
     readable_size: int
     writable_size: int
+    spans: list[tuple[int, int]]
 
 
 class _Rings:
@@ -106,6 +108,7 @@ class _Rings:
         self.avail_flags, self.avail_idx, self.used_event = driver, driver + VIRTQ_IDX, driver + VIRTQ_RING + 2 * size
         self.used_flags, self.used_idx = device, device + VIRTQ_IDX
         self.avail_event = device + VIRTQ_RING + _USED_SIZE * size
+        self.used_gpa = state.device
 
     def close(self) -> None:
         """Let go of guest memory, or it could not be unmapped."""
@@ -195,6 +198,20 @@ class Virtqueue:
         assert 0 <= count <= self.in_flight
         self.state.last_avail = self.state.last_avail - count & 0xFFFF
 
+    def mark(self, chain: Chain, written: int | None = None) -> None:
+        """The first ``written`` bytes of a chain's writable part have been written, or any of it (None).
+
+        `push` does this for what it is told was written; needed where there is more, or nothing is pushed. Any thread.
+        """
+        log = self._memory.log
+        if log is not None:
+            left = chain.writable_size if written is None else written
+            for gpa, size in chain.spans:
+                if left <= 0:
+                    break
+                log.mark(gpa, min(size, left))
+                left -= size
+
     def push(self, chain: Chain, written: int) -> None:
         """Give ``chain`` back to the driver, ``written`` bytes of its writable part filled, from the first on."""
         self.push_all(((chain, written),))
@@ -209,11 +226,15 @@ class Virtqueue:
             assert written <= chain.writable_size
             _write_used(rings.used, VIRTQ_RING + _USED_SIZE * (index & self._mask), chain.head, written)
             index = index + 1 & 0xFFFF
+            if self._memory.log is not None:
+                self.mark(chain, written)
             if trace_push:
                 trace_push(self.name, chain.head, written)
         assert s.last_avail - index & 0xFFFF <= s.size  # each chain is pushed once
         s.next_used = index
         lib.kvmpy_store16(rings.used_idx, index)
+        if self._memory.log is not None:
+            self._memory.mark(rings.used_gpa, len(rings.used))
 
     def chains(self) -> Iterator[Chain]:
         """Pop until there is no more, with the driver asked not to kick meanwhile. Raises QueueError.
@@ -258,6 +279,8 @@ class Virtqueue:
             lib.kvmpy_store16(rings.used_flags, 0 if enabled else VIRTQ_USED_F_NO_NOTIFY)
         elif enabled:  # switched off it stays behind, and the driver never passes it again
             lib.kvmpy_store16(rings.avail_event, self.state.last_avail)
+        if self._memory.log is not None:
+            self._memory.mark(rings.used_gpa, len(rings.used))
         if not enabled:
             return False
         lib.kvmpy_fence()
@@ -276,6 +299,7 @@ class Virtqueue:
         """Collect the chain that begins at descriptor ``head``. Raises GuestError."""
         buffers: tuple[list[memoryview], list[memoryview]] = ([], [])
         sizes = [0, 0]
+        spans: list[tuple[int, int]] = []
         table, count, index, side = rings.table, self.state.size, head, 0
         # No chain is longer than the queue (section 2.7.5.3.1), and that ends a loop. Here: than the queue can be, as
         # drivers shrink queues and send long indirect tables all the same; one more descriptor names the table.
@@ -294,10 +318,12 @@ class Virtqueue:
             if size:  # an empty buffer is nowhere
                 buffers[side].append(self._memory.view(gpa, size))
                 sizes[side] += size
+                if side:
+                    spans.append((gpa, size))
             if not flags & VIRTQ_DESC_F_NEXT:
                 if sum(sizes) > CHAIN_BYTES:
                     raise GuestError(f"a chain of {sum(sizes):#x} bytes")
-                return Chain(head, *buffers, *sizes)
+                return Chain(head, *buffers, sizes[0], sizes[1], spans)
             index = following
         raise GuestError(f"the chain at descriptor {head} is longer than the queue, or never ends")
 

@@ -1,0 +1,243 @@
+"""Sending the pages of RAM, in rounds, over one channel or several (`kvmpy.migration.records`).
+
+The work is C, without the GIL: it looks for dirty pages, takes them out of KVM's log, tells those that are zero, and
+sends the others from guest memory itself. Python does a few calls for each block and channel, or for each batch.
+
+A page goes over the channel that its address says, always, so an old copy never overtakes a newer one. A channel has a
+thread of its own in each round, the first channel the caller's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+from kvmpy._native import ffi, lib
+from kvmpy.errors import HostError, IoctlError
+from kvmpy.migration.dirty import BlockPages, DirtyPages
+from kvmpy.migration.records import (
+    BATCH,
+    END,
+    MOST_BATCH,
+    MOST_CHANNELS,
+    RECORD,
+    ZSTD,
+    Cancelled,
+    Flow,
+    PageChannel,
+    failure,
+    milliseconds,
+)
+from kvmpy.migration.zstd import Zstd
+from kvmpy.trace import Tracepoint
+
+trace_round = Tracepoint("migration.round", "number pages zero_pages bytes ms")
+
+COMPRESSIONS: Final = ("none", "zstd")
+
+
+@dataclass(frozen=True, slots=True)
+class RoundStats:
+    """What one round moved. ``pages`` includes ``zero_pages``; ``bytes`` are those on the channels."""
+
+    number: int
+    pages: int
+    zero_pages: int
+    bytes: int
+    seconds: float
+    dirty_rate: float  # pages a second that became dirty, in the time before the round; 0 where that is not known
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.bytes / self.seconds if self.seconds > 0 else 0.0
+
+
+class PageSender:
+    """Sends rounds of pages. One thread calls `send_round`; any thread `cancel`, ``max_bandwidth`` and `sent`."""
+
+    def __init__(self, channels: Sequence[PageChannel], *, max_bandwidth: int = 0, compression: str = "none") -> None:
+        """``max_bandwidth`` is bytes a second of all channels together, 0 for no limit; ``compression`` one of
+        COMPRESSIONS. Raises HostError where there is no zstd.
+        """
+        if not 1 <= len(channels) <= MOST_CHANNELS or compression not in COMPRESSIONS:
+            raise ValueError(f"{len(channels)} page channels, compression {compression}")
+        self._flow = Flow(max_bandwidth)
+        self._is_cancelled = False
+        self._lanes = [
+            _Lane(index, len(channels), channel, self._flow, Zstd() if compression == "zstd" else None)
+            for index, channel in enumerate(channels)
+        ]
+
+    @property
+    def max_bandwidth(self) -> int:
+        """Bytes a second of all channels together, 0 for no limit; holds for what is sent from now on."""
+        return self._flow.rate
+
+    @max_bandwidth.setter
+    def max_bandwidth(self, rate: int) -> None:
+        self._flow.rate = rate
+
+    @property
+    def sent(self) -> tuple[int, int, int]:
+        """(pages, zero pages among them, bytes) in all rounds, and so far in the one under way."""
+        counts = [lane.counts() for lane in self._lanes]
+        return sum(c[0] for c in counts), sum(c[1] for c in counts), sum(c[2] for c in counts)
+
+    def send_round(self, dirty: DirtyPages, number: int) -> RoundStats:
+        """Send the pages in ``dirty`` as they are now, and take them out of it; then an END mark on every channel.
+
+        Raises MigrationError, HostError: then pages may have left the log and not arrived, and it is over.
+        """
+        began, before = time.monotonic(), self.sent
+        _together([(lane.name, partial(lane.send, dirty.blocks, number)) for lane in self._lanes], self._fail)
+        seconds = time.monotonic() - began
+        pages, zeros, size = (after - earlier for after, earlier in zip(self.sent, before, strict=True))
+        stats = RoundStats(number, pages, zeros, size, seconds, dirty.rate)
+        dirty.clear()
+        if trace_round:
+            trace_round(number, pages, zeros, size, int(seconds * 1000))
+        return stats
+
+    def cancel(self) -> None:
+        """End a round under way, and every later one, with Cancelled; at once, whatever it waits for. Any thread."""
+        self._is_cancelled = True
+        self._stop()
+
+    def _stop(self) -> None:
+        self._flow.cancel()
+        for lane in self._lanes:
+            lane.interrupt()
+
+    def _fail(self, e: Exception) -> Exception:
+        """One lane has failed: the others need not go on. What is to be told of it."""
+        self._stop()
+        return Cancelled("cancelled") if self._is_cancelled else e
+
+
+class _Lane:
+    """One channel, and what has gone over it."""
+
+    def __init__(self, index: int, count: int, channel: PageChannel, flow: Flow, zstd: Zstd | None) -> None:
+        self.name = f"page channel {index}"
+        self._index, self._count = index, count
+        self._channel, self._flow, self._zstd = channel, flow, zstd
+        self._done = [0, 0, 0]
+        self._sweep: Any = None
+        # Room for a record, and a batch behind it.
+        self._buffer = bytearray(RECORD.size + MOST_BATCH if zstd or channel.raw_fd is None else 0)
+
+    def counts(self) -> tuple[int, int, int]:
+        """(pages, zero pages, bytes). Any thread."""
+        pages, zeros, size = self._done
+        if (sweep := self._sweep) is not None:
+            pages, zeros, size = (
+                pages + sweep.data_pages + sweep.zero_pages,
+                zeros + sweep.zero_pages,
+                size + sweep.bytes,
+            )
+        return pages, zeros, size
+
+    def interrupt(self) -> None:
+        """Wake the thread that sends, where the flow being cancelled does not."""
+        if self._channel.raw_fd is None:
+            self._channel.shutdown()
+
+    def send(self, blocks: Sequence[BlockPages], number: int) -> None:
+        """Our pages of all blocks, and the END mark."""
+        for pages in blocks:
+            if pages.bits.count():
+                self._sweep = self._new_sweep(pages)
+                try:
+                    self._send_batches() if self._buffer else self._send_memory()
+                finally:
+                    self._done, self._sweep = list(self.counts()), None
+        self._write(RECORD.pack(number, 0, END))
+        self._done[2] += RECORD.size
+
+    def _new_sweep(self, pages: BlockPages) -> Any:
+        clear = pages.to_clear
+        return ffi.new(
+            "struct kvmpy_sweep *",
+            {
+                "memory": ffi.cast("char *", pages.block.hva),
+                "gpa": pages.block.gpa,
+                "pages": pages.bits.size,
+                "bits": pages.bits.words,
+                "channel": self._index,
+                "channels": self._count,
+                "vm": -1 if clear is None else clear.vm_fd,
+                "slot": 0 if clear is None else clear.slot,
+            },
+        )
+
+    def _send_memory(self) -> None:
+        timeout = self._channel.timeout
+        self._check(lib.kvmpy_sweep_send(self._sweep, self._flow.c, self._channel.raw_fd, milliseconds(timeout)))
+
+    def _send_batches(self) -> None:
+        view = memoryview(self._buffer)
+        with ffi.from_buffer(self._buffer) as start:
+            batch = start + RECORD.size
+            while size := self._check(lib.kvmpy_sweep_copy(self._sweep, self._flow.c, batch, MOST_BATCH)):
+                self._write(self._framed(view, size))
+
+    def _framed(self, view: memoryview, size: int) -> memoryview | bytes:
+        """The batch of ``size`` bytes in our buffer with its record before it; packed, where that makes it smaller."""
+        end = RECORD.size + size
+        if self._zstd is not None and len(packed := self._zstd.pack(view[RECORD.size : end])) < size:
+            return RECORD.pack(size, len(packed), ZSTD) + packed
+        RECORD.pack_into(view, 0, size, size, BATCH)
+        return view[:end]
+
+    def _write(self, data: memoryview | bytes) -> None:
+        self._check(lib.kvmpy_flow_pace(self._flow.c, len(data)))
+        fd = self._channel.raw_fd
+        if fd is None:
+            self._channel.send(data)
+        else:
+            timeout = milliseconds(self._channel.timeout)
+            self._check(lib.kvmpy_flow_write(self._flow.c, fd, ffi.from_buffer(data), len(data), timeout))
+        if self._sweep is not None:
+            self._sweep.bytes += len(data)
+
+    def _check(self, result: int) -> int:
+        if result >= 0:
+            return result
+        if self._sweep is not None and self._sweep.clear_failed:
+            raise IoctlError("KVM_CLEAR_DIRTY_LOG", -result)
+        raise failure(self.name, result, self._channel.timeout)
+
+
+def _together(calls: Sequence[tuple[str, Callable[[], None]]], failed: Callable[[Exception], Exception]) -> None:
+    """Make named calls at the same time, the first in this thread. Raises what ``failed`` says of the first failure,
+    when all have ended.
+    """
+    failures: list[Exception] = []
+
+    def make(call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as e:  # noqa: BLE001  raised below
+            failures.append(failed(e))
+
+    threads = [threading.Thread(target=make, args=(call,), name=name, daemon=True) for name, call in calls[1:]]
+    started = 0
+    try:
+        for thread in threads:
+            thread.start()
+            started += 1
+    except RuntimeError:  # "can't start new thread", without an errno
+        failures.append(
+            failed(HostError("EAGAIN: no thread for a page channel; raise the limit of processes (ulimit -u)"))
+        )
+    else:
+        make(calls[0][1])
+    for thread in threads[:started]:
+        thread.join()
+    if failures:
+        raise failures[0]
