@@ -35,7 +35,7 @@ test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kv
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
 	$(PYTEST) tests/lab
 
-fuzz: packages $(NATIVE) ## a million random operations on a whole machine; KVMPY_SEED=n for others
+fuzz: packages $(NATIVE) ## a whole machine under a million random operations (KVMPY_SEED=n), hostile streams
 	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/fuzz
 
 soak: setup ## the tests with their full counts

@@ -7,9 +7,10 @@
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
     ├── VcpuError            KVM        fail-entry, internal error, triple fault: registers are dumped
-    ├── MigrationError       peer       the other side, or the way there; the source keeps its guest
-    │   ├── StreamError                 corrupt or hostile bytes
-    │   └── IncompatibleError           a good stream that this machine cannot hold
+    ├── MigrationError       peer       the other side of a migration, or what lies between; the source keeps its guest
+    │   ├── StreamError                 the stream ends, stalls, or has bytes that nobody of ours writes
+    │   ├── IncompatibleError           a good stream of a machine that this one cannot hold
+    │   └── MigrationCancelled          nobody's: somebody here asked for it
     └── CommandError         client     becomes an error reply on the monitor
 
 Messages are sentences without a final stop, numbers in hex where they are addresses, the offender first. Anything else
@@ -99,15 +100,23 @@ class VcpuError(KvmpyError):
 
 
 class MigrationError(KvmpyError):
-    """A migration cannot go on: the other side says so or is gone, or the way there is."""
+    """A migration cannot go on. Whoever has the guest keeps it."""
 
 
 class StreamError(MigrationError):
-    """What came in is no stream of ours: corrupt, hostile, or cut off."""
+    """A migration stream ends or stalls, is corrupt, or hostile. The message has the place, in bytes from its start."""
 
 
 class IncompatibleError(MigrationError):
-    """A good stream, of a machine that cannot run here. Names every difference."""
+    """This machine cannot become the one that a stream describes: each entry of ``problems`` is one difference."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class MigrationCancelled(MigrationError):
+    """Whoever waited in a migration was woken by somebody here, who knows why."""
 
 
 class CommandError(KvmpyError):

@@ -100,6 +100,13 @@ class Monitor(Table, frozen=True, kw_only=True):
     qmp: UnixSocket | None = None  # the QMP socket; default: qmp.sock in the machine's runtime directory
 
 
+class Migration(Table, frozen=True, kw_only=True):
+    """How the machine goes to another host, or comes from one. Its directory of certificates is like QEMU's:
+    ca-cert.pem, with client-cert.pem and client-key.pem to go, server-cert.pem and server-key.pem to come."""
+
+    tls_creds: HostPath | None = msgspec.field(default=None, name="tls-creds")  # what tcp needs; default: no tcp
+
+
 class RootPort(Table, frozen=True, kw_only=True):
     """A PCIe port that one device can be plugged into, also while the guest runs."""
 
@@ -191,6 +198,7 @@ class Config(Table, frozen=True, kw_only=True):
     boot: Boot
     console: Console = Console()
     monitor: Monitor = Monitor()
+    migration: Migration = Migration()
     root_port: tuple[RootPort, ...] = ()
     netdev: tuple[Netdev, ...] = ()
     drive: tuple[Drive, ...] = ()

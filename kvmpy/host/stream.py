@@ -238,19 +238,7 @@ class Listener:
         self._reactor, self._path, self._on_client = reactor, path, on_client
         self._spare = -1
         self._starving = False
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            if _is_abandoned(path):
-                os.unlink(path)
-            mask = os.umask(0o177)
-            try:
-                self._socket.bind(path)
-            finally:
-                os.umask(mask)
-            self._socket.listen()
-        except BaseException:
-            self._socket.close()
-            raise
+        self._socket = listen_at(path)
         self._strangers: set[int] = set()
         self._again = reactor.timer(self._watch)
         self._keep_spare()
@@ -283,7 +271,7 @@ class Listener:
             client.close()
 
     def _is_welcome(self, client: socket.socket) -> bool:
-        _, uid, _ = UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+        uid = peer_uid(client)
         if uid in (ROOT, os.geteuid()):
             return True
         if uid not in self._strangers and len(self._strangers) < MOST_NAMED:
@@ -326,6 +314,33 @@ class Listener:
 
     def _watch(self) -> None:
         self._reactor.watch(self._socket.fileno(), readable=self._accept)
+
+
+def listen_at(path: str) -> socket.socket:
+    """A unix socket at ``path``, mode 0600, that does not block; one that nobody listens at any more is replaced.
+
+    Raises OSError.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        if _is_abandoned(path):
+            os.unlink(path)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(mask)
+        listener.listen()
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def peer_uid(client: socket.socket) -> int:
+    """Who is at the other end of a unix socket, by the kernel's word."""
+    _, uid, _ = UCRED.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, UCRED.size))
+    return int(uid)
 
 
 def _nothing(*_: object) -> None:

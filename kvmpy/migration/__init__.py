@@ -1,1 +1,1 @@
-"""Moving a running machine to another host: its pages, its state, and the hand-over."""
+"""Moving a running machine to another kvmpy, and taking one in."""

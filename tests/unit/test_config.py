@@ -21,6 +21,7 @@ from kvmpy.config.schema import (
     Format,
     HugePages,
     Machine,
+    Migration,
     Monitor,
     RootPort,
     Tap,
@@ -123,6 +124,8 @@ def test_a_full_configuration_becomes_typed_values(read: Read, tmp_path: Path) -
         serial = "file:serial.log"
         [monitor]
         qmp = "unix:qmp.sock"
+        [migration]
+        tls-creds = "pki"
         [[root_port]]
         id = "root1"
         chassis = 3
@@ -171,6 +174,7 @@ def test_a_full_configuration_becomes_typed_values(read: Read, tmp_path: Path) -
         boot=Boot(kernel=HostPath(f"{tmp_path}/vmlinuz"), initrd=HostPath("/boot/initrd.img"), cmdline="quiet"),
         console=Console(serial=Backend(f"file:{tmp_path}/serial.log")),
         monitor=Monitor(qmp=UnixSocket(f"unix:{tmp_path}/qmp.sock")),
+        migration=Migration(tls_creds=HostPath(f"{tmp_path}/pki")),
         root_port=(RootPort(id=Id("root1"), chassis=3, slot=4),),
         netdev=(Tap(id=Id("hostnet1"), ifname=Interface("tap-web1"), bridge=Interface("br0"), vhost=False, queues=4),),
         drive=(
@@ -362,6 +366,7 @@ DEVICE = "expected virtio-net-pci, vfio-pci, virtio-blk-pci, virtio-rng-pci or v
         ("cmdline = 1", ":3: boot.cmdline: expected a string, got an integer (1)"),
         ('[console]\nserial = "tty"', f':4: console.serial: expected {Backend.FORM}, got "tty"'),
         ('[console]\nserial = "file:"', f':4: console.serial: expected {Backend.FORM}, got "file:"'),
+        ("[migration]\ntls-cred = 1", ":4: migration.tls-cred: unknown key 'tls-cred' (did you mean 'tls-creds'?)"),
         ('[monitor]\nqmp = "stdio"', ':4: monitor.qmp: expected unix:PATH, got "stdio"'),
         (
             f'[monitor]\nqmp = "unix:/{"x" * 107}"',

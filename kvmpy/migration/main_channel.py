@@ -1,0 +1,164 @@
+"""The main channel of a migration: messages, each whole, wanted, and within the limits of its kind."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import suppress
+from typing import Final, TypeVar
+
+from kvmpy.errors import MigrationError, StreamError
+from kvmpy.migration.channel import Channel
+from kvmpy.migration.messages import (
+    KINDS,
+    STATE_MAX,
+    Cancel,
+    Failed,
+    Keepalive,
+    Message,
+    Reasoned,
+    Refuse,
+    Refused,
+    Section,
+    check_length,
+    decode,
+    encode,
+    title,
+)
+from kvmpy.migration.stop import Deadline
+from kvmpy.migration.wire import FRAME_SIZE, FrameHeader
+
+M = TypeVar("M", bound=Message)
+# Where there is nothing left to send or to wait for but the reason why.
+LAST_WORDS: Final = 1.0
+BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
+
+
+class MainChannel:
+    """Messages over ``channel``, in the stream's ``version``.
+
+    Nothing is read ahead: between two messages the channel can carry something else, such as page records. Any thread
+    may send.
+    """
+
+    def __init__(self, channel: Channel, version: int) -> None:
+        self.channel = channel
+        self.version = version
+        self._sending = threading.Lock()
+        self._seen: dict[type[Message], int] = {}
+        self._state = 0
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether what is sent here can be answered, or is answered from here."""
+        return self.channel.can_answer
+
+    def send_message(self, message: Message) -> None:
+        """Raises MigrationError where it is too large, or with what the other side said before it hung up."""
+        try:
+            self._send(message)
+        except StreamError as e:
+            raise self.explain(e) from e
+
+    def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
+        """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.
+
+        Raises StreamError where another or none comes, and MigrationError where the other side says that it is over.
+        """
+        seconds = self.channel.timeout if timeout is None else timeout
+        whole = None if limit is None else Deadline(limit)
+        while True:
+            message = self.next_message(*kinds, timeout=seconds if whole is None else min(seconds, whole.left))
+            if isinstance(message, kinds):
+                return message
+            if isinstance(message, BAD_NEWS):
+                raise _as_error(message)
+
+    def next_message(self, *kinds: type[Message], timeout: float | None = None, first: bytes = b"") -> Message:
+        """The next message, one of ``kinds``, a KEEPALIVE or bad news; without ``kinds``, whichever it is.
+
+        ``timeout`` is for its header; the rest comes as fast as everything does. ``first`` is what has been read of it
+        already. Raises StreamError, before anything of another kind is read.
+        """
+        channel = self.channel
+        start = channel.received - len(first)
+        try:
+            header = FrameHeader.unpack(first + channel.receive(FRAME_SIZE - len(first), timeout))
+            check_length(header.kind, header.length, self.version)
+            _check_due(KINDS[header.kind], kinds)
+            payload = channel.receive(header.length)
+            header.check(payload)
+            message = decode(header.kind, payload, self.version)
+            self._count(message, header.length)
+        except StreamError as e:
+            raise self._located(e, start) from e
+        return message
+
+    def fail(self, message: Reasoned | Refuse) -> None:
+        """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
+        if self.channel.can_answer or isinstance(message, Cancel):
+            with suppress(MigrationError):
+                self._send(message, LAST_WORDS)
+
+    def explain(self, error: MigrationError) -> MigrationError:
+        """What the other side said before it hung up, where ``error`` is that it did; else ``error`` itself.
+
+        Also for the error of a page channel: the reason, if there is one, is here.
+        """
+        if not isinstance(error, StreamError) or not self.channel.can_answer:
+            return error
+        deadline = Deadline(LAST_WORDS)
+        try:
+            while not isinstance(message := self.next_message(timeout=deadline.left), BAD_NEWS):
+                continue
+        except MigrationError:
+            return error
+        return _as_error(message)
+
+    def finish(self) -> None:
+        """After the last message: what the channel must do for it to stay. Raises StreamError."""
+        self.channel.finish()
+
+    def shutdown(self, reason: str = "the channel was shut down") -> None:
+        """Wake whoever waits here. Any thread."""
+        self.channel.shutdown(reason)
+
+    def close(self) -> None:
+        self.channel.close()
+
+    def _send(self, message: Message, timeout: float | None = None) -> None:
+        payload = encode(message, self.version)
+        if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
+            raise StreamError(f"{self.channel.name}: another message is still being sent")
+        try:
+            self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
+        finally:
+            self._sending.release()
+
+    def _located(self, e: StreamError, start: int) -> StreamError:
+        text = str(e)
+        return e if text.startswith(self.channel.name) else StreamError(f"{self.channel.name}: byte {start}: {text}")
+
+    def _count(self, message: Message, length: int) -> None:
+        kind = type(message)
+        self._seen[kind] = self._seen.get(kind, 0) + 1
+        if kind.MOST is not None and self._seen[kind] > kind.MOST:
+            raise StreamError(f"{title(message)}: one more than {kind.MOST} of its kind")
+        if kind is Section:
+            self._state += length
+            if self._state > STATE_MAX:
+                raise StreamError(f"{title(message)}: all sections are more than {STATE_MAX} bytes")
+
+
+def _check_due(kind: type[Message], kinds: tuple[type[Message], ...]) -> None:
+    if kinds and not issubclass(kind, (*kinds, Keepalive, *BAD_NEWS)):
+        raise StreamError(f"{kind.KIND.name} where {' or '.join(due.KIND.name for due in kinds)} was due")
+
+
+def _as_error(message: Refuse | Refused | Cancel | Failed) -> MigrationError:
+    said = "; ".join(message.problems) if isinstance(message, Refuse) else message.reason
+    return MigrationError(f"the other side says: {printable(said) or 'nothing of why'}")
+
+
+def printable(text: str) -> str:
+    """What a terminal can be given, whatever the other side sent."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -1,0 +1,1 @@
+"""Streams that somebody could send to break a reader, each with what it says of it."""

@@ -1,0 +1,1 @@
+"""Whole migration streams, one pair for each version: what a source sent, and what its destination answered."""
