@@ -277,10 +277,12 @@ class VirtioBlk(VirtioDevice[BlkState]):
         with self.lock:
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
-            # All of it: a read that fails may have filled a part, and so has one whose device was reset or broke meanwhile.
-            self.queues[job.queue].mark(job.chain)
-            if job.generation == self._generation:  # else nobody waits for it any more
+            awaited = job.generation == self._generation
+            if awaited:
                 request.status[0] = answer
+            # All of it: a read that fails may have filled a part, and so has one whose device was reset or broke since.
+            self.queues[job.queue].mark(job.chain)
+            if awaited:
                 self.queues[job.queue].push(job.chain, request.written(answer))
                 self.interrupt(job.queue)
 
