@@ -230,12 +230,6 @@ class ClockData(Layout, c="struct kvm_clock_data"):
     host_tsc: int
 
 
-class EnableCap(Layout, c="struct kvm_enable_cap"):
-    cap: int
-    flags: int
-    args: MutableSequence[int]
-
-
 class Msi(Layout, c="struct kvm_msi"):
     address_lo: int
     address_hi: int
@@ -319,7 +313,6 @@ KVM_CLEAR_DIRTY_LOG = Put("KVM_CLEAR_DIRTY_LOG", ClearDirtyLog)
 KVM_SET_DEVICE_ATTR = Put("KVM_SET_DEVICE_ATTR", DeviceAttr)
 KVM_GET_DEVICE_ATTR = Put("KVM_GET_DEVICE_ATTR", DeviceAttr)
 KVM_HAS_DEVICE_ATTR = Put("KVM_HAS_DEVICE_ATTR", DeviceAttr)
-KVM_ENABLE_CAP = Put("KVM_ENABLE_CAP", EnableCap)
 
 KVM_GET_REGS = Get("KVM_GET_REGS", Regs)
 KVM_SET_REGS = Put("KVM_SET_REGS", Regs)

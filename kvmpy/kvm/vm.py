@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvmpy.abi import kvm as abi
 from kvmpy.host.eventfd import EventFd
