@@ -34,12 +34,6 @@ class ClearDirtyLog(Layout, c="struct kvm_clear_dirty_log"):
     padding2: int  # the bitmap's address
 
 
-class EnableCap(Layout, c="struct kvm_enable_cap"):
-    cap: int
-    flags: int
-    args: MutableSequence[int]
-
-
 class Regs(Layout, c="struct kvm_regs"):
     rax: int
     rbx: int
@@ -228,6 +222,12 @@ class ClockData(Layout, c="struct kvm_clock_data"):
     flags: int
     realtime: int
     host_tsc: int
+
+
+class EnableCap(Layout, c="struct kvm_enable_cap"):
+    cap: int
+    flags: int
+    args: MutableSequence[int]
 
 
 class Msi(Layout, c="struct kvm_msi"):

@@ -85,6 +85,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
     )
+    run.add_argument(
+        "--incoming",
+        metavar="URI",
+        help="do not boot: wait there for a machine that is migrated to here (tcp:HOST:PORT, unix:PATH, fd:NUMBER, "
+        "exec:COMMAND, file:PATH), or until migrate-incoming says where (defer)",
+    )
+    run.add_argument("--insecure", action="store_true", help="with --incoming: let tcp be used without TLS")
     run.add_argument("--timings", action="store_true", help="say at the end where the time of the first boot went")
     run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
 

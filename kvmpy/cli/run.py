@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from kvmpy import trace
 from kvmpy.cli.main import printable, say, tell
@@ -28,10 +28,14 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
 from kvmpy.monitor.server import MonitorServer
 
+if TYPE_CHECKING:
+    from kvmpy.migration.control import Migrations
+
 log = logging.getLogger(__name__)
 
 STDIN: Final = 0
 STDOUT: Final = 1
+DEFER: Final = "defer"
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
 SWITCH_INTERVAL: Final = 1e-4
@@ -56,8 +60,9 @@ def run(args: argparse.Namespace) -> int:
         stack.callback(directory.close)
         with signals.ending():
             _give_back_leftovers(directory)
-            machine = stack.enter_context(Machine(config, named=True))
-        stack.callback(_serve_monitor(machine, directory).close)
+            machine = stack.enter_context(Machine(config, named=True, incoming=args.incoming is not None))
+        migrations = _migrations(machine, args)
+        stack.callback(_serve_monitor(machine, directory, migrations).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
             log.info("the guest's serial line is %s", machine.pty)
@@ -73,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
             signals.end_if_caught()
             with signals.main_thread_only():
                 machine.start()
+                if migrations is not None and args.incoming != DEFER:
+                    migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
             outcome = machine.wait()
             _finish_callback(machine)
@@ -203,12 +210,28 @@ def _give_back_leftovers(directory: RuntimeDirectory) -> None:
         recover(directory.path)
 
 
-def _serve_monitor(machine: Machine, directory: RuntimeDirectory) -> MonitorServer:
+def _migrations(machine: Machine, args: argparse.Namespace) -> Migrations | None:
+    """Those of a machine that is to come in, or has certificates to go with. Others that are to go import it then."""
+    credentials = machine.config.migration.tls_creds
+    if args.incoming is None and credentials is None:
+        return None
+    from kvmpy.migration.control import Migrations
+
+    if credentials is not None:
+        import kvmpy.migration.tls  # noqa: F401  not beside running vCPUs: ssl takes long
+
+    migrations = Migrations(machine)
+    if args.insecure:
+        migrations.set_parameters(x_insecure=True)
+    return migrations
+
+
+def _serve_monitor(machine: Machine, directory: RuntimeDirectory, migrations: Migrations | None) -> MonitorServer:
     """Listen where the configuration says, and let the commands find the socket in the runtime directory."""
     standard = directory.file(QMP_SOCKET)
     qmp = machine.config.monitor.qmp
     try:
-        server = MonitorServer(machine, qmp.path if qmp else standard)
+        server = MonitorServer(machine, qmp.path if qmp else standard, migrations)
     except HostError as e:
         raise located(machine.config, "", e) from e
     if qmp:

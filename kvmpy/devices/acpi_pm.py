@@ -105,7 +105,6 @@ class AcpiPm(Device[AcpiPmState]):
             self._settled_at = now
 
     def advance(self, nanoseconds: int) -> None:
-        """Count ``nanoseconds`` that no host's clock here has seen, such as a migration's pause."""
         with self.lock:
             self._pass(nanoseconds)
 
@@ -132,6 +131,9 @@ class AcpiPm(Device[AcpiPmState]):
         self._update_irq()
         if control & Control.SLP_EN:
             self._sleep((s.control & Control.SLP_TYP) >> 10)
+
+    def pause(self) -> None:
+        self.settle()
 
     def post_load(self) -> None:
         self._settled_at = self._clock()

@@ -92,6 +92,9 @@ class Device(Generic[S]):
     def post_load(self) -> None:
         """Rebuild what follows from the state (a line's level, a timer). Touches no other device."""
 
+    def advance(self, nanoseconds: int) -> None:
+        """Count time that no host's clock has seen: the machine was on its way from one to another. Before `resume`."""
+
     def begin_reset(self) -> bool:
         """The machine is about to be reset, and stands still: begin what `reset` would have to wait for.
 
@@ -115,6 +118,23 @@ class Device(Generic[S]):
 
     def resume(self) -> None:
         """Go on after `pause`, or begin: a device is made paused. By the control thread, before the vCPUs run."""
+
+    def hand_over(self) -> None:
+        """The guest, paused, is about to run on another host: make durable and unlock what both may reach.
+
+        Raises HostError, and OSError where what was written may be lost.
+        """
+
+    def take_over(self) -> None:
+        """The guest is to run here, before `resume`: lock what `hand_over` unlocks. Raises HostError if it cannot."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a device must have alike to go on with this one's state, as JSON values. Any thread."""
+        return {}
+
+    def negotiated(self) -> tuple[list[str], list[str]]:
+        """The names of the features that it offers its driver, and of those that the driver uses. With the lock."""
+        return [], []
 
     def info(self) -> dict[str, Any]:
         """What an operator is shown of the device, as JSON values. Any thread."""

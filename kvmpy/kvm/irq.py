@@ -8,7 +8,8 @@ involved; with a resample eventfd it is a level interrupt, which the kernel lowe
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Final
 
 from kvmpy.abi import kvm as abi
@@ -57,6 +58,7 @@ class Routing:
         self._messages: dict[int, MsiMessage] = {}
         self._places: dict[int, int] = {}  # of each GSI with a message, its entry
         self._free: list[int] = []  # GSIs that were given back
+        self._then: list[Callable[[], object]] | None = None  # in a batch: what waits for its end
         pins = _default_pins()
         self._table = abi.IrqRouting.new(nr=len(pins), entries=len(pins) + GSI_LIMIT - IOAPIC_PINS)
         for index, pin in enumerate(pins):
@@ -128,8 +130,34 @@ class Routing:
             "u": {"msi": {**address, "data": message.data}},
         }
 
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """Within, nothing is told to KVM; at the end everything at once. Raises HostError there, as each would have.
+
+        For a machine that stands still: what is signalled meanwhile waits.
+        """
+        with self._lock:
+            self._then = []
+        try:
+            yield
+        finally:
+            with self._lock:
+                then, self._then = self._then, None
+                self._commit()
+            for call in then:
+                call()
+
+    def once_routed(self, call: Callable[[], object]) -> None:
+        """Call when KVM knows of what was added up to here: now, unless in a batch."""
+        with self._lock:
+            if self._then is not None:
+                self._then.append(call)
+                return
+        call()
+
     def _commit(self) -> None:
-        abi.KVM_SET_GSI_ROUTING(self._vm_fd, self._table)
+        if self._then is None:
+            abi.KVM_SET_GSI_ROUTING(self._vm_fd, self._table)
 
 
 def _default_pins() -> list[dict[str, object]]:

@@ -24,6 +24,7 @@ class Vector:
         self._poll.register(self._event, select.POLLIN)
         self._gsi: int | None = None
         self._irqfd: IrqFd | None = None
+        self._wanted = False
 
     @property
     def fd(self) -> int:
@@ -48,8 +49,9 @@ class Vector:
             self._gsi = self._routing.add(message)
         elif self._routing.messages[self._gsi] != message:
             self._routing.change(self._gsi, message)
+        self._wanted = True
         if self._irqfd is None:
-            self._irqfd = IrqFd(self._vm_fd, self._gsi, self._event)
+            self._routing.once_routed(self._assign)
 
     def discard(self) -> None:
         """Forget a signal that waits."""
@@ -63,7 +65,13 @@ class Vector:
             self._gsi = None
         self._event.close()
 
+    def _assign(self) -> None:
+        """Have the kernel take the signals, unless they are not wanted any more."""
+        if self._wanted and self._irqfd is None and self._gsi is not None:
+            self._irqfd = IrqFd(self._vm_fd, self._gsi, self._event)
+
     def _silence(self) -> None:
+        self._wanted = False
         if self._irqfd is not None:
             self._irqfd.close()
             self._irqfd = None

@@ -98,10 +98,11 @@ def build(
     resources: ExitStack,
     *,
     named: bool = False,
+    incoming: bool = False,
 ) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
 
-    ``named``: its name is locked already.
+    ``named``: its name is locked already. With ``incoming`` the disks are another machine's still, and are not locked.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
     """
@@ -150,7 +151,7 @@ def build(
     directory = os.path.join(rundir.base(), config.name)
     host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named)
     plugger = Plugger(config, pci, host, inventory, resources)
-    plugger.plug_all()
+    plugger.plug_all(locked=not incoming)
     return Board(
         system=system,
         vm=vm,

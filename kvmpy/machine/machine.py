@@ -42,6 +42,7 @@ from kvmpy.machine.build import Board, build
 from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
 from kvmpy.machine.check import check, located
 from kvmpy.machine.failure import explain
+from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
@@ -61,6 +62,9 @@ STDOUT: Final = (1, 1)
 OUTPUT_POLL: Final = 0.05
 # Seconds that the end of a machine waits for devices that are at work on the host, and then for what they have of it
 END_PATIENCE: Final = 5.0
+CAN_RESET: Final = (RunState.RUNNING, RunState.PAUSED, RunState.FINISH_MIGRATE)
+MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
+"""What the machine is then is its state on another host: nothing is changed here."""
 
 
 class PowerOn(NamedTuple):
@@ -76,11 +80,13 @@ class Machine:
     By the control thread itself, as a listener does, they return before that where there is something to wait for.
     """
 
-    def __init__(self, config: Config, *, named: bool = False) -> None:
+    def __init__(self, config: Config, *, named: bool = False, incoming: bool = False) -> None:
         """Make the machine, its vCPUs parked before their first instruction.
 
         ``named``: the caller has locked its name (`kvmpy.host.rundir.RuntimeDirectory`), and given back what an earlier
         machine of that name had left. Else that is done with the first function of the host that it is given.
+        With ``incoming`` it does not boot: it waits for another machine's state (`kvmpy.migration`), and leaves that
+        one's disks alone until then.
 
         Raises ConfigError where the configuration cannot be used, HostError where this host cannot run it.
         """
@@ -95,6 +101,7 @@ class Machine:
         self._unplugged = threading.Event()
         self._lifecycle = threading.Lock()
         self._started = self._closed = False
+        self.is_incoming = incoming
         self._process = os.getpid()
         self._boots = self._asked = 0
         self._gate = Gate()
@@ -110,13 +117,22 @@ class Machine:
             resources.callback(self.console.close)
             self.pty = self._open_console()
             self.board: Board = build(
-                config, self, self.console, self._io, self.control, self.report, resources, named=named
+                config,
+                self,
+                self.console,
+                self._io,
+                self.control,
+                self.report,
+                resources,
+                named=named,
+                incoming=incoming,
             )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
             self._power_on = self._read_power_on()
             self._powerdown_limit = self.control.timer(self._power_off_by_force)
             self._announcer = Announcer(self.control, lambda: self.board.nics)
+            self.handoff = Handoff(self)
             self._resources = resources.pop_all()
 
     def __enter__(self) -> Self:
@@ -128,7 +144,7 @@ class Machine:
     # What an operator asks
 
     def start(self) -> None:
-        """Load the kernel and run; once.
+        """Load the kernel and run, or wait for what is to come; once.
 
         Raises ConfigError where a file has gone since the machine was made, HostError where a thread cannot be had.
         """
@@ -153,7 +169,8 @@ class Machine:
 
     def _start_threads(self) -> None:
         accept_kicks()
-        registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
+        if not self.is_incoming:
+            registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
         self._threads = tuple(
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
             for vcpu in self.board.vcpus
@@ -177,13 +194,16 @@ class Machine:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
         self.change(Change(self._pause()))
 
-    def resume(self) -> None:
-        """Run on after `pause`."""
-        self.change(Change(self._resume()))
+    def resume(self, *, force: bool = False) -> None:
+        """Run on after `pause`; with ``force`` also after a migration, where the guest runs elsewhere or may.
+
+        Raises CommandError, and HostError where the disks are not to be had any more.
+        """
+        self.change(Change(self._resume(force=force)))
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self.change(Change(self._reset(by_guest=False)))
+        self.change(Change(self._reset_by_operator()))
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
@@ -211,6 +231,7 @@ class Machine:
 
         Raises CommandError, with everything as it was.
         """
+        self.handoff.require_idle()
         self._require_hotplug(table.get("bus")).device_add(table)
 
     def device_del(self, name: str, *, force: bool = False) -> None:
@@ -218,6 +239,7 @@ class Machine:
 
         DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
         """
+        self.handoff.require_idle()
         if self._hotplug is None:
             if name not in self.board.by_id:
                 raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
@@ -229,10 +251,12 @@ class Machine:
 
         Not by the control thread. Raises CommandError.
         """
+        self.handoff.require_idle()
         self._require_hotplug(None).netdev_add(table)
 
     def netdev_del(self, name: str) -> None:
         """Have that netdev no more. Not by the control thread. Raises CommandError where a device uses it."""
+        self.handoff.require_idle()
         self._require_hotplug(None).netdev_del(name)
 
     def current_config(self) -> Config:
@@ -279,6 +303,7 @@ class Machine:
             self._closed = True
             if self.control.thread is not None and not self._ended.is_set():
                 self.stop()
+            self.handoff.close()
             self._gate.end(self._threads)
             for thread in self._threads:
                 if thread.ident is not None:
@@ -354,6 +379,9 @@ class Machine:
     def _start(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
+        if self.is_incoming:
+            self.become(RunState.INMIGRATE)
+            return
         self.become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
         yield from self.run()
@@ -362,27 +390,35 @@ class Machine:
 
     def _pause(self) -> Steps[None]:
         self.require_alive()
+        self.handoff.require_idle()
         if self.state is RunState.RUNNING:
             yield from self.halt()
             self.become(RunState.PAUSED)
             try:
-                for vcpu in self.board.vcpus:
-                    vcpu.tell_paused()
+                self.tell_paused()
             finally:
                 self._emit("STOP")
 
-    def _resume(self) -> Steps[None]:
-        self.require_alive()
-        if self.state is RunState.PAUSED:
+    def _resume(self, *, force: bool) -> Steps[None]:
+        self.handoff.require_idle()
+        if self.state is not RunState.POSTMIGRATE:
+            self.require_alive()
+        if self.state is not RunState.RUNNING:
+            self.handoff.allow_resume(force=force)
             self.become(RunState.RUNNING)
             if (yield from self.run()):
                 self._emit("RESUME")
 
-    def _reset(self, *, by_guest: bool) -> Steps[None]:
-        if by_guest and self.state is RunState.SHUTDOWN:
-            return
+    def _reset_by_operator(self) -> Steps[None]:
         self.require_alive()
+        self.handoff.require_idle()
+        yield from self._reset(by_guest=False)
+
+    def _reset(self, *, by_guest: bool) -> Steps[None]:
+        if self.state not in CAN_RESET:
+            return
         yield from self.halt()
+        self.handoff.note_reset()
         self._boots += 1
         try:
             yield from self._reset_the_host_s()
@@ -415,6 +451,8 @@ class Machine:
         registers.enter(board.vcpus[0], self.boot.load(board.memory))
 
     def _set_link(self, name: str, *, up: bool) -> None:
+        if self.state in MOVING:
+            self.require_alive()
         nic = self.board.nics.get(name)
         if nic is None:
             raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
@@ -471,8 +509,20 @@ class Machine:
         self._powerdown_limit.cancel()
         self._announcer.stop()
         self.outcome, self.error = outcome, error
+        self.handoff.machine_ended(reason)
         self._emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
+
+    # For kvmpy.machine.handoff
+
+    def fail(self, error: KvmpyError) -> Steps[None]:
+        """End the machine, which could not be what it was to be."""
+        yield from self._end(Outcome.HOST_ERROR, error=error)
+
+    def tell_paused(self) -> None:
+        """Tell the guest's clock that it was stopped, so that its watchdogs do not bark at the gap."""
+        for vcpu in self.board.vcpus:
+            vcpu.tell_paused()
 
     def run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
@@ -514,6 +564,7 @@ class Machine:
         self.state = state
 
     def require_alive(self) -> None:
+        """Raises CommandError unless the machine runs or is paused."""
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 

@@ -109,8 +109,11 @@ class Plugger:
         own = [(kind, str(entry.id)) for kind in ("device", "netdev", "drive") for entry in getattr(config, kind)]
         self._own = frozenset(own)
 
-    def plug_all(self) -> None:
-        """Raises HostError, with its place in the configuration, where this host cannot."""
+    def plug_all(self, *, locked: bool = True) -> None:
+        """Disks are ``locked`` unless they are another machine's still.
+
+        Raises HostError, with its place in the configuration, where this host cannot.
+        """
         self._on_root_bus(HostBridge("host-bridge"))
         taken = {port.slot for port in self._config.root_port}
         slots = (slot for slot in itertools.count(1) if slot not in taken)
@@ -121,14 +124,14 @@ class Plugger:
             self._on_root_bus(self.ports[port.id])
         self._resources.callback(self._close)
         for table in self._config.device:
-            plugged = self.make(table, self._config)
+            plugged = self.make(table, self._config, locked=locked)
             self._inventory.add(plugged)
             if table.bus is None:
                 self._pci.add(plugged.function, next(self._free))
             else:
                 self.ports[table.bus].plug(plugged.function)
 
-    def make(self, table: DeviceTable, config: Config) -> Plugged:
+    def make(self, table: DeviceTable, config: Config, *, locked: bool = True) -> Plugged:
         """The device of ``table``, plugged in nowhere; ``config`` has its netdev or drive. Any thread, one at a time.
 
         Raises HostError, with nothing taken.
@@ -138,16 +141,16 @@ class Plugger:
                 function: PciFunction[Any] = self._vfio(table, resources)
                 device: Device[Any] = function
             else:
-                device, function = self._virtio_pci(table, config, resources)
+                device, function = self._virtio_pci(table, config, resources, locked=locked)
             resources.callback(function.close)
             return Plugged(table, device, function, resources.pop_all())
 
     def _virtio_pci(
-        self, table: DeviceTable, config: Config, resources: ExitStack
+        self, table: DeviceTable, config: Config, resources: ExitStack, *, locked: bool
     ) -> tuple[VirtioDevice[Any], PciFunction[Any]]:
         from kvmpy.devices.virtio.pci import VirtioPci
 
-        device = self._make(table, config, resources)
+        device = self._make(table, config, resources, locked=locked)
         device.on_broken = lambda why: self._host.report("DEVICE_BROKEN", device=table.id, reason=why)
         resources.callback(device.close)
         with self._located(f"device.{table.id}"):
@@ -184,12 +187,12 @@ class Plugger:
         if port is not None and port.card is function and not port.is_releasing:
             port.request()
 
-    def _make(self, table: DeviceTable, config: Config, resources: ExitStack) -> VirtioDevice[Any]:
+    def _make(self, table: DeviceTable, config: Config, resources: ExitStack, *, locked: bool) -> VirtioDevice[Any]:
         match table:
             case VirtioNetPci():
                 return self._net(table, config, resources)
             case VirtioBlkPci():
-                return self._blk(table, config, resources)
+                return self._blk(table, config, resources, locked=locked)
             case VirtioRngPci():
                 return self._rng(table)
             case VirtioSerialPci():
@@ -250,13 +253,13 @@ class Plugger:
         resources.callback(vhost.close)
         return vhost
 
-    def _blk(self, table: VirtioBlkPci, config: Config, resources: ExitStack) -> VirtioBlk:
+    def _blk(self, table: VirtioBlkPci, config: Config, resources: ExitStack, *, locked: bool) -> VirtioBlk:
         from kvmpy.devices.virtio.blk import VirtioBlk
         from kvmpy.host.disk import Disk
 
         drive = next(drive for drive in config.drive if drive.id == table.drive)
         with self._located(f"drive.{drive.id}.path"):
-            disk = Disk.open(drive.path, readonly=drive.readonly, direct=drive.cache is Cache.NONE)
+            disk = Disk(drive.path, readonly=drive.readonly, direct=drive.cache is Cache.NONE, locked=locked)
         resources.callback(disk.close)
         serial, name = table.serial or drive.id, f"{table.id}/virtio-blk"
         return VirtioBlk(name, self._host.memory, self._host.io, disk, serial=serial, queues=table.num_queues)

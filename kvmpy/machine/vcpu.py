@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Final, assert_never
 
@@ -38,6 +39,7 @@ class Gate:
     def __init__(self) -> None:
         self.closed = True
         self._ended = False
+        self._napping = 0
         self._parked: set[VcpuThread] = set()
         self._changed = threading.Condition()
 
@@ -46,6 +48,22 @@ class Gate:
         self.closed = True
         for thread in threads:
             thread.kick()
+        if self._napping:
+            self.wake()
+
+    def wake(self) -> None:
+        """End all naps."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def nap(self, thread: VcpuThread) -> None:
+        """Wait as long as ``thread`` is to nap, while open."""
+        with self._changed:
+            self._napping += 1
+            until = time.monotonic() + thread.napping
+            while not self.closed and thread.napping and (left := until - time.monotonic()) > 0:
+                self._changed.wait(left)
+            self._napping -= 1
 
     def wait_parked(self, threads: Sequence[VcpuThread]) -> None:
         """Wait until every thread that lives is parked. Never by a vCPU thread."""
@@ -86,6 +104,7 @@ class VcpuThread(threading.Thread):
         self.mmio_exits = 0
         self.other_exits = 0
         self.faults = 0
+        self.napping = 0.0
         self._gate, self._pio, self._mmio, self._on_fatal = gate, pio, mmio, on_fatal
 
     def run(self) -> None:
@@ -96,6 +115,9 @@ class VcpuThread(threading.Thread):
                 if not self._gate.park(self):
                     return
                 continue
+            if self.napping:
+                self._gate.nap(self)
+                self.napping = 0.0
             try:
                 self._serve()
             except HostError as e:
@@ -115,6 +137,14 @@ class VcpuThread(threading.Thread):
         """Make the thread look at the gate soon. Any thread, itself included."""
         if self.native_id is not None and self.is_alive():
             self.vcpu.kick(self.native_id)
+
+    def nap(self, seconds: float) -> None:
+        """Have the thread sleep so long, soon, instead of running the guest; 0 ends a nap. Any thread."""
+        self.napping = seconds
+        if seconds:
+            self.kick()
+        else:
+            self._gate.wake()
 
     def step(self) -> bool:
         """Run to the next exit and serve it; False when the gate is to be looked at."""

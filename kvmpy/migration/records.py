@@ -54,7 +54,7 @@ class PageChannel(Protocol):
     def send(self, *buffers: Any) -> None:
         """All of the buffers."""
 
-    def receive(self, size: int) -> bytes:
+    def receive(self, size: int) -> bytes | bytearray:
         """Exactly ``size`` bytes."""
 
     def receive_into(self, buffer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvmpy.monitor import descriptors, devices, human, lifecycle, pci, ports, queries, session_commands
+from kvmpy.monitor import descriptors, devices, human, lifecycle, migration, pci, ports, queries, session_commands
 from kvmpy.monitor.table import Command
 
 COMMANDS: Final[dict[str, Command]] = {
@@ -32,6 +32,15 @@ COMMANDS: Final[dict[str, Command]] = {
         devices.netdev_del,
         devices.set_link,
         devices.announce_self,
+        migration.migrate,
+        migration.migrate_incoming,
+        migration.migrate_cancel,
+        migration.query_migrate,
+        migration.migrate_check,
+        migration.migrate_set_parameters,
+        migration.query_migrate_parameters,
+        migration.migrate_set_capabilities,
+        migration.query_migrate_capabilities,
         descriptors.getfd,
         descriptors.closefd,
         descriptors.add_fd,

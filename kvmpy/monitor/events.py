@@ -9,6 +9,7 @@ from __future__ import annotations
 from enum import Enum
 from typing import Final
 
+from kvmpy.migration.status import Status
 from kvmpy.monitor.table import Reply
 
 
@@ -130,6 +131,28 @@ class DeviceWantedBack(Event, frozen=True, kw_only=True):
     host: str  # the function's address on the host
 
 
+class Migration(Event, frozen=True, kw_only=True):
+    """A migration has come further; not sent where the capability `events` is off."""
+
+    NAME = "MIGRATION"
+    status: Status  # how far it is
+
+
+class MigrationPass(Event, frozen=True, kw_only=True, rename={"pass_": "pass"}):
+    """A pass over the pages that are dirty begins; likewise."""
+
+    NAME = "MIGRATION_PASS"
+    pass_: int  # its number, from 1
+
+
+class MigrationNotConverging(Event, frozen=True, kw_only=True):
+    """The guest writes faster than its pages can be sent."""
+
+    NAME = "MIGRATION_NOT_CONVERGING"
+    OURS = True
+    reason: str  # how fast, and what is done about it
+
+
 class Traced(Event, frozen=True, kw_only=True):
     """What the tracepoints saw that this session asked for with `trace`."""
 
@@ -142,5 +165,6 @@ class Traced(Event, frozen=True, kw_only=True):
 EVENTS: Final = (
     *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
     *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken, DeviceWantedBack),
+    *(Migration, MigrationPass, MigrationNotConverging),
     Traced,
 )

@@ -15,6 +15,12 @@ class Powerdown(Arguments, frozen=True, kw_only=True):
     limit: Annotated[float, Meta(ge=0)] | None = None  # seconds until the plug is pulled (ours); default: never
 
 
+class Cont(Arguments, frozen=True, kw_only=True):
+    """Whether it is known that the guest does not run elsewhere."""
+
+    force: bool = False  # go on although the guest was handed over, or may have been: it must not run there (ours)
+
+
 @command("stop", NoArguments, Nothing, slow=True)
 def stop(caller: Caller, _: NoArguments) -> Nothing:
     """Stop the vCPUs, and with them the devices; `cont` lets them go on. Nothing happens if they stand still.
@@ -25,10 +31,14 @@ def stop(caller: Caller, _: NoArguments) -> Nothing:
     return Nothing()
 
 
-@command("cont", NoArguments, Nothing, slow=True)
-def cont(caller: Caller, _: NoArguments) -> Nothing:
-    """Let the vCPUs run on after `stop`. Nothing happens if they run."""
-    caller.machine.resume()
+@command("cont", Cont, Nothing, slow=True)
+def cont(caller: Caller, arguments: Cont) -> Nothing:
+    """Let the vCPUs run on after `stop`. Nothing happens if they run.
+
+    After a migration, or one whose outcome is unknown, only with `force`. Two hosts that run one guest destroy its
+    disks: use it when the other side is known to be gone.
+    """
+    caller.machine.resume(force=arguments.force)
     return Nothing()
 
 

@@ -9,16 +9,20 @@ from __future__ import annotations
 import logging
 import resource
 import threading
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmpy.errors import HostError, refusal
 from kvmpy.host.descriptors import Allowance, DescriptorSets
 from kvmpy.host.stream import Listener, SocketStream
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
+from kvmpy.monitor.lazy import LazyMigrations
 from kvmpy.monitor.session import Session
 from kvmpy.monitor.throttle import Throttle
 from kvmpy.monitor.worker import Workers
+
+if TYPE_CHECKING:
+    from kvmpy.migration.control import Migrations
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +35,13 @@ FEWEST: Final = 8
 class MonitorServer:
     """Serves ``machine`` at the unix socket ``path``."""
 
-    def __init__(self, machine: Machine, path: str) -> None:
-        """Raises HostError where ``path`` cannot be bound."""
+    def __init__(self, machine: Machine, path: str, migrations: Migrations | None = None) -> None:
+        """``migrations`` are the machine's, where there are some already.
+
+        Raises HostError where ``path`` cannot be bound.
+        """
         self._machine = machine
+        self._migrations = LazyMigrations(machine, migrations)
         self._sessions: list[Session] = []
         self._most = max(resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SESSIONS_SHARE, FEWEST)
         self._told = False
@@ -71,7 +79,15 @@ class MonitorServer:
     def _accept(self, stream: SocketStream) -> None:
         if len(self._sessions) < self._most:
             self._sessions.append(
-                Session(self._machine, stream, self._workers, self._sets, self._allowance, self._forget)
+                Session(
+                    self._machine,
+                    stream,
+                    self._workers,
+                    self._sets,
+                    self._allowance,
+                    self._forget,
+                    self._migrations,
+                )
             )
             return
         if not self._told:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmpy import trace
 from kvmpy.errors import CommandError, KvmpyError
@@ -19,10 +19,14 @@ from kvmpy.host.stream import SocketStream
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
 from kvmpy.monitor.commands import COMMANDS
+from kvmpy.monitor.lazy import LazyMigrations
 from kvmpy.monitor.queries import version
 from kvmpy.monitor.table import Command
 from kvmpy.monitor.trace_feed import TraceFeed
 from kvmpy.monitor.worker import Workers
+
+if TYPE_CHECKING:
+    from kvmpy.migration.control import Migrations
 
 log = logging.getLogger(__name__)
 
@@ -44,9 +48,11 @@ class Session:
         sets: DescriptorSets,
         allowance: Allowance,
         forget: Callable[[Session], object],
+        migrations: LazyMigrations,
     ) -> None:
         self.machine, self.descriptor_sets, self.descriptors = machine, sets, Descriptors(allowance)
         self._stream, self._workers, self._forget = stream, workers, forget
+        self._migrations = migrations
         self._parser = protocol.Parser()
         self._requests: deque[Any] = deque()
         self._negotiated = False
@@ -76,6 +82,12 @@ class Session:
             self._send(message)
 
     # For commands
+
+    def migrations(self) -> Migrations:
+        return self._migrations.make()
+
+    def migrations_if_any(self) -> Migrations | None:
+        return self._migrations.made
 
     def take_descriptor(self) -> int | None:
         return self._stream.take_descriptor()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
 from types import NoneType
-from typing import Any, Final, Protocol, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec.structs import FieldInfo, fields
@@ -30,6 +30,9 @@ from kvmpy.config.reader import Table
 from kvmpy.errors import CommandError
 from kvmpy.host.descriptors import Descriptors, DescriptorSets
 from kvmpy.machine.machine import Machine
+
+if TYPE_CHECKING:
+    from kvmpy.migration.control import Migrations
 
 # What QEMU calls the type of a JSON value
 JSON_NAMES: Final = {str: "string", int: "integer", bool: "boolean", float: "number"}
@@ -69,6 +72,12 @@ class Caller(Protocol):
     @property
     def descriptor_sets(self) -> DescriptorSets:
         """Those that all sessions share."""
+
+    def migrations(self) -> Migrations:
+        """What migrates the machine; imported the first time, which takes a moment. Only for slow commands."""
+
+    def migrations_if_any(self) -> Migrations | None:
+        """The same, if it has been asked for before."""
 
     def take_descriptor(self) -> int | None:
         """The one that came last with a message, the caller's from now on."""

@@ -56,6 +56,12 @@ class FakeDisk:
         self._begin("flush")
         self.durable = seen
 
+    def lock(self) -> None:
+        self._begin("lock")
+
+    def unlock(self) -> None:
+        self._begin("unlock")
+
     def discard(self, offset: int, size: int) -> None:
         assert not self.readonly
         self._begin("discard", offset, size)

@@ -51,6 +51,7 @@ class FakeMachine:
             ports={},
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
+        self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")), device=(), netdev=(), drive=())
 
@@ -66,8 +67,8 @@ class FakeMachine:
         self.state = RunState.PAUSED
         self.emit("STOP")
 
-    def resume(self) -> None:
-        self.asked.append("resume")
+    def resume(self, *, force: bool = False) -> None:
+        self.asked.append("resume by force" if force else "resume")
         self.state = RunState.RUNNING
         self.emit("RESUME")
 

@@ -332,3 +332,29 @@ def test_other_failures_to_list_feature_msrs_are_failures(kernel: Kernel, device
     kernel.fail("KVM_GET_MSR_FEATURE_INDEX_LIST", errno.E2BIG)
     with System(device) as system, pytest.raises(IoctlError, match="KVM_GET_MSR_FEATURE_INDEX_LIST: E2BIG"):
         system.feature_msr_indices()
+
+
+def test_a_batch_is_one_table_and_the_irqfds_come_after_it(kernel: Kernel) -> None:
+    routing = Routing(VM_FD)
+    vectors = [Vector(VM_FD, routing) for _ in range(3)]
+    with routing.batch():
+        for vector in vectors:
+            vector.route(MESSAGE)
+        vectors[2].route(None)
+        assert not kernel.seen
+    names = [name for name, _ in kernel.seen]
+    assert names == ["KVM_SET_GSI_ROUTING", "KVM_IRQFD", "KVM_IRQFD"]
+    assert len(messages(kernel)) == 3
+    for vector in vectors:
+        vector.close()
+
+
+def test_a_signal_of_before_waits_for_the_end_of_the_batch(kernel: Kernel) -> None:
+    routing = Routing(VM_FD)
+    vector = Vector(VM_FD, routing)
+    vector.signal()
+    with routing.batch():
+        vector.route(MESSAGE)
+        assert waits(vector)
+    assert kernel.named("KVM_IRQFD")
+    vector.close()

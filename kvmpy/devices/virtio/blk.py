@@ -101,6 +101,7 @@ class VirtioBlk(VirtioDevice[BlkState]):
     """
 
     DEVICE_ID = DeviceId.BLOCK
+    FEATURES = BlkFeature
 
     def __init__(
         self,
@@ -201,6 +202,22 @@ class VirtioBlk(VirtioDevice[BlkState]):
             self._jobs.put(None)
         while self._workers:
             self._workers.pop().join()
+
+    def hand_over(self) -> None:
+        if not self.disk.readonly:
+            self.disk.flush()
+        self.disk.unlock()
+
+    def take_over(self) -> None:
+        self.disk.lock()
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {
+            "size": self.disk.sectors * SECTOR,
+            "readonly": self.disk.readonly,
+            "block-size": self.disk.geometry.block_size,
+            "serial": self._serial.rstrip(b"\0").decode(errors="replace"),
+        }
 
     def info(self) -> dict[str, Any]:
         with self.lock:

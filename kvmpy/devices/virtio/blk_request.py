@@ -71,6 +71,12 @@ class Disk(Protocol):
     def write_zeroes(self, offset: int, size: int, *, unmap: bool) -> None:
         """Store zeros; with ``unmap``, the space may be given back."""
 
+    def lock(self) -> None:
+        """Keep others away. Raises HostError that says who has it."""
+
+    def unlock(self) -> None:
+        """Let others have it."""
+
 
 class Request(NamedTuple):
     """A chain taken apart: what the driver sends, what it wants filled, and the byte for the answer. Sizes in bytes."""

@@ -67,6 +67,7 @@ class VirtioConsole(VirtioDevice[ConsoleState]):
     """A console; ``place`` says where it ends, for an operator."""
 
     DEVICE_ID = DeviceId.CONSOLE
+    FEATURES = ConsoleFeature
 
     def __init__(self, name: str, memory: GuestMemory, io: Loop, backend: Backend, place: str) -> None:
         specs = [QueueSpec(port.name.lower(), QUEUE_SIZE) for port in Port]

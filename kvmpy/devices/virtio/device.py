@@ -30,6 +30,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from enum import IntEnum
 from functools import partial
 from typing import Annotated, Any, ClassVar, Final, NamedTuple, Protocol, TypeVar
 
@@ -110,6 +111,8 @@ class VirtioDevice(Device[V]):
     """
 
     DEVICE_ID: ClassVar[DeviceId]
+    FEATURES: ClassVar[type[IntEnum]] = Feature
+    """The numbers of the feature bits that only this kind of device has."""
 
     def __init__(
         self, name: str, state: V, memory: GuestMemory, io: Loop, queues: Sequence[QueueSpec], features: int = 0
@@ -345,6 +348,13 @@ class VirtioDevice(Device[V]):
             for queue in self.queues:
                 queue.close()
 
+    def facts(self) -> dict[str, Any]:
+        return {"kind": self.DEVICE_ID.name.lower(), "queues": [queue.max_size for queue in self.queues]}
+
+    def negotiated(self) -> tuple[list[str], list[str]]:
+        in_use = self.virtio.driver_features if self.virtio.status & Status.FEATURES_OK else 0
+        return self._names(self.features), self._names(in_use)
+
     def info(self) -> dict[str, Any]:
         with self.lock:
             v = self.virtio
@@ -359,6 +369,10 @@ class VirtioDevice(Device[V]):
                     if queue.state.enabled
                 ],
             }
+
+    def _names(self, features: int) -> list[str]:
+        known = {int(bit): bit.name for kind in (Feature, self.FEATURES) for bit in kind}
+        return [known.get(n, f"bit {n}") for n in range(64) if features >> n & 1]
 
     def _allows(self, step: Status) -> bool:
         features = self.virtio.driver_features

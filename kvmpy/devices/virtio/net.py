@@ -141,6 +141,7 @@ class VirtioNet(VirtioDevice[NetState]):
     """
 
     DEVICE_ID = DeviceId.NET
+    FEATURES = NetFeature
 
     def __init__(
         self,
@@ -218,6 +219,9 @@ class VirtioNet(VirtioDevice[NetState]):
             except OSError:  # full, or down: nobody hears anything there, and the next round asks again
                 return False
             return True
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"mac": self._mac.hex(":"), "mtu": self._mtu}
 
     def info(self) -> dict[str, Any]:
         with self.lock:

@@ -1,0 +1,292 @@
+"""The migrations of one machine: what an operator asks, and the thread that does it.
+
+One at a time, in a thread named `migration`, which may wait for the other side. A machine that came in by a migration
+can go by the next.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationError
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.runstate import RunState
+from kvmpy.migration.arrival import Incoming
+from kvmpy.migration.descriptor import Take, nobody
+from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
+from kvmpy.migration.progress import Progress
+from kvmpy.migration.source import Outgoing
+from kvmpy.migration.status import Status
+from kvmpy.migration.stop import Stop
+from kvmpy.migration.transport import Connector, connect
+from kvmpy.migration.uri import parse
+
+if TYPE_CHECKING:
+    from kvmpy.migration.tls import TlsCredentials
+
+log = logging.getLogger(__name__)
+
+BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
+
+
+class Migrations:
+    """Of ``machine``. Any thread; nothing here waits for the other side but `check`."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._outgoing: Outgoing | None = None
+        self._cancelled = False
+        self._incoming_stop: Stop | None = None
+        self.parameters = Parameters(tls_creds=str(machine.config.migration.tls_creds or ""))
+        self.capabilities = dict(CAPABILITIES)
+        self.progress = self._new_progress()
+        machine.handoff.at_close(self.close)
+
+    # What an operator asks
+
+    def migrate(self, uri: str, fds: Take = nobody) -> None:
+        """Begin to move the machine to ``uri``. `progress` says what comes of it. Raises CommandError."""
+        self._parse(uri)
+        parameters, progress = self._effective(), self._new_progress()
+        outgoing = Outgoing(
+            self._machine,
+            lambda stop: self._connect(uri, parameters, stop, fds),
+            parameters,
+            progress,
+            on_pass=self._on_pass,
+            on_stall=self._on_stall,
+        )
+        self._machine.handoff.begin(
+            BUSY, lambda reason: self._abort(outgoing, reason)
+        )  # from here on it is the only one
+        with self._lock:
+            self.progress, self._outgoing, self._cancelled = progress, outgoing, False
+            progress.become(Status.SETUP)
+        try:
+            self._start(lambda: self._send(outgoing))
+        except CommandError as e:
+            self._machine.handoff.end()
+            progress.fail(Status.FAILED, str(e))
+            raise
+
+    def cancel(self) -> None:
+        """End the one that goes on; nothing happens where there is none. Raises CommandError where it is too late."""
+        with self._lock:
+            outgoing, progress = self._outgoing, self.progress
+            if outgoing is None or progress.is_over:
+                return
+            self._cancelled = True
+            if not outgoing.cancel("cancelled"):
+                self._cancelled = False
+                raise CommandError("it is too late: the guest has been handed over to the destination")
+        progress.cancelling()
+
+    def check(self, uri: str, fds: Take = nobody) -> list[str]:
+        """Why the machine cannot be moved to ``uri`` now: all that either side says. Raises CommandError.
+
+        Waits for the destination, so not by the control thread.
+        """
+        self._parse(uri)
+        parameters = self._effective()
+        outgoing = Outgoing(
+            self._machine,
+            lambda stop: self._connect(uri, parameters, stop, fds),
+            parameters,
+            Progress(self._machine.board.memory.size),
+        )
+        try:
+            return outgoing.check()
+        except MigrationError as e:
+            raise CommandError(str(e)) from e
+
+    def incoming(self, uri: str, fds: Take = nobody) -> None:
+        """Wait at ``uri`` for a machine that comes. Raises CommandError, also where nobody can listen there."""
+        self._parse(uri)
+        with self._lock:
+            if self._machine.state not in (RunState.PRELAUNCH, RunState.INMIGRATE) or not self._machine.is_incoming:
+                raise CommandError("'-incoming' was not specified on the command line")
+            if self._thread is not None:
+                raise CommandError("The incoming migration has already been started")
+            stop, parameters = Stop(), self._effective()
+            try:
+                incoming = Incoming(
+                    uri,
+                    self._credentials(parameters),
+                    stop=stop,
+                    timeout=parameters.x_timeout,
+                    fds=fds,
+                    insecure=parameters.x_insecure,
+                )
+            except MigrationError as e:
+                stop.close()
+                raise CommandError(str(e)) from e
+            self._incoming_stop, self.progress = stop, self._new_progress(other="source")
+            self._start(lambda: self._take_in(incoming, stop))
+
+    def set_parameters(self, **changes: Any) -> None:
+        """Change some; what goes on goes on with them, as far as that can be. Raises CommandError."""
+        with self._lock:
+            self.parameters = msgspec.structs.replace(self.parameters, **changes)
+            outgoing = self._outgoing
+        if outgoing is not None:
+            outgoing.limit(self._effective())
+
+    def set_capability(self, capability: Capability, *, state: bool) -> None:
+        """Raises CommandError where it cannot be so."""
+        if not self.progress.is_over:
+            raise CommandError("There's a migration process in progress")
+        if capability is Capability.RETURN_PATH and not state:
+            raise CommandError("return-path is always on: without it nobody knows which side has the guest")
+        if capability is Capability.AUTO_CONVERGE:
+            policy = OnNoConvergence.THROTTLE if state else OnNoConvergence.CONTINUE
+            self.set_parameters(x_on_no_convergence=policy)
+        self.capabilities[capability] = state
+
+    def wait(self, timeout: float | None = None) -> Status:
+        """Until the one that goes on is over, or ``timeout`` seconds. Returns what it is then."""
+        if (thread := self._thread) is not None:
+            thread.join(timeout)
+        return self.progress.status
+
+    def close(self) -> None:
+        """The machine has ended: what goes on does so, too."""
+        if (stop := self._incoming_stop) is not None:
+            stop.set("the machine has ended")
+        if (outgoing := self._outgoing) is not None:
+            outgoing.cancel("the machine has ended")
+        if (thread := self._thread) is not None:
+            thread.join()
+
+    # The thread
+
+    def _start(self, work: Callable[[], object]) -> None:
+        thread = threading.Thread(target=work, name="migration", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as e:
+            raise CommandError("EAGAIN: no thread to migrate with; raise the limit of processes (ulimit -u)") from e
+        self._thread = thread
+
+    def _send(self, outgoing: Outgoing) -> None:
+        error: KvmpyError | None = None
+        try:
+            outgoing.migrate()
+        except KvmpyError as e:
+            error = e
+        except Exception as e:
+            log.exception("migration failed")
+            error = MigrationError(f"kvmpy's own mistake: {e!r}")
+        self._machine.handoff.end()
+        if error is None:
+            log.info("migration: the guest runs at the destination")
+            outgoing.progress.become(Status.COMPLETED)
+        elif self._cancelled:
+            outgoing.progress.cancelling()
+            outgoing.progress.fail(Status.CANCELLED, str(error))
+        else:
+            log.error("migration: %s", error)
+            if isinstance(error, IncompatibleError):
+                outgoing.progress.problems = list(error.problems)
+            outgoing.progress.fail(Status.FAILED, str(error))
+
+    def _take_in(self, incoming: Incoming, stop: Stop) -> None:
+        try:
+            with stop, incoming:
+                self._receive(incoming)
+        except KvmpyError as e:
+            self._refused(e)
+        except Exception as e:
+            log.exception("migration failed")
+            self._refused(MigrationError(f"kvmpy's own mistake: {e!r}"))
+        else:
+            self.progress.become(Status.COMPLETED)
+            self._machine.announce(self.parameters.announcement)
+
+    def _receive(self, incoming: Incoming) -> None:
+        """Wait for the machine that is to come, and take it in; who only asks is answered."""
+        while True:
+            with incoming.accept() as arrival:
+                self.progress = progress = self._new_progress(other="source")
+                ingoing = Ingoing(self._machine, self.parameters, progress)
+                try:
+                    header = ingoing.admit(arrival.main)
+                except IncompatibleError:
+                    raise
+                except MigrationError as e:
+                    if not incoming.has_page_channels:
+                        raise
+                    log.warning("migration: turned away: %s", e)
+                    continue
+                if header is not None:
+                    progress.become(Status.SETUP)
+                    ingoing.receive(arrival, header)
+                    return
+
+    def _refused(self, error: KvmpyError) -> None:
+        """Nothing came of it: the machine has nothing to run."""
+        if isinstance(error, IncompatibleError):
+            self.progress.problems = list(error.problems)
+        if self.progress.status is Status.NONE:
+            self.progress.become(Status.SETUP)
+        self.progress.fail(Status.FAILED, str(error))
+        try:
+            self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
+        except CommandError:  # it has ended already
+            log.info("incoming migration: %s", error)
+
+    # Within
+
+    def _abort(self, outgoing: Outgoing, reason: str) -> None:
+        outgoing.cancel(f"the machine has ended ({reason})")
+
+    def _effective(self) -> Parameters:
+        if self.capabilities[Capability.MULTIFD]:
+            return self.parameters
+        return msgspec.structs.replace(self.parameters, multifd_channels=1)
+
+    def _connect(self, uri: str, parameters: Parameters, stop: Stop, fds: Take) -> Connector:
+        return connect(
+            uri,
+            self._credentials(parameters),
+            stop=stop,
+            timeout=parameters.x_timeout,
+            fds=fds,
+            insecure=parameters.x_insecure,
+            tls_hostname=parameters.tls_hostname,
+        )
+
+    def _credentials(self, parameters: Parameters) -> TlsCredentials | None:
+        if not parameters.tls_creds:
+            return None
+        from kvmpy.migration.tls import TlsCredentials  # ssl takes long to import: only who asked for it waits
+
+        return TlsCredentials(parameters.tls_creds)
+
+    def _parse(self, uri: str) -> None:
+        try:
+            parse(uri)
+        except MigrationError as e:
+            raise CommandError(str(e)) from e
+
+    def _new_progress(self, *, other: str = "destination") -> Progress:
+        return Progress(self._machine.board.memory.size, self._on_status, other=other)
+
+    def _on_status(self, status: Status) -> None:
+        if self.capabilities[Capability.EVENTS]:
+            self._machine.report("MIGRATION", status=status.value)
+
+    def _on_pass(self, number: int) -> None:
+        if self.capabilities[Capability.EVENTS]:
+            self._machine.report("MIGRATION_PASS", **{"pass": number})
+
+    def _on_stall(self, what: str) -> None:
+        log.warning("migration: %s", what)
+        self._machine.report("MIGRATION_NOT_CONVERGING", reason=what)

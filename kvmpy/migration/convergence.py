@@ -1,0 +1,93 @@
+"""Whether the guest can be stopped now and be gone within the downtime limit, and what to do if that never comes.
+
+The guest stands still while the last pages are sent and while its state is saved, sent, loaded and answered. The first
+is what is left over the bandwidth; the second is measured as far as it can be while the guest runs (saving all devices
+and writing them as JSON, which the other side reads again), and the rest of it is an allowance.
+
+A guest that writes more than half of what is sent, twice in a row, does not converge (QEMU's throttle-trigger).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final, Self
+
+import msgspec
+
+from kvmpy.errors import MigrationError
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.throttle import Throttle
+from kvmpy.migration.parameters import OnNoConvergence, Parameters
+from kvmpy.migration.progress import Progress
+from kvmpy.migration.sections import save_devices
+
+MIB: Final = 1 << 20
+ALLOWANCE: Final = 0.020
+"""Seconds for what cannot be measured beforehand: stopping vCPUs, their registers, two answers."""
+PER_VCPU: Final = 0.002
+BANDWIDTH: Final = 100 * MIB
+"""Bytes a second, where no round has been large enough to tell."""
+ENOUGH: Final = MIB
+STRIKES: Final = 2
+
+
+class Convergence:
+    """Decides after each round. ``on_stall`` is told, in words, of a guest that writes too fast."""
+
+    def __init__(self, machine: Machine, progress: Progress, on_stall: Callable[[str], object]) -> None:
+        self._machine, self._progress, self._on_stall = machine, progress, on_stall
+        self._throttle = Throttle(machine.threads)
+        self._bandwidth = float(BANDWIDTH)
+        self._fixed: float | None = None
+        self._strikes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._throttle.stop()
+        self._progress.throttle = 0
+
+    def fits(self, left: int, rate: float, parameters: Parameters) -> bool:
+        """Whether ``left`` bytes and the state can be sent in time; if not, and it seems they never can, act on it.
+
+        ``rate`` is how many pages become dirty a second. Raises MigrationError where that is what is to be done.
+        """
+        last = self._progress.rounds[-1]
+        if last.size >= ENOUGH and last.seconds:
+            self._bandwidth = last.size / last.seconds
+        if self._fixed is None:
+            self._fixed = self._rehearse()
+        seconds = left / self._bandwidth + self._fixed
+        self._progress.remaining, self._progress.expected_downtime = left, seconds * 1000
+        if seconds * 1000 <= parameters.downtime_limit:
+            return True
+        self._strikes = self._strikes + 1 if left * 2 > last.pages * 4096 else 0
+        if self._strikes >= STRIKES:
+            self._strikes = 0
+            self._act(rate, parameters)
+        return False
+
+    def _act(self, rate: float, parameters: Parameters) -> None:
+        said = f"the guest writes {rate * 4096 / MIB:.1f} MiB/s, and {self._bandwidth / MIB:.1f} MiB/s can be sent"
+        match parameters.x_on_no_convergence:
+            case OnNoConvergence.CANCEL:
+                raise MigrationError(f"does not converge: {said}; throttle its vCPUs, or allow a longer downtime")
+            case OnNoConvergence.THROTTLE:
+                now = self._throttle.percentage
+                step = parameters.cpu_throttle_increment if now else parameters.cpu_throttle_initial
+                self._throttle.set(min(now + step, parameters.max_cpu_throttle))
+                self._progress.throttle = self._throttle.percentage
+                said += f"; its vCPUs sleep {self._throttle.percentage} % of the time"
+        if self._progress.not_converging != said:
+            self._progress.not_converging = said
+            self._on_stall(said)
+
+    def _rehearse(self) -> float:
+        """Seconds of the switchover that do not depend on how many pages are left."""
+        start = time.monotonic()
+        for section in save_devices(self._machine).values():
+            msgspec.json.encode(section)
+        vcpus = len(self._machine.board.vcpus)
+        return 2 * (time.monotonic() - start) + ALLOWANCE + PER_VCPU * vcpus

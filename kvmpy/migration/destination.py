@@ -1,0 +1,233 @@
+"""The destination's side of a migration, from HEADER to the guest's first instruction here. One thread, which may wait.
+
+Whatever fails before GO leaves a machine that never ran, and ends. What fails after it is told to the source, as proof
+that no vCPU ran here and none will, and ends too. The guest's disks are neither locked nor read before GO.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from typing import Final
+
+from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.machine.machine import Machine
+from kvmpy.migration import checksum, handover
+from kvmpy.migration.arrival import Arrival
+from kvmpy.migration.channel import Channel
+from kvmpy.migration.description import compare, describe, parse
+from kvmpy.migration.handover import Destination, Event, Handover
+from kvmpy.migration.intake import PageReceiver
+from kvmpy.migration.keepalive import keepalive
+from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.messages import (
+    Accept,
+    BlockChecksums,
+    Checksums,
+    EndOfState,
+    Failed,
+    Go,
+    Header,
+    Message,
+    Ready,
+    Refuse,
+    Refused,
+    Round,
+    Section,
+    Started,
+)
+from kvmpy.migration.messages import Phase as PhaseSaid
+from kvmpy.migration.parameters import Parameters
+from kvmpy.migration.progress import Progress, Said
+from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
+from kvmpy.migration.status import Status
+
+log = logging.getLogger(__name__)
+
+NEVER: Final = 1 << 40
+"""A round that does not come."""
+LONG: Final = 1e8
+"""Seconds: there is another limit."""
+
+
+class Ingoing:
+    """One migration into ``machine``. Its thread calls `admit`, then `receive`."""
+
+    def __init__(self, machine: Machine, parameters: Parameters, progress: Progress) -> None:
+        self._machine, self._parameters, self.progress = machine, parameters, progress
+        self._handover: Handover[Destination] = handover.destination()
+
+    def admit(self, main: MainChannel) -> Header | None:
+        """Hear who comes; None where somebody only wanted to know whether it could. Before anything else moves.
+
+        Raises IncompatibleError where it cannot come, which it is told, and StreamError.
+        """
+        header = main.receive_message(Header)
+        said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
+        try:
+            findings = compare(parse(header.description), describe(self._machine))
+            if findings.problems:
+                raise IncompatibleError(*findings.problems)
+        except IncompatibleError as e:
+            main.fail(Refuse(problems=e.problems))
+            if header.check_only:
+                return None
+            raise
+        for warning in findings.warnings:
+            log.warning("warning: %s", warning)
+        if header.check_only:
+            self._accept(main, bytes(16))
+            return None
+        log.info("migration: %s comes", said)
+        self.progress.warnings = findings.warnings
+        return header
+
+    def receive(self, arrival: Arrival, header: Header) -> None:
+        """Take the guest in, and run it. Raises KvmpyError where that comes to nothing: no vCPU has run then."""
+        main = arrival.main
+        try:
+            with self.progress.phase("receive RAM"):
+                sections, end = self._receive(arrival, header)
+            self.progress.become(Status.DEVICE)
+            with self.progress.phase("load state"), self._answering(main):
+                state = load_machine(self._machine, sections)
+            self._handover.on(Event.READY)
+            with self.progress.phase("await GO"):
+                self._await_go(main)
+        except KvmpyError as e:
+            self._handover.on(Event.FAILED)
+            main.fail(Failed(reason=str(e)))
+            raise
+        self._handover.on(Event.GO)
+        self._run(main, state)
+        self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in end.phases]
+
+    def _accept(self, main: MainChannel, token: bytes) -> None:
+        if main.can_answer:
+            main.send_message(Accept(token=token, version=main.version))
+
+    # What comes
+
+    def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
+        """RAM, checked where that was asked for, and the state."""
+        token = os.urandom(16)
+        rehearse(self._machine)
+        self._accept(arrival.main, token)
+        channels = arrival.accept_page_channels(header.channels, token)
+        self.progress.become(Status.ACTIVE)
+        pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
+        with closing(pages):  # once this is closed, nobody writes to the guest's memory any more
+            pages.start()
+            with self._watched(arrival.main, pages, channels):
+                return self._read(arrival.main, pages, inline=not channels)
+
+    def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[Sections, EndOfState]:
+        sections: Sections = {}
+        last = 0
+        while True:
+            message: Message = main.receive_message(Round, Checksums, Section, EndOfState)
+            match message:
+                case Round(number=number):
+                    last = number
+                    self.progress.note_round(number, message.remaining_bytes, pages.received)
+                    if inline and pages.receive_inline(main.channel) != number:
+                        raise StreamError(f"{main.channel.name}: the pages of another round than {number}")
+                case Checksums(blocks=blocks):
+                    self._wait(pages, last, inline=inline)
+                    checksum.compare(self._machine.board.memory, self._sums(blocks))
+                case Section(device=device, section=section):
+                    if device in sections:
+                        raise StreamError(f"{main.channel.name}: two sections of {device[:200]!r}")
+                    sections[device] = section
+                case EndOfState(sections=count):
+                    if count != len(sections):
+                        raise StreamError(f"{main.channel.name}: {len(sections)} sections of {count}")
+                    self._wait(pages, last, inline=inline)
+                    self.progress.note_round(last, 0, pages.received)
+                    return sections, message
+
+    def _wait(self, pages: PageReceiver, number: int, *, inline: bool) -> None:
+        """Until every page channel has brought all of a round."""
+        if not number:
+            raise StreamError("the state comes before any RAM")
+        if not inline:
+            pages.wait_round(number, self._parameters.x_timeout)
+
+    def _sums(self, blocks: Sequence[BlockChecksums]) -> list[Sequence[int]]:
+        ours = [(block.gpa, checksum.CHUNK) for block in self._machine.board.memory.blocks]
+        if [(block.gpa, block.chunk) for block in blocks] != ours:
+            raise StreamError("checksums of other blocks of RAM than this machine has")
+        return [block.sums for block in blocks]
+
+    @contextmanager
+    def _watched(self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel]) -> Iterator[None]:
+        """Within, whoever waits for a message hears at once that a page channel has failed."""
+        if not channels:
+            yield
+            return
+        failures: list[MigrationError] = []
+        over = threading.Event()
+
+        def watch() -> None:
+            try:
+                pages.wait_round(NEVER, LONG)
+            except MigrationError as e:
+                if not over.is_set():
+                    failures.append(e)
+                    main.fail(Failed(reason=str(e)))
+                    main.shutdown(str(e))
+
+        thread = threading.Thread(target=watch, name="migration-watch", daemon=True)
+        thread.start()
+        try:
+            yield
+        except MigrationError as e:
+            raise (failures[0] if failures else e) from e
+        finally:
+            over.set()
+            for channel in channels:  # or its thread would notice the end of it only by and by
+                channel.shutdown("all has come")
+            pages.cancel()
+            thread.join()
+
+    # The hand-over
+
+    @contextmanager
+    def _answering(self, main: MainChannel) -> Iterator[None]:
+        """Within, the source is told that we are at work."""
+        with ExitStack() as stack:
+            if main.can_answer:
+                stack.enter_context(keepalive(main, self._parameters.x_timeout))
+            yield
+
+    def _await_go(self, main: MainChannel) -> None:
+        if main.can_answer:
+            main.send_message(Ready())
+        main.receive_message(Go)
+        if not main.can_answer:
+            main.finish()
+
+    def _run(self, main: MainChannel, state: MachineState) -> None:
+        """GO has come: run the guest, or say that it does not run. Raises KvmpyError then."""
+        try:
+            with self.progress.phase("run"):
+                first_run_ns = self._machine.handoff.arrive(running=state.running)
+        except KvmpyError as e:
+            self._handover.on(Event.FAILED)
+            main.fail(Refused(reason=str(e)))
+            raise
+        self._handover.on(Event.STARTED)
+        self.progress.first_run_ns, self.progress.stopped_ns = first_run_ns, state.stopped_ns
+        if main.can_answer:
+            try:
+                main.send_message(Started(first_run_ns=first_run_ns, phases=tuple(self._phases())))
+            except MigrationError as e:
+                log.warning("migration: the guest runs here, and its source may not have heard of it: %s", e)
+
+    def _phases(self) -> Iterator[PhaseSaid]:
+        progress = self.progress
+        for name, start, end in progress.phases:
+            yield PhaseSaid(name=name, start_ns=progress.realtime(start), ns=end - start)

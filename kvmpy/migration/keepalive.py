@@ -1,0 +1,35 @@
+"""Telling the other side that we are at work, while it waits for a message and we are at something else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from kvmpy.errors import MigrationError
+from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.messages import Keepalive
+
+TIMES: Final = 4  # in each time that the other side waits: one that is late does no harm
+
+
+@contextmanager
+def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
+    """Within, say so often enough for one who waits ``timeout`` seconds."""
+    over = threading.Event()
+
+    def tell() -> None:
+        try:
+            while not over.wait(timeout / TIMES):
+                main.send_message(Keepalive())
+        except MigrationError:  # whoever uses the channel hears of it too
+            return
+
+    thread = threading.Thread(target=tell, name="keepalive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

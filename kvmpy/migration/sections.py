@@ -1,0 +1,110 @@
+"""A machine's state as sections, each under a name: the machine itself, its vCPUs, what KVM has of it, its devices.
+
+Saving, with every vCPU parked and every device paused, changes nothing. The order is that of the hardware: what a vCPU
+has taken in is with the vCPU, and what it has not is with the controllers, which are read after it.
+
+Loading is for a machine that has never run, and takes hostile input: a section of no device, one too many or one too
+few is refused, as is whatever a device cannot have been. What follows is a machine that must not run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from kvmpy.errors import IncompatibleError
+from kvmpy.kvm import tsc, vcpu_state, vm_state
+from kvmpy.kvm.vcpu_registers import VcpuRegisters
+from kvmpy.kvm.vm_state import VmState
+from kvmpy.machine.machine import Machine
+from kvmpy.state import State, StateError, load, save, u64
+
+Sections = dict[str, dict[str, Any]]
+MACHINE = "machine"
+VM = "vm"
+
+
+class MachineState(State):
+    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns)."""
+
+    NAME = "machine"
+    running: bool = True
+    stopped_ns: u64 = 0
+
+
+def save_machine(machine: Machine, state: MachineState) -> Sections:
+    """All of ``machine``, which stands still, by name and in the order to load it. Raises HostError."""
+    vcpus = {_vcpu(index): save(vcpu_state.save(vcpu)) for index, vcpu in enumerate(machine.board.vcpus)}
+    vm = {VM: save(vm_state.save_vm(machine.board.vm))}
+    return {MACHINE: save(state)} | vcpus | vm | save_devices(machine)
+
+
+def save_devices(machine: Machine) -> Sections:
+    """Every device by its name, in the order in which they are loaded."""
+    found = {}
+    for device in machine.board.devices:
+        with device.lock:
+            found[str(device.name)] = save(device.state)
+    return found
+
+
+def load_machine(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) -> MachineState:
+    """Go on where ``sections`` stopped. Raises StateError, IncompatibleError or HostError."""
+    check_names(machine, sections)
+    board = machine.board
+    state = load(MachineState, sections[MACHINE])
+    registers = [load(VcpuRegisters, sections[_vcpu(index)]) for index in range(len(board.vcpus))]
+    vm = load(VmState, sections[VM])
+    for vcpu, each in zip(board.vcpus, registers, strict=True):
+        vcpu_state.load(vcpu, each)
+    tsc.load_tsc(board.vcpus, registers)
+    vm_state.load_interrupts(board.vm, vm.interrupts)
+    load_devices(machine, sections)
+    for device in board.devices:
+        device.advance(max(0, time.time_ns() - state.stopped_ns))
+    vm_state.load_clock(board.vm, vm.clock)
+    return state
+
+
+def load_devices(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every device's state, in their order, and then all routes of their interrupts at once. Raises StateError."""
+    with machine.board.vm.routing.batch():
+        for device in machine.board.devices:
+            with device.lock:
+                try:
+                    device.state = load(type(device.state), sections[device.name])
+                    device.post_load()
+                except StateError as e:
+                    raise StateError(f"device {device.name}: {e}") from e
+
+
+def rehearse(machine: Machine) -> None:
+    """Load what ``machine`` itself would save, and forget it: what is done for the first time takes longer."""
+    for name, section in save_machine(machine, MachineState()).items():
+        load(_kind(machine, name), section)
+
+
+def check_names(machine: Machine, sections: Mapping[str, object]) -> None:
+    """Raises IncompatibleError unless there is a section for each part of the machine, and no other."""
+    own = [MACHINE, *(_vcpu(index) for index in range(len(machine.board.vcpus))), VM]
+    own += [device.name for device in machine.board.devices]
+    missing = [f"there is no state of {name}" for name in own if name not in sections]
+    surplus = [
+        f"there is a state of {name[:200]!r}, which this machine does not have" for name in sections.keys() - own
+    ]
+    if missing or surplus:
+        raise IncompatibleError(*missing, *sorted(surplus))
+
+
+def _vcpu(index: int) -> str:
+    return f"vcpu{index}"
+
+
+def _kind(machine: Machine, name: str) -> type[State]:
+    if name == MACHINE:
+        return MachineState
+    if name == VM:
+        return VmState
+    kinds: dict[str, type[State]] = {device.name: type(device.state) for device in machine.board.devices}
+    return kinds.get(name, VcpuRegisters)

@@ -1,0 +1,345 @@
+"""The source's side of a migration, from the first connection to the last answer. One thread, which may wait.
+
+Read `migrate` top to bottom: each step is a `with` that undoes itself, so whatever fails before GO leaves the guest
+running here as it did, with its disks locked, nothing logged and nothing throttled. From GO on the guest is the
+destination's, until that says that it could not run it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+from kvmpy import __version__
+from kvmpy.errors import HostError, IncompatibleError, MigrationError
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.runstate import RunState
+from kvmpy.migration import checksum, handover
+from kvmpy.migration.convergence import Convergence
+from kvmpy.migration.description import describe, to_json
+from kvmpy.migration.dirty import DirtyLog, DirtyPages
+from kvmpy.migration.handover import Event, Handover, Source
+from kvmpy.migration.keepalive import keepalive
+from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.messages import (
+    Accept,
+    BlockChecksums,
+    Cancel,
+    Checksums,
+    Compression,
+    EndOfState,
+    Go,
+    Header,
+    Message,
+    Origin,
+    Phase,
+    Ready,
+    Refuse,
+    Refused,
+    Round,
+    Section,
+    Started,
+)
+from kvmpy.migration.pages import PageSender
+from kvmpy.migration.parameters import Parameters
+from kvmpy.migration.progress import Progress, Said
+from kvmpy.migration.progress import Round as RoundMade
+from kvmpy.migration.sections import MachineState, Sections, save_machine
+from kvmpy.migration.status import Status
+from kvmpy.migration.stop import Stop
+from kvmpy.migration.transport import Connector
+
+log = logging.getLogger(__name__)
+
+PAGE: Final = 4096
+ELSEWHERE: Final = "the guest runs at the destination"
+UNKNOWN: Final = "outcome unknown: destination may be running"
+# Phases of the switchover that the destination is told of
+SWITCHOVER: Final = frozenset({"stop", "save state", "last pages", "send state", "disks"})
+
+OnPass = Callable[[int], object]
+
+
+class Outgoing:
+    """One migration of ``machine`` to ``uri``. Its thread calls `migrate`; any other `cancel`, once or more.
+
+    ``on_pass`` is told the number of each round, ``on_stall`` in words of a guest that writes too fast.
+    """
+
+    def __init__(
+        self,
+        machine: Machine,
+        open_connector: Callable[[Stop], Connector],
+        parameters: Parameters,
+        progress: Progress,
+        *,
+        on_pass: OnPass = lambda number: None,
+        on_stall: Callable[[str], object] = lambda what: None,
+    ) -> None:
+        self._machine, self._open, self.progress = machine, open_connector, progress
+        self.parameters = parameters
+        self._on_pass, self._on_stall = on_pass, on_stall
+        self._stop = Stop()
+        self._lock = threading.Lock()
+        self._handover: Handover[Source] = handover.source()
+        self._pages: PageSender | None = None
+
+    @property
+    def phase(self) -> Source:
+        """Who has the guest."""
+        return self._handover.phase
+
+    def cancel(self, reason: str) -> bool:
+        """Take everything back, soon; False where it is too late. Any thread; does not wait."""
+        with self._lock:
+            if not self.phase.may_cancel:
+                return False
+            self._stop.set(reason)
+        if (pages := self._pages) is not None:
+            pages.cancel()
+        return True
+
+    def limit(self, parameters: Parameters) -> None:
+        """Go on with other parameters, as far as that can be."""
+        self.parameters = parameters
+        if (pages := self._pages) is not None:
+            pages.max_bandwidth = parameters.max_bandwidth
+
+    def forced(self) -> None:
+        """Somebody who can know says that the destination does not run the guest."""
+        with self._lock:
+            self._handover.on(Event.FORCED)
+
+    # The migration
+
+    def migrate(self) -> None:
+        """Move the machine. Raises KvmpyError: then the guest is here, unless `phase` says otherwise."""
+        with ExitStack() as undo:
+            undo.callback(self._stop.close)
+            main, channels = self._set_up(undo)
+            if channels:  # else page records are between the messages
+                undo.enter_context(keepalive(main, self.parameters.x_timeout))
+            with self._kept_unless_gone(main):
+                self._start(main, channels, undo)
+                self._precopy(main)
+                self._switch_over(main)
+
+    def check(self) -> list[str]:
+        """Why the machine cannot be moved there now, as the destination sees it too. Raises MigrationError."""
+        with ExitStack() as undo:
+            undo.callback(self._stop.close)
+            problems = self._machine.handoff.blockers()
+            connector = undo.enter_context(self._open(self._stop))
+            if not connector.main.can_answer:
+                return problems
+            try:
+                self._introduce(connector, check_only=True)
+            except IncompatibleError as e:
+                problems += e.problems
+            return problems
+
+    def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Any]]:
+        progress = self.progress
+        if problems := self._machine.handoff.blockers():
+            raise IncompatibleError(*problems)
+        with progress.phase("connect"):
+            connector = undo.enter_context(self._open(self._stop))
+        with progress.phase("compare"):
+            token = self._introduce(connector, check_only=False)
+        with progress.phase("page channels"):
+            channels = [] if token is None else connector.open_page_channels(self._channels(connector), token)
+        return connector.main, channels
+
+    def _channels(self, connector: Connector) -> int:
+        return self.parameters.multifd_channels if connector.has_page_channels else 0
+
+    def _introduce(self, connector: Connector, *, check_only: bool) -> bytes | None:
+        """Say who comes; returns the token for the page channels, None where nobody answers.
+
+        Raises IncompatibleError where the destination will not have it.
+        """
+        main = connector.main
+        description = describe(self._machine)
+        main.send_message(
+            Header(
+                description=to_json(description),
+                channels=self._channels(connector),
+                compression=Compression(self.parameters.multifd_compression.value),
+                checksum=self.parameters.x_checksum,
+                check_only=check_only,
+                source=Origin(host=description.host.name, version=__version__, name=description.name),
+            )
+        )
+        if not main.can_answer:
+            return None
+        answer: Message = main.receive_message(Accept, Refuse)
+        if isinstance(answer, Refuse):
+            raise IncompatibleError(*answer.problems)
+        assert isinstance(answer, Accept)
+        return answer.token
+
+    # Rounds, while the guest runs
+
+    def _start(self, main: MainChannel, channels: list[Any], undo: ExitStack) -> None:
+        """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
+        machine, parameters = self._machine, self.parameters
+        self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
+        with self.progress.phase("start dirty log"):
+            self._log = DirtyLog(machine.board.vm, machine.board.memory)
+            undo.callback(self._log.stop)
+            self._log.start()
+        self._dirty = DirtyPages(machine.board.memory)
+        self._pages = PageSender(
+            channels or [main.channel],
+            max_bandwidth=parameters.max_bandwidth,
+            compression=parameters.multifd_compression.value,
+        )
+        self._stop.check()  # or a cancel that came before there was a sender would be lost on it
+
+    def _precopy(self, main: MainChannel) -> None:
+        """Send pages until the rest, and the state, fit into the downtime limit; then stop the machine."""
+        self.progress.become(Status.ACTIVE)
+        start = time.monotonic_ns()
+        while True:
+            self._log.collect(self._dirty)
+            if self.progress.passes and self._fits():
+                self.progress.become(Status.DEVICE)
+                if self._stop_machine(start):
+                    return
+                self.progress.become(Status.ACTIVE)
+            self._send_round(main)
+
+    def _fits(self) -> bool:
+        """Whether the rest can be sent in time; else what is to be done about it is done."""
+        self._stop.check()
+        return self._convergence.fits(self._dirty.count() * PAGE, self._dirty.rate, self.parameters)
+
+    def _send_round(self, main: MainChannel) -> None:
+        """All that is dirty now."""
+        assert self._pages is not None
+        progress, number = self.progress, self.progress.passes + 1
+        progress.remaining = self._dirty.count() * PAGE
+        progress.passes = number
+        self._on_pass(number)
+        main.send_message(Round(number=number, remaining_bytes=progress.remaining))
+        start = time.monotonic_ns()
+        try:
+            stats = self._pages.send_round(self._dirty, number)
+        except MigrationError as e:
+            self._stop.check()
+            raise main.explain(e) from e
+        progress.add(
+            RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
+        )
+
+    def _stop_machine(self, start: int) -> bool:
+        """Stop the machine; False where its guest was reset meanwhile, and it runs on."""
+        before = time.monotonic_ns()
+        stopped_ns = self._machine.handoff.stop()
+        if stopped_ns is None:
+            log.info("migration: the guest was reset: its RAM is sent anew")
+            return False
+        after = time.monotonic_ns()
+        self.progress.stamp("precopy", start, before)
+        self.progress.stamp("stop", before, after)
+        self.progress.stopped, self.progress.stopped_ns = after - (time.time_ns() - stopped_ns), stopped_ns
+        return True
+
+    # The switchover, while it stands still
+
+    def _switch_over(self, main: MainChannel) -> None:
+        """All that is left, and then the guest itself. Raises MigrationError."""
+        progress = self.progress
+        with progress.phase("save state"):
+            running = self._machine.handoff.was_running
+            sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
+        with progress.phase("last pages"):
+            assert self._pages is not None
+            self._pages.max_bandwidth = 0
+            self._log.collect(self._dirty)  # after the last of KVM's own writes, which saving a vCPU may cause
+            self._send_round(main)
+            if self.parameters.x_checksum:
+                self._send_checksums(main)
+        with progress.phase("send state"):
+            self._send_state(main, sections)
+        self._on(Event.SENT)
+        with progress.phase("disks"):
+            self._machine.handoff.give()
+        with progress.phase("await READY"):
+            if main.can_answer:
+                main.receive_message(Ready)
+        self._on(Event.READY)
+        with progress.phase("GO"):
+            self._go(main)
+
+    def _send_checksums(self, main: MainChannel) -> None:
+        memory = self._machine.board.memory
+        sums = zip(memory.blocks, checksum.checksums(memory), strict=True)
+        blocks = tuple(BlockChecksums.of(block.gpa, checksum.CHUNK, each) for block, each in sums)
+        main.send_message(Checksums(blocks=blocks))
+
+    def _send_state(self, main: MainChannel, sections: Sections) -> None:
+        for name, section in sections.items():
+            main.send_message(Section(device=name, section=section))
+        progress = self.progress
+        said = [
+            Phase(name=name, start_ns=progress.realtime(start), ns=end - start)
+            for name, start, end in progress.phases
+            if name in SWITCHOVER
+        ]
+        main.send_message(EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said)))
+
+    def _go(self, main: MainChannel) -> None:
+        """Send GO, and hear what came of it."""
+        with self._lock:
+            self._stop.check()  # a cancel comes before this line, or is refused
+            self._handover.on(Event.GO)
+        self.progress.went = time.monotonic_ns()
+        try:
+            main.send_message(Go())
+            if not main.can_answer:
+                main.finish()
+                self._on(Event.STARTED)
+                return
+            answer: Message = main.receive_message(Started, Refused)
+        except BaseException:
+            self._on(Event.FAILED)
+            raise
+        self.progress.heard = time.monotonic_ns()
+        if isinstance(answer, Refused):
+            self._on(Event.REFUSED)
+            raise MigrationError(f"the destination could not run the guest: {answer.reason}")
+        assert isinstance(answer, Started)
+        self._on(Event.STARTED)
+        self.progress.first_run_ns = answer.first_run_ns
+        self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in answer.phases]
+
+    def _on(self, event: Event) -> None:
+        with self._lock:
+            self._handover.on(event)
+
+    @contextmanager
+    def _kept_unless_gone(self, main: MainChannel) -> Iterator[None]:
+        """Within, the guest may be given away; afterwards it is said whose it is, and goes on here if it is ours."""
+        handoff = self._machine.handoff
+        try:
+            yield
+        except BaseException as e:
+            with self._lock:
+                if self._handover.allows(Event.FAILED):
+                    self._handover.on(Event.FAILED)
+            if self.phase is Source.UNKNOWN:
+                handoff.let_go(RunState.PAUSED, UNKNOWN, self.forced)
+                raise MigrationError(f"{UNKNOWN}: {e}") from e
+            try:
+                handoff.keep()
+            except HostError as kept:
+                raise MigrationError(f"{e}; and the guest stays paused here: {kept}") from e
+            finally:
+                main.fail(Cancel(reason=str(e)))
+            raise
+        handoff.let_go(RunState.POSTMIGRATE, ELSEWHERE, self.forced)

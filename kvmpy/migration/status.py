@@ -1,0 +1,35 @@
+"""What a migration is doing, in QEMU's words, and how that may change."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Final
+
+
+class Status(Enum):
+    """The value is what query-migrate says."""
+
+    NONE = "none"
+    SETUP = "setup"
+    ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
+    DEVICE = "device"
+    COMPLETED = "completed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+OVER: Final = frozenset({Status.NONE, Status.COMPLETED, Status.CANCELLED, Status.FAILED})
+LEGAL: Final[dict[Status, frozenset[Status]]] = {
+    Status.NONE: frozenset({Status.SETUP}),
+    Status.SETUP: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    # The guest was reset in the last moment, and pages are sent again.
+    Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLING, Status.FAILED}),
+    Status.PRE_SWITCHOVER: frozenset({Status.DEVICE, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.DEVICE: frozenset({Status.COMPLETED, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.CANCELLING: frozenset({Status.CANCELLED, Status.FAILED}),
+    Status.COMPLETED: frozenset(),
+    Status.CANCELLED: frozenset(),
+    Status.FAILED: frozenset(),
+}

@@ -1,0 +1,127 @@
+"""Somebody between the two sides of a migration, who reads along and can do harm at any message."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Final
+
+from kvmpy.migration.messages import Kind
+from kvmpy.migration.wire import FRAME_SIZE, MAIN, PREAMBLE_SIZE, FrameHeader, Preamble
+
+PIECE: Final = 1 << 16
+
+
+class Harm(Enum):
+    """What is done to a message, and from then on."""
+
+    CUT = "both directions end"
+    HANG = "neither goes on, and nothing is said"
+    DEAF = "this direction is swallowed, and the other goes on"
+    GARBAGE = "it becomes nonsense"
+
+
+class Middle:
+    """Listens at ``here`` and passes on to ``there`` and back, both paths of unix sockets.
+
+    ``at`` is the kind of message, of the main channel, that ``harm`` is done to: the first of its kind. ``hooks`` are
+    called before a message of their kind is passed on, or harmed, once. Page channels share the fate of CUT and HANG.
+    """
+
+    def __init__(
+        self,
+        here: str,
+        there: str,
+        at: Kind | None = None,
+        harm: Harm | None = None,
+        *,
+        hooks: Mapping[Kind, Callable[[], object]] | None = None,
+    ) -> None:
+        self._there, self._at, self._harm, self._hooks = there, at, harm, dict(hooks or {})
+        self._sockets: list[socket.socket] = []
+        self._hung = self._cut = False
+        self.seen: list[Kind] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(here)
+        os.chmod(here, 0o700)
+        self._listener.listen(16)
+        self._start(self._accept)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut()
+
+    def cut(self) -> None:
+        """End everything, both ways."""
+        self._cut = True
+        for each in self._sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                source, _ = self._listener.accept()
+            except OSError:
+                return
+            destination = socket.socket(socket.AF_UNIX)
+            destination.connect(self._there)
+            self._sockets += [source, destination]
+            if self._cut:
+                self.cut()
+            self._start(lambda s=source, d=destination: self._pass(s, d))  # type: ignore[misc]
+            self._start(lambda s=source, d=destination: self._pass(d, s))  # type: ignore[misc]
+
+    def _pass(self, source: socket.socket, to: socket.socket) -> None:
+        """One direction, to its end. Both sides begin with a preamble, which says which channel it is."""
+        with contextlib.suppress(OSError, EOFError):
+            first = _exactly(source, PREAMBLE_SIZE)
+            to.sendall(first)
+            if Preamble.unpack(first).channel == MAIN:
+                self._pass_frames(source, to)
+            while data := source.recv(PIECE):
+                if self._hung:
+                    return
+                to.sendall(data)
+        if not self._hung:
+            with contextlib.suppress(OSError):
+                to.shutdown(socket.SHUT_WR)
+
+    def _pass_frames(self, source: socket.socket, to: socket.socket) -> None:
+        deaf = False
+        while True:
+            header = _exactly(source, FRAME_SIZE)
+            frame = FrameHeader.unpack(header)
+            payload = _exactly(source, frame.length)
+            kind = Kind(frame.kind)
+            if (hook := self._hooks.pop(kind, None)) is not None:
+                hook()
+            if kind is self._at and kind not in self.seen:
+                match self._harm:
+                    case Harm.CUT:
+                        self.cut()
+                    case Harm.HANG:
+                        self._hung = True
+                    case Harm.DEAF:
+                        deaf = True
+                    case Harm.GARBAGE:
+                        header, payload = os.urandom(FRAME_SIZE), os.urandom(len(payload) + 64)
+            self.seen.append(kind)
+            if not (self._hung or self._cut or deaf):
+                to.sendall(header + payload)
+
+    def _start(self, call: Callable[[], object]) -> None:
+        threading.Thread(target=call, name="middle", daemon=True).start()
+
+
+def _exactly(source: socket.socket, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        if not (piece := source.recv(size - len(data))):
+            raise EOFError
+        data += piece
+    return data

@@ -1,0 +1,260 @@
+"""A guest that counts goes from one machine to another: it skips nothing, repeats nothing, and runs in one place."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvmpy.errors import CommandError
+from kvmpy.kvm.system import System
+from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration.parameters import Compression, OnNoConvergence
+from kvmpy.migration.sections import save_devices
+from kvmpy.migration.status import Status
+from tests.counts import count
+from tests.fakes.counting_guest import WRITES
+from tests.fakes.journey import Journey, Stop
+from tests.fakes.loop import BOUND
+
+DEVICES = """
+[[root_port]]
+id = "root1"
+[[root_port]]
+id = "root2"
+[[drive]]
+id = "disk0"
+path = "disk.raw"
+format = "raw"
+cache = "writeback"
+[[device]]
+driver = "virtio-blk-pci"
+id = "vd0"
+drive = "disk0"
+bus = "root1"
+[[device]]
+driver = "virtio-rng-pci"
+id = "rng0"
+[[device]]
+driver = "virtio-serial-pci"
+id = "hvc0"
+bus = "root2"
+"""
+
+
+@pytest.fixture
+def stack(system: System) -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def journey(tmp_path: Path, stack: ExitStack) -> Journey:
+    return Journey(tmp_path, stack)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, {"multifd_channels": 8}, {"multifd_compression": Compression.ZSTD}],
+    ids=["two channels", "eight", "zstd"],
+)
+def test_a_guest_counts_on_where_it_has_gone(journey: Journey, parameters: dict[str, Any]) -> None:
+    source = journey.begin(x_checksum=True, **parameters)
+    source.wait_for_count()
+    journey.move(source)
+    journey.check()
+
+
+def test_a_guest_goes_there_and_back_again_and_again(journey: Journey) -> None:
+    here = journey.begin(x_checksum=True)
+    for _ in range(count(4, 20)):
+        here.wait_for_count()
+        here = journey.move(here, x_checksum=True)
+    journey.check()
+
+
+def test_both_sides_report_the_blackout_and_what_it_was_spent_on(journey: Journey) -> None:
+    source = journey.begin()
+    there = journey.move(source)
+    info, said = source.migrations.progress.info(), there.migrations.progress.info()
+    assert 0 < info["blackout-ms"] < info["total-time"] + 1
+    assert abs(said["blackout-ms"] - info["blackout-ms"]) < info["blackout-ms"] + 1
+    names = [phase["name"] for phase in info["phases"]]
+    assert names == [
+        *("connect", "compare", "page channels", "start dirty log", "precopy"),
+        *("stop", "save state", "last pages", "send state", "disks", "await READY", "GO"),
+    ]
+    assert [phase["name"] for phase in info["destination"]["phases"]] == [
+        *("receive RAM", "load state", "await GO", "run")
+    ]
+    assert info["ram"]["total"] == 16 << 20
+    assert sum(each["pages"] for each in info["rounds"]) == info["ram"]["normal"] + info["ram"]["duplicate"]
+
+
+def test_states_and_events_are_qemus(journey: Journey) -> None:
+    source = journey.begin()
+    there = journey.move(source)
+    journey.check()
+    statuses = [data["status"] for name, data in source.events if name == "MIGRATION"]
+    assert statuses == ["setup", "active", "device", "completed"]
+    assert next(data["pass"] for name, data in source.events if name == "MIGRATION_PASS") == 1
+    assert [data["status"] for name, data in there.events if name == "MIGRATION"][-1] == "completed"
+    assert [name for name, _ in source.events if name in ("STOP", "RESUME")] == ["STOP"]
+    assert [name for name, _ in there.events if name in ("STOP", "RESUME")] == ["RESUME"]
+
+
+def test_a_machine_with_devices_goes_with_their_state(tmp_path: Path, stack: ExitStack) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    journey = Journey(tmp_path, stack, extra=DEVICES)
+    source = journey.begin()
+    before = save_devices(source.machine)
+    there = journey.move(source)
+    there.machine.pause()
+    after = save_devices(there.machine)
+    assert before.keys() == after.keys()
+    changes = {name for name in before if before[name] != after[name]}
+    assert changes <= {"com1", "acpi-pm"}  # the guest talks on, and time passes
+    journey.check()
+
+
+def test_a_paused_machine_arrives_paused(journey: Journey) -> None:
+    source = journey.begin()
+    source.wait_for_count()
+    source.machine.pause()
+    there = journey.wait_at()
+    source.migrations.migrate(there.uri)
+    there.wait(Status.COMPLETED)
+    assert there.machine.state is RunState.PAUSED
+    there.machine.resume()
+    there.wait_for_count()
+    journey.check()
+
+
+def test_after_completion_the_source_goes_on_only_by_force(journey: Journey) -> None:
+    source = journey.begin()
+    there = journey.move(source)
+    with pytest.raises(CommandError, match="runs at the destination"):
+        source.machine.resume()
+    assert source.machine.state is RunState.POSTMIGRATE
+    there.machine.stop()
+    source.machine.resume(force=True)
+    source.wait_for_count()
+
+
+def test_force_does_not_take_a_disk_that_the_destination_has(tmp_path: Path, stack: ExitStack) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    journey = Journey(tmp_path, stack, extra=DEVICES)
+    source = journey.begin()
+    there = journey.move(source)
+    with pytest.raises(Exception, match=r"disk\.raw: locked by"):
+        source.machine.resume(force=True)
+    assert source.machine.state is RunState.POSTMIGRATE
+    there.machine.close()
+    source.machine.resume(force=True)
+    source.wait_for_count()
+
+
+def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) -> None:
+    source, there = journey.begin(max_bandwidth=1 << 20, multifd_channels=1), journey.wait_at()
+    source.migrations.migrate(there.uri)
+    for change in (
+        source.machine.pause,
+        source.machine.resume,
+        source.machine.reset,
+        lambda: source.machine.device_del("x"),
+        lambda: source.machine.device_add({}),
+        lambda: source.migrations.migrate(there.uri),
+    ):
+        with pytest.raises(CommandError, match="is being migrated"):
+            change()
+    source.migrations.cancel()
+    source.wait(Status.CANCELLED)
+    source.machine.pause()
+
+
+def test_differences_are_all_named_before_anything_moves(journey: Journey) -> None:
+    source = journey.begin()
+    there = journey.wait_at("machine.memory=32MiB", "machine.cpus=2")
+    asked = source.migrations.check(there.uri)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.FAILED)
+    assert source.migrations.progress.problems == asked
+    assert "machine.cpus: the source has 1, the destination 2" in asked
+    assert any(problem.startswith("memory map: RAM 0") for problem in asked)
+    assert there.machine.wait(BOUND) is Outcome.HOST_ERROR
+    assert "machine.cpus" in str(there.machine.error)
+    source.wait_for_count()
+    journey.stops.pop().machine.close()
+    journey.move(source)
+    journey.check()
+
+
+def test_asking_whether_it_could_leaves_the_destination_waiting(journey: Journey) -> None:
+    source, there = journey.begin(), journey.wait_at()
+    assert source.migrations.check(there.uri) == []
+    assert source.migrations.check(there.uri) == []
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: Path) -> None:
+    source = journey.begin()
+    source.wait_for_count()
+    source.migrations.migrate(f"file:{tmp_path / 'saved'}")
+    source.wait(Status.COMPLETED)
+    assert source.machine.state is RunState.POSTMIGRATE
+    there = journey.wait_at(uri=f"file:{tmp_path / 'saved'}")
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+# A guest that writes too fast
+
+
+def writer(tmp_path: Path, stack: ExitStack, policy: OnNoConvergence) -> Stop:
+    journey = Journey(tmp_path, stack, WRITES)
+    source = journey.begin(max_bandwidth=4 << 20, downtime_limit=100, multifd_channels=1, x_on_no_convergence=policy)
+    there = journey.wait_at()
+    source.migrations.migrate(there.uri)
+    return source
+
+
+def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_go(tmp_path: Path, stack: ExitStack) -> None:
+    source = writer(tmp_path, stack, OnNoConvergence.THROTTLE)
+    end = time.monotonic() + BOUND
+    while not source.migrations.progress.throttle:
+        assert time.monotonic() < end
+        os.sched_yield()
+    assert "sleep 20 %" in source.migrations.progress.info()["not-converging"]
+    source.migrations.set_parameters(max_bandwidth=0)
+    source.wait(Status.COMPLETED)
+    assert [data["reason"] for name, data in source.events if name == "MIGRATION_NOT_CONVERGING"]
+    assert all(not thread.napping for thread in source.machine.threads)
+
+
+def test_or_it_stays(tmp_path: Path, stack: ExitStack) -> None:
+    source = writer(tmp_path, stack, OnNoConvergence.CANCEL)
+    source.wait(Status.FAILED)
+    assert "does not converge: the guest writes" in str(source.error)
+    assert source.runs
+
+
+def test_or_its_pages_are_sent_until_somebody_ends_it(tmp_path: Path, stack: ExitStack) -> None:
+    source = writer(tmp_path, stack, OnNoConvergence.CONTINUE)
+    end = time.monotonic() + BOUND
+    while source.migrations.progress.passes < 5:
+        assert time.monotonic() < end
+        os.sched_yield()
+    assert source.migrations.progress.info()["not-converging"].startswith("the guest writes")
+    assert source.migrations.progress.throttle == 0
+    source.migrations.cancel()
+    source.wait(Status.CANCELLED)
+    assert source.runs

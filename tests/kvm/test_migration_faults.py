@@ -1,0 +1,202 @@
+"""Whatever goes wrong in a migration, and whenever: one side runs or none does, never both, and the next one succeeds.
+
+Somebody in between (tests/fakes/middle.py) does harm at a message of the main channel. Before GO the guest is the
+source's and goes on there as if nothing had been; once GO is on its way nobody but the destination can say.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from kvmpy.errors import CommandError, HostError
+from kvmpy.host.disk import Disk
+from kvmpy.kvm.system import System
+from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration.messages import Kind
+from kvmpy.migration.source import UNKNOWN
+from kvmpy.migration.status import Status
+from tests.fakes.journey import PATIENCE, Journey, Stop
+from tests.fakes.loop import BOUND
+from tests.fakes.middle import Harm, Middle
+
+DISK = """
+[[drive]]
+id = "disk0"
+path = "disk.raw"
+format = "raw"
+cache = "writeback"
+[[device]]
+driver = "virtio-blk-pci"
+id = "vd0"
+drive = "disk0"
+"""
+BEFORE_GO = (Kind.HEADER, Kind.ACCEPT, Kind.ROUND, Kind.SECTION, Kind.END_OF_STATE, Kind.READY)
+
+
+@pytest.fixture
+def journey(system: System, tmp_path: Path) -> Iterator[Journey]:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    with ExitStack() as stack:
+        yield Journey(tmp_path, stack, extra=DISK)
+
+
+def set_out(
+    journey: Journey,
+    at: Kind | None = None,
+    harm: Harm | None = None,
+    hooks: Mapping[Kind, Callable[[], object]] | None = None,
+    patience: float = PATIENCE,
+) -> tuple[Stop, Stop]:
+    """A migration that meets with ``harm``; returns source and destination."""
+    source = journey.begin(x_timeout=patience)
+    source.wait_for_count()
+    there = journey.wait_at(x_timeout=patience)
+    middle = Middle(journey.socket("middle"), there.uri.removeprefix("unix:"), at, harm, hooks=hooks)
+    journey.at_end(middle.close)
+    source.migrations.migrate(f"unix:{journey.socket('middle')}")
+    return source, there
+
+
+def steal(directory: Path, thief: ExitStack) -> None:
+    """Lock the disk, as soon as nobody has it."""
+    disk = Disk(str(directory / "disk.raw"), readonly=False, direct=False)
+    thief.callback(disk.close)
+    end = time.monotonic() + BOUND
+    while time.monotonic() < end:
+        with suppress(HostError):
+            disk.lock()
+            return
+        os.sched_yield()
+    raise AssertionError("somebody has it all the time")
+
+
+def goes_on_as_before(journey: Journey, source: Stop, there: Stop) -> None:
+    """The guest has stayed: it runs, its disk is locked, nothing is logged or throttled, and it can go elsewhere."""
+    assert source.machine.state is RunState.RUNNING
+    assert not there.runs
+    assert source.machine.board.memory.log is None
+    assert source.machine.handoff.busy is None
+    assert all(not thread.napping for thread in source.machine.threads)
+    source.wait_for_count()
+    there.machine.close()
+    assert there.said == b"", "it never ran there"
+    here = journey.move(source, x_timeout=BOUND)
+    here.wait_for_count()
+    journey.check()
+
+
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
+@pytest.mark.parametrize("at", BEFORE_GO)
+def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> None:
+    source, there = set_out(journey, at, harm)
+    source.wait(Status.FAILED)
+    goes_on_as_before(journey, source, there)
+
+
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
+def test_when_go_is_lost_nobody_runs_until_force(journey: Journey, harm: Harm) -> None:
+    source, there = set_out(journey, Kind.GO, harm)
+    source.wait(Status.FAILED)
+    assert source.error is not None
+    assert source.error.startswith(UNKNOWN)
+    assert source.machine.state is RunState.PAUSED
+    assert there.machine.wait(BOUND) is Outcome.HOST_ERROR
+    with pytest.raises(CommandError, match="outcome unknown"):
+        source.machine.resume()
+    with pytest.raises(CommandError, match="outcome unknown"):
+        source.migrations.migrate(there.uri)
+    assert source.machine.state is RunState.PAUSED
+    there.machine.close()
+    source.machine.resume(force=True)
+    goes_on_as_before(journey, source, there)
+
+
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
+def test_when_started_is_lost_the_destination_alone_runs(journey: Journey, harm: Harm) -> None:
+    source, there = set_out(journey, Kind.STARTED, harm)
+    source.wait(Status.FAILED)
+    assert source.machine.state is RunState.PAUSED
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    assert UNKNOWN in str(source.error)
+    here = journey.move(there, x_timeout=BOUND)
+    here.wait_for_count()
+    journey.check()
+
+
+def test_a_destination_that_cannot_run_it_says_so_and_the_guest_stays(journey: Journey, tmp_path: Path) -> None:
+    """Between two owners the disk is nobody's: a third takes it, and the destination cannot."""
+    thief = ExitStack()
+
+    source, there = set_out(
+        journey, hooks={Kind.GO: lambda: steal(tmp_path, thief), Kind.REFUSED: thief.close}, patience=BOUND
+    )
+    source.wait(Status.FAILED)
+    assert "the destination could not run the guest" in str(source.error)
+    assert "disk.raw: locked by this process itself" in str(source.error)
+    assert there.machine.wait(BOUND) is Outcome.HOST_ERROR
+    goes_on_as_before(journey, source, there)
+
+
+def test_a_guest_whose_disk_was_taken_meanwhile_stays_paused_until_it_is_back(journey: Journey, tmp_path: Path) -> None:
+    thief = ExitStack()
+
+    source, there = set_out(journey, Kind.READY, Harm.CUT, {Kind.READY: lambda: steal(tmp_path, thief)})
+    source.wait(Status.FAILED)
+    assert source.machine.state is RunState.PAUSED
+    assert "stays paused here" in str(source.error)
+    with pytest.raises(HostError, match="locked by"):
+        source.machine.resume()
+    thief.close()
+    source.machine.resume()
+    goes_on_as_before(journey, source, there)
+
+
+@pytest.mark.parametrize("at", BEFORE_GO)
+def test_a_cancel_at_any_message_before_go_leaves_the_guest_here(journey: Journey, at: Kind) -> None:
+    source, there = set_out(journey, hooks={at: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
+    source.wait(Status.CANCELLED)
+    assert source.error == "cancelled"
+    assert there.machine.wait(BOUND) is Outcome.HOST_ERROR or at in (Kind.HEADER, Kind.ACCEPT)
+    goes_on_as_before(journey, source, there)
+
+
+def test_a_cancel_that_comes_with_go_is_refused(journey: Journey) -> None:
+    refused: list[CommandError] = []
+
+    def cancel() -> None:
+        try:
+            journey.stops[0].migrations.cancel()
+        except CommandError as e:
+            refused.append(e)
+
+    source, there = set_out(journey, hooks={Kind.GO: cancel}, patience=BOUND)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+    assert "too late" in str(refused[0])
+    journey.check()
+
+
+# The guest itself
+
+
+@pytest.mark.parametrize("at", [Kind.ROUND, Kind.SECTION, Kind.READY])
+def test_a_machine_that_is_stopped_ends_its_migration(journey: Journey, at: Kind) -> None:
+    source, there = set_out(journey, hooks={at: lambda: journey.stops[0].machine.stop()}, patience=BOUND)
+    source.wait(Status.FAILED)
+    assert "has ended" in str(source.error)
+    assert source.machine.wait(BOUND) is Outcome.POWER_OFF
+    assert there.machine.wait(BOUND) is Outcome.HOST_ERROR
+    assert there.said == b""
+
+
+def test_a_destination_that_is_stopped_leaves_the_guest_at_the_source(journey: Journey) -> None:
+    source, there = set_out(journey, hooks={Kind.SECTION: lambda: journey.stops[1].machine.stop()}, patience=BOUND)
+    source.wait(Status.FAILED)
+    goes_on_as_before(journey, source, there)
