@@ -7,15 +7,18 @@ NATIVE := kvmpy/_native.abi3.so
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help packages setup images demo test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
+.PHONY: help packages setup images demo demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(NATIVE) images ## install everything: Debian packages, .venv, the native module, the lab's images
 
 demo: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
 	@$(BIN)/python -m scripts.demo
+
+demo-migration: setup ## a guest goes from one emulated host to another and back
+	@$(BIN)/python -m scripts.migrate_two_hosts .lab/run
 
 test: setup ## all tests: unit, fuzz, host, kvm, lab
 	$(PYTEST) tests/unit tests/fuzz tests/host tests/kvm tests/lab
@@ -43,6 +46,7 @@ soak: setup ## the tests with their full counts
 
 bench: setup ## measure kvmpy beside QEMU and print the ratios
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.pages
 	$(BIN)/python -m bench.hotplug
 
 check: lint types layers ## all static checks

@@ -77,6 +77,11 @@ class Client:
         while True:
             yield self._receive("events")
 
+    def listen(self, seconds: float) -> None:
+        """Wait so long, or until the machine tells of an event, which is worth a question."""
+        if select.select([self._socket], [], [], seconds)[0]:
+            self._receive("events")
+
     def quit(self) -> None:
         """Pull the plug, and wait until the machine's process is gone."""
         with contextlib.ExitStack() as resources:

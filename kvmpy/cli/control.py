@@ -77,7 +77,7 @@ def pause(args: argparse.Namespace) -> int:
 
 def resume(args: argparse.Namespace) -> int:
     """Let them run on."""
-    return _ask(args.name, "cont")
+    return _ask(args.name, "cont", **({"force": True} if args.force else {}))
 
 
 def reset(args: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from kvmpy.errors import ADVICE, ConfigError, KvmpyError, VcpuError, errno_name
 
 HOST_ERROR: Final = 1
 CONFIG_ERROR: Final = 2
+LONGEST_DOWNTIME: Final = 2_000_000  # QEMU's MAX_MIGRATE_DOWNTIME
 LONGEST_LIMIT: Final = 86400.0  # a guest that takes more than a day to power off never will
 
 
@@ -85,6 +86,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="after SIGTERM or SIGINT has pressed the power button, stop the guest in this time (default 30)",
     )
+    run.add_argument("--detach", action="store_true", help="in the background, its serial line on a pty, once it runs")
+    run.add_argument(
+        "--log",
+        metavar="FILE",
+        help="with --detach: where its messages go (default /var/log/kvmpy/NAME.log, or below ~/.local/state)",
+    )
     run.add_argument(
         "--incoming",
         metavar="URI",
@@ -125,11 +132,16 @@ def make_parser() -> argparse.ArgumentParser:
 
     for name, text in (
         ("pause", "stop a machine's vCPUs"),
-        ("resume", "let them run on"),
         ("reset", "press the reset button"),
         ("stop", "pull the plug"),
     ):
         _command(commands, name, f"control:{name}", text).add_argument("name", help="the machine")
+
+    resume = _command(commands, "resume", "control:resume", "let them run on")
+    resume.add_argument("name", help="the machine")
+    resume.add_argument(
+        "--force", action="store_true", help="though the guest went elsewhere: it must not run there, or both do"
+    )
 
     powerdown = _command(commands, "powerdown", "control:powerdown", "press the power button")
     powerdown.add_argument("name", help="the machine")
@@ -139,6 +151,23 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="have the machine pull the plug if it takes longer; does not wait",
     )
+
+    migrate = _command(commands, "migrate", "migrate:migrate", "move a running machine to another host")
+    migrate.add_argument("name", help="the machine")
+    migrate.add_argument(
+        "uri", nargs="?", help="where to: tcp:HOST:PORT, unix:PATH, ssh://[USER@]HOST[:PORT], exec:COMMAND or file:PATH"
+    )
+    migrate.add_argument("--dry-run", action="store_true", help="list all that stands in the way here and there")
+    migrate.add_argument("--cancel", action="store_true", help="cancel the migration that is under way")
+    _migration_arguments(migrate)
+    _ssh_arguments(migrate)
+
+    save = _command(commands, "save", "migrate:save", "put a running machine into a file, and end it")
+    save.add_argument("name", help="the machine")
+    save.add_argument("file", help="a new file; kvmpy run CONFIG --incoming file:FILE takes the machine out of it")
+    _migration_arguments(save)
+
+    _command(commands, "receive", "receive:receive", "the far end of kvmpy migrate NAME ssh://HOST, which starts it")
 
     console = _command(commands, "console", "console:console", "attach to a machine's serial line (Ctrl-A x leaves)")
     console.add_argument("name", help="the machine")
@@ -154,6 +183,55 @@ def make_parser() -> argparse.ArgumentParser:
         "arguments", nargs="*", metavar="KEY=VALUE", help="VALUE is JSON, or else a string; a.b=1 is {a: {b: 1}}"
     )
     return parser
+
+
+def _migration_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--report", action="append", default=[], metavar="FILE", help="write a timeline: .html, .svg or .json")
+    add("--keep", action="store_true", help="leave the source's process, paused, where the guest has left it")
+    add("--plain", action="store_true", help="lines instead of a progress bar")
+    add("--max-bandwidth", type=size, metavar="SIZE", help="a second's most, such as 100MiB")
+    add("--downtime-limit", type=milliseconds, metavar="MS", help="how long the guest may stand still (default 300)")
+    add("--channels", type=int, metavar="N", help="connections for memory beside the main one")
+    add("--compression", choices=("none", "zstd"), help="of memory on its way")
+    add("--tls-creds", metavar="DIR", help="the directory of the certificates, here")
+    add("--tls-hostname", metavar="NAME", help="what the destination's certificate is for, where that is not HOST")
+    add("--insecure", action="store_true", help="tcp: without TLS")
+    add("--timeout", type=seconds, metavar="SECONDS", help="how long the other side may be silent (default 10)")
+    add(
+        "--on-no-convergence",
+        choices=("throttle", "cancel", "continue"),
+        help="where the guest writes faster than its memory can be sent",
+    )
+
+
+def _ssh_arguments(parser: argparse.ArgumentParser) -> None:
+    ssh = parser.add_argument_group("with ssh://")
+    ssh.add_argument(
+        "--remote-config", metavar="FILE", help="a configuration there, instead of a copy of this machine's"
+    )
+    ssh.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of it there; may be repeated"
+    )
+    ssh.add_argument("--remote-kvmpy", default="kvmpy", metavar="COMMAND", help="kvmpy there (default: kvmpy)")
+    ssh.add_argument("--ssh", default="ssh", metavar="COMMAND", help="ssh here, with options (default: ssh)")
+
+
+def size(text: str) -> int:
+    """A size with a unit, for argparse."""
+    from kvmpy.config.values import Size
+
+    try:
+        return Size(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
+def milliseconds(text: str) -> int:
+    """A time the guest may stand still, for argparse."""
+    if not text.isdecimal() or int(text) > LONGEST_DOWNTIME:
+        raise argparse.ArgumentTypeError(f"expected milliseconds, 0 to {LONGEST_DOWNTIME}, got {text!r}")
+    return int(text)
 
 
 def seconds(text: str) -> float:

@@ -11,13 +11,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import msgspec
 
 from kvmpy import trace
 from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
+from kvmpy.config.values import Backend
 from kvmpy.errors import CommandError, ConfigError, HostError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
@@ -25,7 +28,7 @@ from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.kvm.system import virtualization
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
-from kvmpy.machine.runstate import Outcome
+from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.monitor.server import MonitorServer
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ log = logging.getLogger(__name__)
 
 STDIN: Final = 0
 STDOUT: Final = 1
+NO_GUEST: Final = (RunState.INMIGRATE, RunState.POSTMIGRATE)
+"""It is to come, or has gone: nobody can be asked to power off."""
 DEFER: Final = "defer"
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
@@ -53,6 +58,16 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.set, name=args.name)
     for warning in warnings(config):
         log.warning("warning: %s", printable(warning))
+    if not args.detach:
+        return _run(args, config, started_ns, lambda: None)
+    from kvmpy.cli.detach import detach
+
+    ready = detach(config.name, args.log)
+    return ready if isinstance(ready, int) else _run(args, _without_terminal(config), started_ns, ready)
+
+
+def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Callable[[], object]) -> int:
+    """Make the machine, and run it; ``ready`` is called when it runs."""
     with ExitStack() as stack:
         signals = stack.enter_context(_Signals())
         stack.enter_context(lossy_stderr())
@@ -78,9 +93,10 @@ def run(args: argparse.Namespace) -> int:
             signals.end_if_caught()
             with signals.main_thread_only():
                 machine.start()
-                if migrations is not None and args.incoming != DEFER:
+                if migrations is not None and args.incoming not in (None, DEFER):
                     migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
+            ready()
             outcome = machine.wait()
             _finish_callback(machine)
         with signals.ending():
@@ -181,8 +197,8 @@ class _Signals:
 
     def _press(self, machine: Machine, name: str, limit: float) -> None:
         with contextlib.suppress(CommandError):  # it has just ended by itself, and the signal is for us
-            if self._presses > 1:
-                log.info("%s: stopping the guest", name)
+            if self._presses > 1 or machine.state in NO_GUEST:
+                log.info("%s: stopping the guest" if self._presses > 1 else "%s: there is no guest here", name)
                 machine.stop()
             elif machine.powerdown(limit):
                 log.info("%s: pressed the power button; the guest has %g s", name, limit)
@@ -193,6 +209,14 @@ class _Signals:
                     limit,
                 )
             self._served += 1
+
+
+def _without_terminal(config: Config) -> Config:
+    """The same for a machine that has no terminal: `kvmpy console` is its terminal then."""
+    if config.console.serial != "stdio":
+        return config
+    console = msgspec.structs.replace(config.console, serial=Backend("pty"))
+    return msgspec.structs.replace(config, console=console)
 
 
 def _runtime_directory(config: Config) -> RuntimeDirectory:

@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 
 from kvmpy.devices.base import Device
 from kvmpy.errors import CommandError, HostError, KvmpyError
+from kvmpy.kvm.cpu_model import CpuDescription, adopt, describe_guest
 from kvmpy.machine.build import Board
 from kvmpy.machine.changes import Change, Steps, at_once
 from kvmpy.machine.runstate import RunState
@@ -51,14 +52,20 @@ class Stands(Protocol):
     def run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs; False where the host failed a device, which ends the machine."""
 
+    def while_parked(self, call: Callable[[], T]) -> T:
+        """Make a short call while no vCPU runs."""
+
+    def note_power_on(self) -> None:
+        """What KVM holds now is what it holds after power-on."""
+
     def tell_paused(self) -> None:
         """Tell the guest's clock that it was stopped."""
 
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""
 
-    def report(self, event: str, **data: object) -> None:
-        """Tell the listeners of an event."""
+    def emit(self, event: str, **data: Any) -> None:
+        """Tell the listeners of a change that is complete."""
 
     def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""
@@ -80,6 +87,7 @@ class Handoff:
         self._closers: list[Callable[[], object]] = []
         self.was_running = False
         self._was_reset = False
+        self._cpu: CpuDescription | None = None
         self._given: list[Device[Any]] = []  # whose part of the host is not ours now
 
     def blockers(self) -> list[str]:
@@ -92,6 +100,13 @@ class Handoff:
             if port is not None and port.is_releasing:
                 found.append(f"device {plugged.table.id}: the guest is being asked for it; wait for DEVICE_DELETED")
         return found
+
+    def describe_cpu(self) -> CpuDescription:
+        """The processor that the guest has; the first time vCPUs that run are stopped for that, for a moment."""
+        if self._cpu is None:
+            vcpu = self._machine.board.vcpus[0]
+            self._cpu = self._machine.in_control(lambda: self._machine.while_parked(lambda: describe_guest(vcpu)))
+        return self._cpu
 
     # The source
 
@@ -127,6 +142,12 @@ class Handoff:
         self._change(at_once(lambda: self._let_go(state, held, forced)))
 
     # The destination
+
+    def adopt_cpu(self, cpu: CpuDescription) -> None:
+        """Have the processor that the guest had, also after a reset. Raises StateError, HostError."""
+        adopt(self._machine.board.vcpus, cpu)
+        self._machine.note_power_on()
+        self._cpu = cpu
 
     def arrive(self, *, running: bool) -> int:
         """All is loaded and the guest is ours: take what it has of the host, and let it run unless it was paused.
@@ -190,7 +211,7 @@ class Handoff:
         stopped_ns = time.time_ns()
         machine.become(RunState.FINISH_MIGRATE)
         if self.was_running:
-            machine.report("STOP")
+            machine.emit("STOP")
         return stopped_ns
 
     def note_reset(self) -> None:
@@ -221,7 +242,7 @@ class Handoff:
         machine.tell_paused()
         machine.become(RunState.RUNNING)
         if (yield from machine.run()):
-            machine.report("RESUME")
+            machine.emit("RESUME")
 
     def _take_back(self) -> None:
         """Raises HostError, with nothing taken that was not before."""
@@ -264,4 +285,4 @@ class Handoff:
         if not (yield from machine.run()):
             raise HostError("a device could not go on here")
         machine.first_run_ns = time.monotonic_ns()
-        machine.report("RESUME")
+        machine.emit("RESUME")

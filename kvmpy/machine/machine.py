@@ -47,7 +47,6 @@ from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
-    from kvmpy.kvm.cpu_model import CpuDescription
     from kvmpy.machine.hotplug import HotPlug
 
 log = logging.getLogger(__name__)
@@ -154,16 +153,6 @@ class Machine:
             self._started = True
             self._start_threads()
 
-    def adopt_processor(self, cpu: CpuDescription) -> None:
-        """Give the guest the processor of the machine that it comes from, before any vCPU has run.
-
-        Raises StateError or IoctlError where KVM refuses; the machine is then not to be run.
-        """
-        from kvmpy.kvm.cpu_model import adopt
-
-        adopt(self.board.vcpus, cpu)
-        self._power_on = self._read_power_on()
-
     def _read_power_on(self) -> PowerOn:
         return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
@@ -216,7 +205,7 @@ class Machine:
         heard = self.board.acpi_pm.press_power_button()
         if limit is not None:
             self._powerdown_limit.arm(limit)
-        self._emit("POWERDOWN")
+        self.emit("POWERDOWN")
         return heard
 
     def set_link(self, name: str, *, up: bool) -> None:
@@ -348,12 +337,20 @@ class Machine:
 
     def let_accesses_end(self) -> None:
         """By the control thread: wait until no vCPU is in an access that it has begun before."""
+        if self.state is RunState.RUNNING:
+            self.while_parked(lambda: None)
+
+    def while_parked(self, call: Callable[[], T]) -> T:
+        """By the control thread: make a short call while no vCPU runs, and return what it returns."""
         if self.state is not RunState.RUNNING:
-            return
+            return call()
         asked, pending = self._asked, self._gate.closed
         self._park()
-        if not pending and asked == self._asked:  # else no vCPU may run on before the guest's request is carried out
-            self._gate.open()
+        try:
+            return call()
+        finally:
+            if not pending and asked == self._asked:  # else none may run on before the guest's request is carried out
+                self._gate.open()
 
     # What the guest asks (kvmpy.devices.base.Power): by vCPU threads, under a device's lock
 
@@ -372,7 +369,7 @@ class Machine:
     def report(self, event: str, **data: Any) -> None:
         """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
         with contextlib.suppress(RuntimeError):  # the machine is being closed
-            self.control.post(lambda: self._emit(event, **data))
+            self.control.post(lambda: self.emit(event, **data))
 
     # The control thread
 
@@ -397,7 +394,7 @@ class Machine:
             try:
                 self.tell_paused()
             finally:
-                self._emit("STOP")
+                self.emit("STOP")
 
     def _resume(self, *, force: bool) -> Steps[None]:
         self.handoff.require_idle()
@@ -407,7 +404,7 @@ class Machine:
             self.handoff.allow_resume(force=force)
             self.become(RunState.RUNNING)
             if (yield from self.run()):
-                self._emit("RESUME")
+                self.emit("RESUME")
 
     def _reset_by_operator(self) -> Steps[None]:
         self.require_alive()
@@ -427,7 +424,7 @@ class Machine:
             yield from self._end(Outcome.HOST_ERROR, error=e)
             return
         if self.state is not RunState.RUNNING or (yield from self.run()):
-            self._emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+            self.emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
 
     def _reset_the_host_s(self) -> Steps[None]:
         """Real devices take up to seconds: all of them at once."""
@@ -467,7 +464,7 @@ class Machine:
             return
         self._park()
         self.become(RunState.GUEST_PANICKED)
-        self._emit("GUEST_PANICKED", action="poweroff")
+        self.emit("GUEST_PANICKED", action="poweroff")
         yield from self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
     def _failed(self, thread: VcpuThread, what: Exit | HostError) -> Steps[None]:
@@ -510,10 +507,14 @@ class Machine:
         self._announcer.stop()
         self.outcome, self.error = outcome, error
         self.handoff.machine_ended(reason)
-        self._emit("SHUTDOWN", guest=by_guest, reason=reason)
+        self.emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
     # For kvmpy.machine.handoff
+
+    def note_power_on(self) -> None:
+        """What KVM holds now is what it holds after power-on."""
+        self._power_on = self._read_power_on()
 
     def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""
@@ -568,7 +569,8 @@ class Machine:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 
-    def _emit(self, event: str, **data: Any) -> None:
+    def emit(self, event: str, **data: Any) -> None:
+        """By the control thread: tell the listeners of a change that is complete."""
         for listener in tuple(self.listeners):
             try:
                 listener(event, data)

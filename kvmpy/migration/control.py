@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -208,7 +209,8 @@ class Migrations:
             self._refused(MigrationError(f"kvmpy's own mistake: {e!r}"))
         else:
             self.progress.become(Status.COMPLETED)
-            self._machine.announce(self.parameters.announcement)
+            with suppress(CommandError):  # it has ended already
+                self._machine.announce(self.parameters.announcement)
 
     def _receive(self, incoming: Incoming) -> None:
         """Wait for the machine that is to come, and take it in; who only asks is answered."""

@@ -30,6 +30,8 @@ BANDWIDTH: Final = 100 * MIB
 """Bytes a second, where no round has been large enough to tell."""
 ENOUGH: Final = MIB
 STRIKES: Final = 2
+LEAST_SHARE: Final = 4
+"""A limit that is shorter than the switchover alone is not kept, but all else is: pages have this part of it."""
 
 
 class Convergence:
@@ -59,9 +61,9 @@ class Convergence:
             self._bandwidth = last.size / last.seconds
         if self._fixed is None:
             self._fixed = self._rehearse()
-        seconds = left / self._bandwidth + self._fixed
-        self._progress.remaining, self._progress.expected_downtime = left, seconds * 1000
-        if seconds * 1000 <= parameters.downtime_limit:
+        limit, pages = parameters.downtime_limit / 1000, left / self._bandwidth
+        self._progress.remaining, self._progress.expected_downtime = left, (pages + self._fixed) * 1000
+        if pages <= max(limit - self._fixed, limit / LEAST_SHARE):
             return True
         self._strikes = self._strikes + 1 if left * 2 > last.pages * 4096 else 0
         if self._strikes >= STRIKES:

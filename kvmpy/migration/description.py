@@ -19,10 +19,12 @@ from kvmpy import __version__
 from kvmpy.boot.source import CHUNK, Source
 from kvmpy.config.schema import Cache
 from kvmpy.errors import IncompatibleError
+from kvmpy.kvm.cpu_model import CpuDescription, differences
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, mmio64
 from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.machine import Machine
+from kvmpy.state import StateError, load, save
 
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 MOST: Final = 4096
@@ -71,15 +73,15 @@ class Findings(NamedTuple):
     warnings: list[str]
 
 
-def describe(machine: Machine) -> Description:
-    """``machine`` now. Reads its kernel and initrd."""
+def describe(machine: Machine, cpu: CpuDescription) -> Description:
+    """``machine`` now, with the processor ``cpu``. Reads its kernel and initrd."""
     board = machine.board
     root_bus = {f"{d:02x}.{f:x}": str(each.name) for bus, d, f, each in board.pci.functions() if not bus}
     return Description(
         name=str(machine.name),
         host=Host(name=os.uname().nodename, boot=_boot_id(), kvmpy=__version__),
         cpus=len(board.vcpus),
-        cpu={},
+        cpu=save(cpu),
         memory=_memory(machine),
         root_bus=root_bus,
         ports={str(port.id): {"slot": board.ports[port.id].slot} for port in machine.config.root_port},
@@ -102,9 +104,18 @@ def parse(data: object) -> Description:
         raise IncompatibleError(f"the machine's description cannot be read: {str(e)[:200]}") from e
 
 
+def processor(description: Description) -> CpuDescription:
+    """The processor that is described. Raises IncompatibleError where it is none."""
+    try:
+        return load(CpuDescription, description.cpu)
+    except StateError as e:
+        raise IncompatibleError(f"the processor's description cannot be read: {e}") from e
+
+
 def compare(source: Description, destination: Description) -> Findings:
-    """Every difference that matters, but those of the processors."""
-    return Findings(list(_problems(source, destination)), list(_warnings(source, destination)))
+    """Every difference that matters. Of processors, what the guest has and the destination's host cannot give it."""
+    cpus = differences(processor(source), processor(destination))
+    return Findings([*_problems(source, destination), *cpus], list(_warnings(source, destination)))
 
 
 def _problems(source: Description, here: Description) -> Iterator[str]:

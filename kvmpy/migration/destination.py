@@ -14,11 +14,12 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.kvm.cpu_model import CpuDescription, describe_host
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
 from kvmpy.migration.channel import Channel
-from kvmpy.migration.description import compare, describe, parse
+from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.keepalive import keepalive
@@ -59,6 +60,7 @@ class Ingoing:
     def __init__(self, machine: Machine, parameters: Parameters, progress: Progress) -> None:
         self._machine, self._parameters, self.progress = machine, parameters, progress
         self._handover: Handover[Destination] = handover.destination()
+        self._cpu = CpuDescription()
 
     def admit(self, main: MainChannel) -> Header | None:
         """Hear who comes; None where somebody only wanted to know whether it could. Before anything else moves.
@@ -68,7 +70,9 @@ class Ingoing:
         header = main.receive_message(Header)
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
-            findings = compare(parse(header.description), describe(self._machine))
+            source, vcpus = parse(header.description), self._machine.board.vcpus
+            with self._answering(main):  # our kernel and initrd are read for it
+                findings = compare(source, describe(self._machine, describe_host(vcpus[0], len(vcpus))))
             if findings.problems:
                 raise IncompatibleError(*findings.problems)
         except IncompatibleError as e:
@@ -83,6 +87,7 @@ class Ingoing:
             return None
         log.info("migration: %s comes", said)
         self.progress.warnings = findings.warnings
+        self._cpu = processor(source)
         return header
 
     def receive(self, arrival: Arrival, header: Header) -> None:
@@ -113,8 +118,10 @@ class Ingoing:
 
     def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
+        with self._answering(arrival.main):
+            self._machine.handoff.adopt_cpu(self._cpu)
+            rehearse(self._machine)
         token = os.urandom(16)
-        rehearse(self._machine)
         self._accept(arrival.main, token)
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)

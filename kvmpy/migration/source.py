@@ -50,13 +50,15 @@ from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
 from kvmpy.migration.status import Status
-from kvmpy.migration.stop import Stop
+from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.transport import Connector
 
 log = logging.getLogger(__name__)
 
 PAGE: Final = 4096
 ELSEWHERE: Final = "the guest runs at the destination"
+SHORTEST_ROUND: Final = 0.020
+"""Seconds from one look at what is dirty to the next."""
 UNKNOWN: Final = "outcome unknown: destination may be running"
 # Phases of the switchover that the destination is told of
 SWITCHOVER: Final = frozenset({"stop", "save state", "last pages", "send state", "disks"})
@@ -163,7 +165,7 @@ class Outgoing:
         Raises IncompatibleError where the destination will not have it.
         """
         main = connector.main
-        description = describe(self._machine)
+        description = describe(self._machine, self._machine.handoff.describe_cpu())
         main.send_message(
             Header(
                 description=to_json(description),
@@ -211,12 +213,20 @@ class Outgoing:
                 if self._stop_machine(start):
                     return
                 self.progress.become(Status.ACTIVE)
+            elif self.progress.passes:
+                self._breathe()
             self._send_round(main)
 
     def _fits(self) -> bool:
         """Whether the rest can be sent in time; else what is to be done about it is done."""
         self._stop.check()
         return self._convergence.fits(self._dirty.count() * PAGE, self._dirty.rate, self.parameters)
+
+    def _breathe(self) -> None:
+        """Rounds of a few pages that follow one another at once cost the guest more than they bring."""
+        last = self.progress.rounds[-1]
+        if last.seconds < SHORTEST_ROUND:
+            self._stop.wait_any({}, Deadline(SHORTEST_ROUND - last.seconds))
 
     def _send_round(self, main: MainChannel) -> None:
         """All that is dirty now."""

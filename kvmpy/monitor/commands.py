@@ -19,6 +19,7 @@ COMMANDS: Final[dict[str, Command]] = {
         queries.query_cpus_fast,
         queries.query_kvm,
         queries.query_machine,
+        queries.query_config,
         pci.query_pci,
         ports.query_root_ports,
         lifecycle.stop,

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from kvmpy import __version__
+from kvmpy.config.writer import tables
 from kvmpy.machine.runstate import RunState
 from kvmpy.monitor.ports import RootPortInfo, SpareInfo, root_ports, spare
 from kvmpy.monitor.table import Caller, NoArguments, Reply, command
@@ -67,6 +68,12 @@ class Exits(Reply, frozen=True, kw_only=True):
     pio: int  # for a port
     mmio: int  # for an address without memory
     other: int  # for anything else
+
+
+class ConfigInfo(Reply, frozen=True, kw_only=True):
+    """The configuration as it would be written now."""
+
+    config: dict[str, Any]  # the keys of the file, with absolute paths, and what was hot-plugged since the start
 
 
 class MachineInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
@@ -159,6 +166,12 @@ def query_machine(caller: Caller, _: NoArguments) -> MachineInfo:
         spare=spare(machine.current_config()),
         device_faults=sum(thread.faults for thread in threads),
     )
+
+
+@command("query-config", NoArguments, ConfigInfo, ours=True)
+def query_config(caller: Caller, _: NoArguments) -> ConfigInfo:
+    """Say with which configuration another kvmpy would make this machine as it is now."""
+    return ConfigInfo(config=tables(caller.machine.current_config()))
 
 
 def _devices(caller: Caller) -> list[dict[str, Any]]:

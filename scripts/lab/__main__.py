@@ -20,6 +20,7 @@ from scripts.lab import images
 from scripts.lab.errors import HostGone, LabError
 from scripts.lab.hardware import HARDWARE
 from scripts.lab.host import CPUS, LIFETIME_SECONDS, EmulatedHost
+from scripts.lab.pair import NAMES, HostPair
 from scripts.lab.process import Process
 
 STDIN: Final = 0
@@ -53,7 +54,8 @@ def _parser() -> argparse.ArgumentParser:
     for task in (run, shell):
         task.add_argument("--cpus", type=int, default=CPUS, help="more than one is unsafe with QEMU 7.2")
         task.add_argument("--memory", default="3G")
-        task.add_argument("--hardware", choices=HARDWARE, help="NICs to pass through, with an IOMMU and a bridge")
+        task.add_argument("--hosts", type=int, choices=(1, 2), default=1, help="2: joined, with a shared disk and ssh")
+        task.add_argument("--hardware", choices=HARDWARE, help="a bridge, and NICs to pass through with an IOMMU")
         task.add_argument("--seconds", type=int, default=LIFETIME_SECONDS, help="the host ends after that time")
     return parser
 
@@ -75,14 +77,28 @@ def _make_images() -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    hardware = HARDWARE.get(options.hardware)
-    with EmulatedHost(cpus=options.cpus, memory=options.memory, lifetime=options.seconds, hardware=hardware) as host:
-        print(f"emulated host up in {host.boot_seconds:.1f} s", file=sys.stderr)
+    with _hosts(options) as host:
         process = host.spawn(options.command, tty=options.tty, size=_size(), sink=_write)
         with _terminal(process) if options.tty else nullcontext():
             threading.Thread(target=_forward_input, args=(process,), name="lab-stdin", daemon=True).start()
             code = process.wait(options.seconds)
     return EXIT_SIGNALLED - code if code < 0 else code
+
+
+@contextmanager
+def _hosts(options: argparse.Namespace) -> Iterator[EmulatedHost]:
+    """The host that the command is run in; the other of a pair is reached from it by ssh."""
+    hardware, memory, seconds = options.hardware, options.memory, options.seconds
+    if options.hosts == 1:
+        nics = HARDWARE.get(hardware)
+        with EmulatedHost(cpus=options.cpus, memory=memory, lifetime=seconds, hardware=nics) as host:
+            print(f"emulated host up in {host.boot_seconds:.1f} s", file=sys.stderr)
+            yield host
+    else:
+        with HostPair(hardware or "virtio", memory=memory, lifetime=seconds) as pair:
+            where = " and ".join(f"{name} at {address}" for name, address in zip(NAMES, pair.addresses, strict=True))
+            print(f"emulated hosts up in {pair.boot_seconds:.1f} s: {where}; this is {NAMES[0]}", file=sys.stderr)
+            yield pair.first
 
 
 def _write(stream: int, data: bytes) -> None:

@@ -2,6 +2,7 @@
 # /sbin/init of a lab guest, in its initramfs and on its root disk: says that it is up, then does what the kernel command
 # line asks for.
 #   mode=shell (default) | poweroff | reboot | panic      what to do once up
+#   address=ADDRESS/BITS                                  for eth0, which has none without it
 
 leave() {
     [ -z "$root" ] || mount -o remount,ro /
@@ -19,6 +20,7 @@ for input in /sys/class/input/event*; do
 done
 
 [ -z "$root" ] || mount -t tmpfs tmp /tmp
+[ -z "$address" ] || { busybox ip address add "$address" dev eth0 && busybox ip link set eth0 up; }
 read -r kernel </proc/sys/kernel/osrelease
 read -r online </sys/devices/system/cpu/online # "0-3": none is unplugged yet
 read -r clocksource </sys/devices/system/clocksource/clocksource0/current_clocksource

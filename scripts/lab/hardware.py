@@ -1,13 +1,14 @@
-"""What an emulated host has to pass through: NICs behind root ports, and an IOMMU that remaps interrupts.
+"""The NICs of an emulated host: an uplink, and what it has to pass through, with an IOMMU that remaps interrupts.
 
-Intel's IOMMU works beside the emulated AMD processor. All NICs are on one wire, a hub inside QEMU with no way out.
-A function alone behind its root port is alone in its IOMMU group, as is each virtual function, for QEMU's root ports
-have ACS; functions of one slot share a group. host_nics.sh makes the rest of it when the host is up.
+Intel's IOMMU works beside the emulated AMD processor. All NICs are on one wire, a hub inside QEMU with no way out but
+to the other host of a pair (pair.py). A function alone behind its root port is alone in its IOMMU group, as is each
+virtual function, for QEMU's root ports have ACS; functions of one slot share a group. host_nics.sh makes the rest of
+it when the host is up.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from scripts.lab import qemu
@@ -25,7 +26,8 @@ STATION_ADDRESS: Final = "10.77.0.9"
 IOMMU_ARGUMENTS: Final = ("intel_iommu=on", "iommu=pt")
 NATIVE_HOT_PLUG: Final = "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off"
 """With ACPI's, root ports never report an active link, and the kernel takes a reset of their bus for a failed one."""
-MODULES: Final = ("virtio_net", "igb", "igbvf", "e1000e")
+MODULES: Final = ("virtio_net",)
+PASSED_MODULES: Final = ("igb", "igbvf", "e1000e")
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,29 @@ class Nic:
 class Hardware:
     """The NICs of a host. The one with UPLINK_MAC becomes a port of BRIDGE, with ``vfs`` virtual functions made first.
 
-    ``passed`` is the PCI id of those that are there to be passed through.
+    ``passed`` is the PCI id of those that are there to be passed through, empty where there are none. ``number`` is
+    the host's in a pair, and ``joint`` a connected socket: the wire goes on there. Its addresses are those of host 1;
+    the other's differ as `mac` and `address` say.
     """
 
     nics: tuple[Nic, ...]
-    passed: str
+    passed: str = ""
     vfs: int = 0
+    number: int = 1
+    joint: int | None = None
+
+    def joined(self, number: int, joint: int) -> Hardware:
+        """The same for host ``number`` of a pair."""
+        return replace(self, number=number, joint=joint)
+
+    def mac(self, mac: str) -> str:
+        """What host 1's ``mac`` is on this host."""
+        return f"{mac[:9]}{self.number - 1:02x}{mac[11:]}"
+
+    def address(self, address: str) -> str:
+        """What host 1's ``address`` is on this host."""
+        network, _, last = address.rpartition(".")
+        return f"{network}.{int(last) + self.number - 1}"
 
     @property
     def needs_igb(self) -> bool:
@@ -56,30 +75,35 @@ class Hardware:
 
     def qemu_arguments(self) -> list[str]:
         """The words for QEMU."""
-        words = ["-global", NATIVE_HOT_PLUG, "-device", "intel-iommu,intremap=on"]
+        words = ["-global", NATIVE_HOT_PLUG]
+        if self.passed:
+            words += ["-device", "intel-iommu,intremap=on"]
         for port in sorted({nic.port for nic in self.nics if nic.port is not None}):
             words += ["-device", f"pcie-root-port,id=port{port},chassis={port},slot={port}"]
         for number, nic in enumerate((*self.nics, Nic("virtio-net-pci", STATION_MAC))):
             place = "" if nic.port is None else f",bus=port{nic.port},addr=0.{nic.function},multifunction=on"
             words += ["-netdev", f"hubport,id=wire{number},hubid=0"]
-            words += ["-device", f"{nic.model},netdev=wire{number},mac={nic.mac}{place}"]
+            words += ["-device", f"{nic.model},netdev=wire{number},mac={self.mac(nic.mac)}{place}"]
+        if self.joint is not None:
+            words += ["-netdev", f"socket,id=joint,fd={self.joint}", "-netdev", "hubport,id=way,hubid=0,netdev=joint"]
         return words
 
     def environment(self) -> dict[str, str]:
         """What host_nics.sh is told."""
         return {
-            "modules": " ".join(MODULES),
-            "uplink": UPLINK_MAC,
+            "modules": " ".join((*MODULES, *(PASSED_MODULES if self.passed else ()))),
+            "uplink": self.mac(UPLINK_MAC),
             "vfs": str(self.vfs),
             "bridge": BRIDGE,
-            "bridge_address": BRIDGE_ADDRESS,
+            "bridge_address": self.address(BRIDGE_ADDRESS),
             "station": STATION,
-            "station_mac": STATION_MAC,
-            "station_address": STATION_ADDRESS,
+            "station_mac": self.mac(STATION_MAC),
+            "station_address": self.address(STATION_ADDRESS),
         }
 
 
 HARDWARE: Final = {
+    "virtio": Hardware((Nic("virtio-net-pci", UPLINK_MAC),)),
     "igb": Hardware((Nic("igb", UPLINK_MAC, port=1),), passed="8086:10ca", vfs=2),
     "e1000e": Hardware(
         (
@@ -92,4 +116,4 @@ HARDWARE: Final = {
         passed="8086:10d3",
     ),
 }
-"""By what is passed through: two virtual functions of an 82576; whole 82574s, the last two in one IOMMU group."""
+"""By what is passed through: nothing; two virtual functions of an 82576; whole 82574s, two in one IOMMU group."""

@@ -69,8 +69,9 @@ class Completed:
 class EmulatedHost:
     """One emulated host, as a context manager.
 
-    ``hardware`` is an IOMMU with NICs to pass through; ``extra`` are further arguments for QEMU, such as disks, and
-    ``kernel_arguments`` words for the host's kernel. The thread that calls start() must live as long as the host.
+    ``hardware`` is its NICs, with an IOMMU where they are there to be passed through; ``extra`` are further arguments
+    for QEMU, such as disks, and ``kernel_arguments`` words for the host's kernel. The thread that calls start() or
+    launch() must live as long as the host.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class EmulatedHost:
         self.cpus, self.memory, self.lifetime = cpus, memory, lifetime
         self.hardware = hardware
         self.extra, self.kernel_arguments = tuple(extra), tuple(kernel_arguments)
-        self.boot_seconds = 0.0
+        self.boot_seconds = self._launched = 0.0
         self.log: Path | None = None  # what the console showed, kept after the end
         self._qemu: subprocess.Popen[bytes] | None = None
         self._link: Link | None = None
@@ -107,17 +108,25 @@ class EmulatedHost:
 
     def start(self) -> None:
         """Boot, and return when commands can run; makes the images where they are missing."""
+        self.launch()
+        self.wait_up()
+
+    def launch(self) -> None:
+        """Begin to boot."""
         images = make()
         _compile_checkout()
-        begin = time.monotonic()
+        self._launched = time.monotonic()
         ours, theirs = socket.socketpair()
         self.log = _new_log()
         with theirs, self.log.open("ab") as log:
             command = self._command(images, theirs.fileno(), self.log)
-            self._qemu = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[theirs.fileno()]
-            )
-        self._link = link = Link(ours, self.console_tail)
+            inherited = [theirs.fileno(), *self._joint()]
+            self._qemu = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=inherited)
+        self._link = Link(ours, self.console_tail)
+
+    def wait_up(self) -> None:
+        """Wait until commands can run."""
+        link = self._connected()
         try:
             link.wait_until(lambda: link.ready, START_SECONDS, "the agent of the emulated host")
             if self.hardware:
@@ -125,7 +134,7 @@ class EmulatedHost:
         except BaseException:
             self.stop()
             raise
-        self.boot_seconds = time.monotonic() - begin
+        self.boot_seconds = time.monotonic() - self._launched
 
     def stop(self) -> None:
         """End the host at once: there is nothing in it to save. May be called again."""
@@ -200,12 +209,16 @@ class EmulatedHost:
             raise LabError("the emulated host is not started")
         return self._link
 
+    def _joint(self) -> tuple[int, ...]:
+        """The descriptor of the wire to another host."""
+        return () if self.hardware is None or self.hardware.joint is None else (self.hardware.joint,)
+
     def _command(self, images: Images, connection: int, log: Path) -> list[str]:
         # After "--" come the arguments of init, which host_init.sh runs as pid 1 of the real root.
         hardware = self.hardware
         qemu = images.igb_qemu if hardware and hardware.needs_igb else Qemu()
         kernel_line = [
-            *(*KERNEL_ARGUMENTS, *(IOMMU_ARGUMENTS if hardware else ()), *self.kernel_arguments),
+            *(*KERNEL_ARGUMENTS, *(IOMMU_ARGUMENTS if hardware and hardware.passed else ()), *self.kernel_arguments),
             *(f'lab_checkout="{CHECKOUT}"', f'lab_modules="{images.host_modules}"'),
             *("--", f'"{Path(sys.executable).resolve()}"', "-I", "-S", f'"{_agent_file()}"'),
         ]
@@ -234,11 +247,16 @@ class EmulatedHost:
         ]
 
 
+def command_path() -> str:
+    """The PATH of every command: our virtual environment first."""
+    return f"{sys.prefix}/bin:{SYSTEM_PATH}"
+
+
 def _environment() -> dict[str, str]:
     """What every command gets: our virtual environment first in PATH, and little of what surrounds us here."""
     passed_on = {name: value for name, value in os.environ.items() if name.startswith(PASSED_ON)}
     own = {
-        "PATH": f"{sys.prefix}/bin:{SYSTEM_PATH}",
+        "PATH": command_path(),
         "HOME": "/root",
         "LANG": "C.UTF-8",
         "PYTHONDONTWRITEBYTECODE": "1",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from scripts.lab import cpio, disk, qemu
+from scripts.lab import cpio, disk, qemu, ssh
 from scripts.lab.errors import LabError
 from scripts.lab.kernels import LAB, PACKAGES, Kernel, fetch, module_content, module_name, program, run
 
@@ -70,6 +70,7 @@ class Boot:
 @dataclass(frozen=True)
 class Images:
     igb_qemu: qemu.Qemu  # for the hosts that need one with igb
+    ssh: Path  # OpenSSH as far as this machine lacks it, for pairs of hosts
     host: Boot
     host_modules: Path  # a lib/modules, for modprobe in an emulated host
     host_scratch: Path  # an empty file system
@@ -95,6 +96,7 @@ def make() -> Images:
         disk.make_root(guest_root, _guest_files())
         return Images(
             igb_qemu=qemu.fetch(),
+            ssh=ssh.fetch(),
             host=_boot(LAB / "host", generic, _host_archive(generic)),
             host_modules=generic.modules.parent,
             host_scratch=scratch,

@@ -53,7 +53,13 @@ class FakeMachine:
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
-        self.config = SimpleNamespace(console=SimpleNamespace(serial=Backend("stdio")), device=(), netdev=(), drive=())
+        self.config = SimpleNamespace(
+            console=SimpleNamespace(serial=Backend("stdio")),
+            migration=SimpleNamespace(tls_creds=None),
+            device=(),
+            netdev=(),
+            drive=(),
+        )
 
     def current_config(self) -> Any:
         return self.config

@@ -160,7 +160,8 @@ def test_force_does_not_take_a_disk_that_the_destination_has(tmp_path: Path, sta
 
 
 def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) -> None:
-    source, there = journey.begin(max_bandwidth=1 << 20, multifd_channels=1), journey.wait_at()
+    endless = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
+    source, there = journey.begin(**endless), journey.wait_at()
     source.migrations.migrate(there.uri)
     for change in (
         source.machine.pause,

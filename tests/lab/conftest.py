@@ -9,6 +9,7 @@ import pytest
 
 from scripts.lab import images
 from scripts.lab.host import EmulatedHost
+from scripts.lab.pair import HostPair
 from tests.conftest import skip_or_fail
 from tests.lab.nics import NicHost
 
@@ -53,6 +54,13 @@ def e1000e_host(lab_images: images.Images) -> Iterator[NicHost]:
         yield emulated
 
 
+@pytest.fixture(scope="session")
+def two_hosts(lab_images: images.Images) -> Iterator[HostPair]:
+    """Two hosts on one network, with one disk that both have and ssh between them, for all tests that need them."""
+    with HostPair() as pair:
+        yield pair
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -61,6 +69,7 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         used = getattr(item, "funcargs", {}).values()
-        consoles = [value.console_tail() for value in used if isinstance(value, EmulatedHost)]
+        hosts = [host for value in used for host in (value.hosts if isinstance(value, HostPair) else (value,))]
+        consoles = [host.console_tail() for host in hosts if isinstance(host, EmulatedHost)]
         report.sections.extend(("console of the emulated host", text) for text in consoles)
     return report

@@ -31,11 +31,12 @@ def nic(
     queues: int = 1,
     bus: str | None = None,
     mtu: int | None = None,
+    mac: str | None = None,
 ) -> str:
     """A network device on a tap in a bridge; its netdev is called "tap-" and its name."""
     netdev = f"tap-{name}"
     tap = table("netdev", type="tap", id=netdev, ifname=ifname, bridge=bridge, vhost=vhost, queues=queues)
-    return tap + table("device", driver="virtio-net-pci", id=name, netdev=netdev, bus=bus, host_mtu=mtu)
+    return tap + table("device", driver="virtio-net-pci", id=name, netdev=netdev, bus=bus, host_mtu=mtu, mac=mac)
 
 
 def rng(name: str, *, bus: str | None = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from scripts.lab.host import EmulatedHost
+from scripts.lab.pair import HostPair
 from tests.lab.nics import NicHost
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -32,10 +33,17 @@ def test_the_commands_for_passthrough_work_in_their_order(igb_host: NicHost) -> 
     assert [igb_host.driver(function) for function in igb_host.functions] == ["igbvf", "igbvf"]
 
 
-def assert_commands_work(host: EmulatedHost, page: str, said: list[str]) -> None:
+@pytest.mark.timeout(2000)
+def test_the_commands_for_migration_work_in_their_order_on_two_hosts(two_hosts: HostPair) -> None:
+    said = ["3 packets received", "web1 ", "completed "]
+    assert_commands_work(two_hosts.first, "migration", said, timeout=1900)
+    assert two_hosts.second.run(["ls", "-A", "/run/kvmpy"]).stdout == ""
+
+
+def assert_commands_work(host: EmulatedHost, page: str, said: list[str], timeout: float = 500) -> None:
     commands = re.findall(r"^\$ (.*)$", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
     script = "\n".join(["set -ex", *commands])
-    done = host.run(["bash", "-c", script], timeout=500)
+    done = host.run(["bash", "-c", script], timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [text for text in said if text not in done.stdout] == []
     assert "has not powered off in time" not in done.stderr

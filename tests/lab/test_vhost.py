@@ -1,4 +1,4 @@
-"""vhost on the real /dev/vhost-net of an emulated host: each test of programs/vhost_traffic.py, run there by pytest."""
+"""vhost on the real /dev/vhost-net of an emulated host: each test of two programs, run there by pytest."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from scripts.lab.host import EmulatedHost
 from scripts.lab.kernels import CHECKOUT
 from tests.counts import count
 
-PROGRAM: Final = Path(__file__).parent / "programs" / "vhost_traffic.py"
-TESTS: Final = re.findall(r"^def (test_\w+)", PROGRAM.read_text(), re.MULTILINE)
+PROGRAMS: Final = [Path(__file__).parent / "programs" / f"vhost_{name}.py" for name in ("traffic", "log")]
+TESTS: Final = [name for each in PROGRAMS for name in re.findall(r"^def (test_\w+)", each.read_text(), re.MULTILINE)]
 SECONDS: Final = count(500, 2000)
 
 
 @pytest.fixture(scope="module")
 def report(host: EmulatedHost) -> str:
     """What pytest printed in the host."""
-    path = str(PROGRAM.relative_to(CHECKOUT))
-    done = host.run(["pytest", "--tb=short", "-rA", "--durations=0", path], timeout=SECONDS)
+    paths = [str(each.relative_to(CHECKOUT)) for each in PROGRAMS]
+    done = host.run(["pytest", "--tb=short", "-rA", "--durations=0", *paths], timeout=SECONDS)
     return done.stdout + done.stderr
 
 

@@ -204,7 +204,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
     """Every call in our source that sends an event of a device or of the machine."""
     for path in sorted([*SOURCE.glob("machine/*.py"), *SOURCE.glob("devices/**/*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and name_of(node.func) in ("_emit", "report") and len(node.args) == 1:
+            if isinstance(node, ast.Call) and name_of(node.func) in ("emit", "report") and len(node.args) == 1:
                 yield f"{path.relative_to(SOURCE)}:{node.lineno}", node
 
 
