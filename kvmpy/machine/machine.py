@@ -462,6 +462,7 @@ class Machine:
     def _panicked(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:
             return
+        self.handoff.machine_ended("guest-panic")
         self._park()
         self.become(RunState.GUEST_PANICKED)
         self.emit("GUEST_PANICKED", action="poweroff")
@@ -501,12 +502,12 @@ class Machine:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
+        self.handoff.machine_ended(reason)
         yield from self.halt(END_PATIENCE)
         self.become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self._announcer.stop()
         self.outcome, self.error = outcome, error
-        self.handoff.machine_ended(reason)
         self.emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
