@@ -80,9 +80,11 @@ class Migrations:
 
     def cancel(self) -> None:
         """End the one that goes on; nothing happens where there is none. Raises CommandError where it is too late."""
+        if self._outgoing is None:
+            return
         with self._lock:
             outgoing, progress = self._outgoing, self.progress
-            if outgoing is None or progress.is_over:
+            if progress.is_over:
                 return
             self._cancelled = True
             if not outgoing.cancel("cancelled"):

@@ -12,18 +12,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Final
 
 from kvmpy import __version__
 from kvmpy.errors import HostError, IncompatibleError, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
+from kvmpy.migration.channel import Channel
 from kvmpy.migration.convergence import Convergence
 from kvmpy.migration.description import describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
-from kvmpy.migration.keepalive import keepalive
+from kvmpy.migration.keepalive import keepalive, silence
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import (
     Accept,
@@ -89,6 +90,7 @@ class Outgoing:
         self._lock = threading.Lock()
         self._handover: Handover[Source] = handover.source()
         self._pages: PageSender | None = None
+        self._page_channels: list[Channel] = []
 
     @property
     def phase(self) -> Source:
@@ -127,13 +129,13 @@ class Outgoing:
         """Move the machine. Raises KvmpyError: then the guest is here, unless `phase` says otherwise."""
         with ExitStack() as undo:
             undo.callback(self._stop.close)
-            main, channels = self._set_up(undo)
-            if channels:  # else page records are between the messages
+            main, self._page_channels = self._set_up(undo)
+            if self._page_channels:  # else page records are between the messages
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
             with self._kept_unless_gone(main):
-                self._start(main, channels, undo)
+                self._start(main, undo)
                 self._precopy(main)
-                self._switch_over(main)
+                self._switch_over(main, undo)
 
     def check(self) -> list[str]:
         """Why the machine cannot be moved there now, as the destination sees it too. Raises MigrationError."""
@@ -149,7 +151,7 @@ class Outgoing:
                 problems += e.problems
             return problems
 
-    def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Any]]:
+    def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Channel]]:
         progress = self.progress
         if problems := self._machine.handoff.blockers():
             raise IncompatibleError(*problems)
@@ -158,8 +160,9 @@ class Outgoing:
         with progress.phase("compare"):
             token = self._introduce(connector, check_only=False)
         with progress.phase("page channels"):
-            channels = [] if token is None else connector.open_page_channels(self._channels(connector), token)
-        return connector.main, channels
+            if token is None:
+                return connector.main, []
+            return connector.main, connector.open_page_channels(self._channels(connector), token)
 
     def _channels(self, connector: Connector) -> int:
         return self.parameters.multifd_channels if connector.has_page_channels else 0
@@ -191,7 +194,7 @@ class Outgoing:
 
     # Rounds, while the guest runs
 
-    def _start(self, main: MainChannel, channels: list[Any], undo: ExitStack) -> None:
+    def _start(self, main: MainChannel, undo: ExitStack) -> None:
         """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
         machine, parameters = self._machine, self.parameters
         self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
@@ -201,7 +204,7 @@ class Outgoing:
             self._log.start()
         self._dirty = DirtyPages(machine.board.memory)
         self._pages = PageSender(
-            channels or [main.channel],
+            self._page_channels or [main.channel],
             max_bandwidth=parameters.max_bandwidth,
             compression=parameters.multifd_compression.value,
         )
@@ -266,9 +269,11 @@ class Outgoing:
 
     # The switchover, while it stands still
 
-    def _switch_over(self, main: MainChannel) -> None:
+    def _switch_over(self, main: MainChannel, undo: ExitStack) -> None:
         """All that is left, and then the guest itself. Raises MigrationError."""
         progress = self.progress
+        for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
+            channel.timeout = silence(channel.timeout)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
             sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
@@ -277,6 +282,8 @@ class Outgoing:
             self._pages.max_bandwidth = 0
             self._log.collect(self._dirty)  # after the last of KVM's own writes, which saving a vCPU may cause
             self._send_round(main)
+            if not self._page_channels and main.can_answer:
+                undo.enter_context(keepalive(main, self.parameters.x_timeout))
             if self.parameters.x_checksum:
                 self._send_checksums(main)
         with progress.phase("send state"):
@@ -287,6 +294,7 @@ class Outgoing:
         with progress.phase("await READY"):
             if main.can_answer:
                 main.receive_message(Ready)
+                main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from kvmpy.errors import CommandError
+from kvmpy.errors import CommandError, IncompatibleError
 from kvmpy.kvm.system import System
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration.parameters import Compression, OnNoConvergence
-from kvmpy.migration.sections import save_devices
+from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
 from kvmpy.migration.status import Status
+from kvmpy.state import StateError
 from tests.counts import count
 from tests.fakes.counting_guest import WRITES
 from tests.fakes.journey import Journey, Stop
@@ -120,6 +121,38 @@ def test_a_machine_with_devices_goes_with_their_state(tmp_path: Path, stack: Exi
     changes = {name for name in before if before[name] != after[name]}
     assert changes <= {"com1", "acpi-pm"}  # the guest talks on, and time passes
     journey.check()
+
+
+def test_a_guest_can_be_reset_where_it_has_gone(journey: Journey) -> None:
+    source = journey.begin()
+    source.wait_for_count()
+    there = journey.move(source)
+    before = len(there.said)
+    there.machine.reset()
+    there.wait_for_count()
+    there.machine.pause()
+    said = there.said[before:]
+    assert b"\x00\x01\x02\x03" in said, "it began anew"
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "field", "queue"])
+def test_a_state_that_no_machine_of_ours_has_is_refused(tmp_path: Path, stack: ExitStack, change: str) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    journey = Journey(tmp_path, stack, extra=DEVICES)
+    source, there = journey.begin(), journey.wait_at()
+    source.machine.pause()
+    sections = save_machine(source.machine, MachineState())
+    match change:
+        case "missing":
+            del sections["vd0"]
+        case "surplus":
+            sections["vd1"] = sections["vd0"]
+        case "field":
+            sections["com1"]["state"]["ier"] = 256
+        case "queue":
+            sections["vd0"]["state"]["pci"]["config"] = ""
+    with pytest.raises((StateError, IncompatibleError)):
+        load_machine(there.machine, sections)
 
 
 def test_a_paused_machine_arrives_paused(journey: Journey) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -330,3 +331,22 @@ def test_under_random_pauses_and_resets_every_write_is_done_once(tmp_path: Path)
     disk.close()
     content = path.read_bytes()
     assert all(content[sector * 512 : sector * 512 + 512] == data for sector, data in written.items())
+
+
+# Handed over to another host
+
+
+def test_a_disk_is_durable_before_it_is_unlocked(rig: BlkRig, disk: FakeDisk) -> None:
+    rig.device.pause()
+    rig.device.hand_over()
+    assert disk.calls == ["flush", "unlock"]
+    rig.device.take_over()
+    assert disk.calls[2:] == ["lock"]
+
+
+def test_a_disk_whose_writes_may_be_lost_stays_locked(rig: BlkRig, disk: FakeDisk) -> None:
+    disk.fails["flush"] = OSError(errno.EIO, "I/O error")
+    rig.device.pause()
+    with pytest.raises(HostError, match=r"disk\.raw: EIO: what was written may not be there for others"):
+        rig.device.hand_over()
+    assert "unlock" not in disk.calls

@@ -202,6 +202,8 @@ class RootPort(PortRegisters):
         self._reach()
         self._set_link(active=self._reachable or unseen)
         self._interrupting = express.interrupt_wanted and self.msi.enabled
+        if self._interrupting:  # a message that was on its way did not come along; one too many does no harm
+            self.msi.signal()
         self._drive()
 
     def pause(self) -> None:

@@ -37,7 +37,7 @@ from kvmpy.devices.virtio.blk_request import (
 )
 from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice, VirtioDeviceState
 from kvmpy.devices.virtio.queue import Chain
-from kvmpy.errors import GuestError, HostError, errno_name
+from kvmpy.errors import GuestError, HostError, errno_name, refusal
 from kvmpy.host.image import SECTOR
 from kvmpy.memory import GuestMemory
 from kvmpy.trace import Tracepoint
@@ -204,8 +204,12 @@ class VirtioBlk(VirtioDevice[BlkState]):
             self._workers.pop().join()
 
     def hand_over(self) -> None:
-        if not self.disk.readonly:
-            self.disk.flush()
+        try:
+            if not self.disk.readonly:
+                self.disk.flush()
+        except OSError as e:
+            said = refusal(e.errno, "what was written may not be there for others")
+            raise HostError(f"{self.name}: {self.disk.path}: {said}") from e
         self.disk.unlock()
 
     def take_over(self) -> None:
