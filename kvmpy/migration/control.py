@@ -18,6 +18,7 @@ from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationC
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
+from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import Take, nobody
 from kvmpy.migration.destination import Ingoing
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
@@ -92,7 +93,7 @@ class Migrations:
                 raise CommandError("it is too late: the guest has been handed over to the destination")
         progress.cancelling()
 
-    def check(self, uri: str, fds: Take = nobody) -> list[str]:
+    def check(self, uri: str, fds: Take = nobody) -> Findings:
         """Why the machine cannot be moved to ``uri`` now: all that either side says. Raises CommandError.
 
         Waits for the destination, so not by the control thread.

@@ -80,13 +80,13 @@ class Ingoing:
             if header.check_only:
                 return None
             raise
-        for warning in findings.warnings:
-            log.warning("warning: %s", warning)
+        self.progress.warnings = findings.warnings
         if header.check_only:
             self._accept(main, bytes(16))
             return None
         log.info("migration: %s comes", said)
-        self.progress.warnings = findings.warnings
+        for warning in findings.warnings:
+            log.warning("warning: %s", warning)
         self._cpu = processor(source)
         return header
 
@@ -112,7 +112,8 @@ class Ingoing:
 
     def _accept(self, main: MainChannel, token: bytes) -> None:
         if main.can_answer:
-            main.send_message(Accept(token=token, version=main.version))
+            warnings = tuple(self.progress.warnings)
+            main.send_message(Accept(token=token, version=main.version, warnings=warnings))
 
     # What comes
 

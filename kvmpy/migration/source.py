@@ -21,7 +21,7 @@ from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.channel import Channel
 from kvmpy.migration.convergence import Convergence
-from kvmpy.migration.description import describe, to_json
+from kvmpy.migration.description import Findings, describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
 from kvmpy.migration.keepalive import keepalive, silence
@@ -137,19 +137,18 @@ class Outgoing:
                 self._precopy(main)
                 self._switch_over(main, undo)
 
-    def check(self) -> list[str]:
+    def check(self) -> Findings:
         """Why the machine cannot be moved there now, as the destination sees it too. Raises MigrationError."""
         with ExitStack() as undo:
             undo.callback(self._stop.close)
             problems = self._machine.handoff.blockers()
             connector = undo.enter_context(self._open(self._stop))
-            if not connector.main.can_answer:
-                return problems
-            try:
-                self._introduce(connector, check_only=True)
-            except IncompatibleError as e:
-                problems += e.problems
-            return problems
+            if connector.main.can_answer:
+                try:
+                    self._introduce(connector, check_only=True)
+                except IncompatibleError as e:
+                    problems += e.problems
+            return Findings(problems, self.progress.warnings)
 
     def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Channel]]:
         progress = self.progress
@@ -190,6 +189,9 @@ class Outgoing:
         if isinstance(answer, Refuse):
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
+        self.progress.warnings = list(answer.warnings)
+        for warning in answer.warnings:
+            log.warning("warning: %s", warning)
         return answer.token
 
     # Rounds, while the guest runs

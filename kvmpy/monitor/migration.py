@@ -49,6 +49,7 @@ class MigrationCheck(Reply, frozen=True, kw_only=True):
     """What a migration would meet with."""
 
     problems: list[str]  # why it would be refused, by either side; empty: it would not
+    warnings: list[str]  # what differs and does no harm until the guest is reset
 
 
 class MigrationPhase(Reply, frozen=True, kw_only=True, rename="kebab"):
@@ -238,7 +239,8 @@ def migrate_check(caller: Caller, arguments: MigrateCheck) -> MigrationCheck:
 
     The destination goes on waiting. A file or a command cannot be asked.
     """
-    return MigrationCheck(problems=caller.migrations().check(arguments.uri, _taken(caller)))
+    findings = caller.migrations().check(arguments.uri, _taken(caller))
+    return MigrationCheck(problems=findings.problems, warnings=findings.warnings)
 
 
 @command("migrate-set-parameters", SetParameters, Nothing, slow=True)

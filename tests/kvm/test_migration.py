@@ -214,7 +214,7 @@ def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) ->
 def test_differences_are_all_named_before_anything_moves(journey: Journey) -> None:
     source = journey.begin()
     there = journey.wait_at("machine.memory=32MiB", "machine.cpus=2")
-    asked = source.migrations.check(there.uri)
+    asked = source.migrations.check(there.uri).problems
     source.migrations.migrate(there.uri)
     source.wait(Status.FAILED)
     assert source.migrations.progress.problems == asked
@@ -230,12 +230,25 @@ def test_differences_are_all_named_before_anything_moves(journey: Journey) -> No
 
 def test_asking_whether_it_could_leaves_the_destination_waiting(journey: Journey) -> None:
     source, there = journey.begin(), journey.wait_at()
-    assert source.migrations.check(there.uri) == []
-    assert source.migrations.check(there.uri) == []
+    assert source.migrations.check(there.uri) == ([], [])
+    assert source.migrations.check(there.uri) == ([], [])
     source.migrations.migrate(there.uri)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_another_kernel_at_the_destination_is_a_warning_on_both_sides(journey: Journey, tmp_path: Path) -> None:
+    source = journey.begin()
+    (tmp_path / "other").write_bytes((tmp_path / "kernel").read_bytes() + bytes(16))
+    there = journey.wait_at("boot.kernel=other", "boot.cmdline=quiet")
+    rest = "not the same here and there; a reset of the guest loads the destination's"
+    said = [f"boot.cmdline: {rest}", f"boot.kernel: {rest}"]
+    assert source.migrations.check(there.uri) == ([], said)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    assert source.migrations.progress.warnings == there.migrations.progress.warnings == said
 
 
 def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: Path) -> None:

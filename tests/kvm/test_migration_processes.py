@@ -165,7 +165,7 @@ def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Proces
     here, there = processes(), processes("--incoming", "defer")
     there("migrate-incoming", uri=f"unix:{tmp_path / 'in'}")
     assert "already been started" in there.ask("migrate-incoming", uri=f"unix:{tmp_path / 'in2'}")["error"]["desc"]
-    assert here("x-migrate-check", uri=f"unix:{tmp_path / 'in'}") == {"problems": []}
+    assert here("x-migrate-check", uri=f"unix:{tmp_path / 'in'}") == {"problems": [], "warnings": []}
     here("migrate", uri=f"unix:{tmp_path / 'in'}")
     here.wait_for("completed")
     there.wait_for_count()
