@@ -913,10 +913,16 @@ def test_a_killed_machine_is_not_listed_and_its_name_is_free(kvmpy: Kvmpy, runni
     assert outcome(run(SAY_K + POWER_OFF))[:2] == (0, b"K")
 
 
+def stop(process: Process) -> None:
+    """Stop it, and wait until all its threads are."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 @pytest.fixture
 def hanging(running: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     """A machine whose process is stopped: it accepts, and does not answer."""
-    running.send_signal(signal.SIGSTOP)
+    stop(running)
     monkeypatch.setattr(control, "PS_PATIENCE", 0.2)
     monkeypatch.setattr(client.Client.__init__, "__defaults__", (0.2,))
     yield running
@@ -944,7 +950,7 @@ def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(
     kvmpy: Kvmpy, running: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "GREETING_PATIENCE", 0.2)
-    running.send_signal(signal.SIGSTOP)
+    stop(running)
     code, _, err = kvmpy("status", "m")
     running.send_signal(signal.SIGCONT)
     assert (code, err.partition(";")[0]) == (1, "kvmpy: m: greeting: no answer in 0.2 s")
