@@ -75,7 +75,7 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
         stack.callback(directory.close)
         with signals.ending():
             _give_back_leftovers(directory)
-            machine = stack.enter_context(Machine(config, incoming=args.incoming is not None))
+            machine = stack.enter_context(Machine(config, named=True, incoming=args.incoming is not None))
         migrations = _migrations(machine, args)
         stack.callback(_serve_monitor(machine, directory, migrations).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
@@ -153,9 +153,10 @@ class _Signals:
         """Threads that are started within, and theirs, leave signals to the main thread, where the handlers run.
 
         When we are continued while SIGTERM waits, any thread may take the two; the main thread would not hear of them
-        before the system call for which it was stopped has begun, and stopped us, again.
+        before the system call for which it was stopped has begun, and stopped us, again. A read of a terminal that the
+        shell has taken is refused instead of stopping us (SIGTTIN): the guest runs on in the background.
         """
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT])
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT, signal.SIGTTIN])
         try:
             yield
         finally:
@@ -292,7 +293,9 @@ def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[obj
             "to run it in the background, give its serial line another place, such as --set console.serial=pty",
             machine.name,
         )
-    return RawTerminal(STDIN, lambda: signals.caught)
+    raw = RawTerminal(STDIN, lambda: signals.caught, machine.console.leave)
+    machine.console.retake = raw.retake
+    return raw
 
 
 def _power_button(machine: Machine) -> None:

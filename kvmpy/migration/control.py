@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationError
+from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationCancelled, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
@@ -185,7 +185,8 @@ class Migrations:
         try:
             outgoing.migrate()
         except KvmpyError as e:
-            error = e
+            # What follows from a cancel or from the machine's end may be found before it is heard of.
+            error = e if outgoing.cancelled_for is None else MigrationCancelled(outgoing.cancelled_for)
         except Exception as e:
             log.exception("migration failed")
             error = MigrationError(f"kvmpy's own mistake: {e!r}")

@@ -107,6 +107,11 @@ class Outgoing:
             pages.cancel()
         return True
 
+    @property
+    def cancelled_for(self) -> str | None:
+        """Why everything was to be taken back, if `cancel` was in time."""
+        return self._stop.reason
+
     def limit(self, parameters: Parameters) -> None:
         """Go on with other parameters, as far as that can be."""
         self.parameters = parameters

@@ -48,13 +48,21 @@ class FakeMachine:
                     )
                 }
             ),
+            ports={},
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(
-            console=SimpleNamespace(serial=Backend("stdio")), migration=SimpleNamespace(tls_creds=None)
+            console=SimpleNamespace(serial=Backend("stdio")),
+            migration=SimpleNamespace(tls_creds=None),
+            device=(),
+            netdev=(),
+            drive=(),
         )
+
+    def current_config(self) -> Any:
+        return self.config
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

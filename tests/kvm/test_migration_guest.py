@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.kvm.system import System
+from kvmpy.machine.changes import Steps
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
@@ -67,9 +68,9 @@ def test_a_reset_at_the_very_stop_is_carried_out_first(journey: Journey) -> None
     halt = source.machine.halt
     halts: list[int] = []
 
-    def halt_and_ask() -> None:
+    def halt_and_ask(seconds: float | None = None) -> Steps[None]:
         """The last instruction before the stop asked for a reset."""
-        halt()
+        yield from halt(seconds)
         if not halts:
             source.machine.request_reset()
         halts.append(1)

@@ -22,9 +22,9 @@ MAC: Final = "52:54:00:6f:55:cc"
 # Each as one line, for the guest's shell. What is written is read again: lost or torn writes are seen.
 WRITE_MEMORY: Final = (
     "while :; do head -c 1000000 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b || echo torn >>/tmp/bad; "
-    "echo >>/tmp/rounds; done &"
+    "echo >>/tmp/rounds; sleep 0.5; done &"
 )
-WRITE_DISK: Final = "n=0; while :; do n=$((n+1)); echo $n >>/journal; sync; done &"
+WRITE_DISK: Final = "n=0; while :; do n=$((n+1)); echo $n >>/journal; sync; sleep 0.5; done &"
 
 
 class Load:
@@ -40,7 +40,7 @@ class Load:
     def start(self, seconds: int) -> None:
         self.guest.type(WRITE_MEMORY)
         self.guest.type(WRITE_DISK)
-        self.guest.type(f"iperf3 -c {self._address} -t {seconds} -b 2M -i 0 >/tmp/iperf 2>&1 &")
+        self.guest.type(f"iperf3 -c {self._address} -t {seconds} -b 1M -i 0 >/tmp/iperf 2>&1 &")
         self.await_traffic()
 
     def await_traffic(self) -> None:

@@ -21,6 +21,8 @@ WORDS: Final = f"{FROM_DISK} address={GUEST}/24"
 STREAM: Final = "/run/stream.sock"
 SAVED: Final = "/scratch/saved.state"
 
+pytestmark = pytest.mark.timeout(1500)  # many guests' boots, on a busy machine
+
 
 class Yard:
     """A bridge of the host's, a disk, and machines that a guest can be in: all have the same, but for name and tap."""

@@ -31,6 +31,8 @@ LEFT: Final = (
     "ls -A /run/kvmpy 2>&1; ls -d /tmp/kvmpy-* 2>&1; ip -brief link | grep tap; busybox pgrep -fl 'kvmpy (run|receive)'"
 )
 
+pytestmark = pytest.mark.timeout(1500)  # many guests' boots, on a busy machine
+
 
 def machine(host: EmulatedHost, options: str = "") -> Guest:
     return Guest(host, NAME, tables=CONFIG, words=WORDS, options=options)

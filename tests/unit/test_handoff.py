@@ -10,6 +10,7 @@ import pytest
 
 from kvmpy.errors import CommandError, HostError
 from kvmpy.machine.build import Board
+from kvmpy.machine.changes import Change, Steps
 from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, RunState
 
@@ -23,6 +24,11 @@ class Disk:
         self.name = name
         self.locked = True
         self.taken = False
+
+        self.answers = True
+
+    def begin_pause(self) -> bool:
+        return self.answers
 
     def hand_over(self) -> None:
         self.locked = False
@@ -47,8 +53,14 @@ class Standing:
         self.log: list[str] = []
         self.runs = True
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        return change()
+    def change(self, change: Change[T]) -> T | None:
+        with pytest.raises(StopIteration) as ended:
+            next(change.steps)
+        made: T | None = ended.value.value
+        return made
+
+    def in_control(self, call: Callable[[], T]) -> T:
+        return call()
 
     def while_parked(self, call: Callable[[], T]) -> T:
         return call()
@@ -57,10 +69,12 @@ class Standing:
         assert state in LEGAL[self.state], (self.state, state)
         self.state = state
 
-    def halt(self) -> None:
+    def halt(self, seconds: float | None = None) -> Steps[None]:
+        yield from ()
         self.log.append("halt")
 
-    def run(self) -> bool:
+    def run(self) -> Steps[bool]:
+        yield from ()
         assert all(disk.locked for disk in self.disks)
         self.log.append("run")
         return self.runs
@@ -76,7 +90,8 @@ class Standing:
     def emit(self, event: str, **data: Any) -> None:
         self.log.append(event)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> Steps[None]:
+        yield from ()
         self.log.append(str(error))
 
 
@@ -134,16 +149,28 @@ def test_a_disk_that_is_not_to_be_had_keeps_the_guest_paused_and_no_other_locked
 def test_a_reset_that_came_with_the_stop_lets_it_run_on(machine: Standing, handoff: Handoff) -> None:
     calls = 0
 
-    def in_control(change: Callable[[], Any]) -> Any:
+    make = machine.change
+
+    def change(change: Change[Any]) -> Any:
         nonlocal calls
         calls += 1
         if calls == 2:  # the guest's request is carried out between the two
             handoff.note_reset()
-        return change()
+        return make(change)
 
-    machine.in_control = in_control  # type: ignore[method-assign]
+    machine.change = change  # type: ignore[method-assign]
     assert handoff.stop() is None
     assert machine.state is RunState.RUNNING
+    assert machine.log[-2:] == ["run", "RESUME"]
+
+
+def test_a_disk_that_does_not_answer_holds_the_guest_up_no_longer_than_is_said(
+    machine: Standing, handoff: Handoff
+) -> None:
+    machine.disks[1].answers = False
+    with pytest.raises(HostError, match="b: its disk does not answer"):
+        handoff.stop()
+    handoff.keep()
     assert machine.log[-2:] == ["run", "RESUME"]
 
 

@@ -239,7 +239,7 @@ def test_writes_reach_the_device_item_by_item_and_are_counted(rig: Rig) -> None:
 
 def test_reads_are_answered_the_first_item_lowest(rig: Rig) -> None:
     vcpu = rig.run(PioRead(0x10, 2, 3), MmioRead(0x1000, 4))
-    assert vcpu.replies == [-1, 0x0003_0002_0001, -1, 4]
+    assert vcpu.replies == [0x0003_0002_0001, 4]
 
 
 def test_device_that_raises_costs_its_access_and_the_guest_runs_on(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -248,7 +248,7 @@ def test_device_that_raises_costs_its_access_and_the_guest_runs_on(rig: Rig, cap
         vcpu = rig.run(PioWrite(0x10, 1, (1,)), MmioRead(0x1000, 4), PioRead(0x10, 1, 1))
     assert rig.threads[0].faults == 3
     assert vcpu.log == ["run", "complete"] * 3
-    assert vcpu.replies == [-1, -1]
+    assert vcpu.replies == [-1, -1, -1]
     assert "vcpu0: a device failed; the access is ignored" in caplog.text
     assert "a bug of ours" in caplog.text
     assert rig.fatal.items == []

@@ -82,7 +82,7 @@ class PciFunction(Device[F]):
     """
 
     ZERO_WHEN_TORN_OUT: ClassVar[bool] = False
-    """What was its BARs reads 0, not all ones, until the guest has turned the slot off."""
+    """What was its BARs reads 0, not all ones, until the guest has turned the slot off, once it is no longer `busy`."""
 
     def __init__(
         self,
@@ -155,6 +155,11 @@ class PciFunction(Device[F]):
         self.msi = Msi(self.name, self.config.add_capability(MsiCapability), sink.vector())
         return self.msi
 
+    @property
+    def busy(self) -> bool:
+        """What it has begun may still reach the guest's memory, though it is reset, or out of its slot. Any thread."""
+        return False
+
     def config_read(self, offset: int, size: int) -> int:
         """A guest's read of configuration space: any width and alignment; all ones outside."""
         with self.lock:
@@ -173,7 +178,7 @@ class PciFunction(Device[F]):
         self.reset()
 
     def release(self) -> None:
-        """The function leaves its slot: from here on it reaches neither memory nor an interrupt. With the lock.
+        """The function leaves its slot: from here on it begins nothing, and interrupts nobody. With the lock.
 
         By a vCPU's thread: what takes long, such as the reset of a real device, is for `close`.
         """

@@ -18,6 +18,7 @@ is not reset, for the kernel refuses to (`kvmpy.devices.vfio.reset`), and is not
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from mmap import PAGESIZE
@@ -42,7 +43,7 @@ from kvmpy.irq import MsiSink
 
 log = logging.getLogger(__name__)
 
-RESET_SECONDS: Final = 10.0  # the longest that a system reset waits for it; PCI Express allows a device one
+RESET_SECONDS: Final = 10.0  # the longest that a system reset waits for them all; PCI Express allows a device one
 STATUS: Final = 0x06
 EXTENDED: Final = 0x100
 SERIAL_NUMBER: Final = 0x0001_0003  # ID and version of the extended capability, the last in the chain
@@ -115,6 +116,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
         self._wanted_back = False  # by the host, which waits until it is closed
+        self._reset_until: float | None = None  # how long a system reset that has begun waits for ours
         self._used = False  # the guest may have changed it since its last reset
         self._irqs = Interrupts(name, device, self.intx)
         self._resetter = Resetter(name, device.reset)
@@ -160,13 +162,27 @@ class VfioPci(PciFunction[VfioPciState]):
 
     # Its life
 
+    def begin_reset(self) -> bool:
+        with self.lock:
+            if self._reset_until is None:
+                self._quiesce()
+                self.broken = None
+                self._resetter.start()
+                self._reset_until = time.monotonic() + RESET_SECONDS
+            return self._resetter.is_over
+
+    def await_reset(self) -> None:
+        if (until := self._reset_until) is not None:
+            self._resetter.wait(max(until - time.monotonic(), 0))
+
     def reset(self) -> None:
         """A system reset: the device's too, no longer than RESET_SECONDS. No vCPU runs."""
-        self._quiesce()
-        self._resetter.start()
-        if not self._resetter.wait(RESET_SECONDS):
+        self.begin_reset()
+        self.await_reset()
+        self._reset_until = None
+        if not self._resetter.is_over:
             self._break(f"it has not come out of its reset in {RESET_SECONDS:.0f} seconds")
-        else:
+        elif self.broken is None:  # else the host has said meanwhile that it is
             self._come_back()
 
     def bus_reset(self) -> None:
@@ -334,7 +350,7 @@ class VfioPci(PciFunction[VfioPciState]):
     def _after_bus_reset(self) -> None:
         with self.lock:
             # Else another has begun since, or it broke meanwhile, or a system reset has seen to it.
-            if not self._resetter.is_over or self.broken is not None or self._answers:
+            if not self._resetter.is_over or self.broken is not None or self._answers or self._reset_until is not None:
                 return
             if self._wanted_back and isinstance(self._resetter.error, ResetRefused):
                 log.info(

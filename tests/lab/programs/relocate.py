@@ -73,7 +73,7 @@ def moved(source: Machine, destination: Machine, state: dict[str, Any]) -> None:
     board = destination.board
     for ours, theirs in zip(board.memory.blocks, source.board.memory.blocks, strict=True):
         ours.view[:] = theirs.view
-    destination.adopt_processor(describe_guest(source.board.vcpus[0]))
+    destination.handoff.adopt_cpu(describe_guest(source.board.vcpus[0]))
     states = [decode(VcpuRegisters, section) for section in state["vcpus"]]
     for vcpu, registers_ in zip(board.vcpus, states, strict=True):
         vcpu_state.load(vcpu, registers_)
