@@ -21,6 +21,7 @@ from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import Take, nobody
 from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.main_channel import printable
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
@@ -198,7 +199,7 @@ class Migrations:
             outgoing.progress.cancelling()
             outgoing.progress.fail(Status.CANCELLED, str(error))
         else:
-            log.error("migration: %s", error)
+            log.error("migration: %s", printable(str(error)))
             if isinstance(error, IncompatibleError):
                 outgoing.progress.problems = list(error.problems)
             outgoing.progress.fail(Status.FAILED, str(error))
@@ -231,7 +232,7 @@ class Migrations:
                 except MigrationError as e:
                     if not incoming.has_page_channels:
                         raise
-                    log.warning("migration: turned away: %s", e)
+                    log.warning("migration: turned away: %s", printable(str(e)))
                     continue
                 if header is not None:
                     progress.become(Status.SETUP)
@@ -248,7 +249,7 @@ class Migrations:
         try:
             self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
         except CommandError:  # it has ended already
-            log.info("incoming migration: %s", error)
+            log.info("incoming migration: %s", printable(str(error)))
 
     # Within
 
