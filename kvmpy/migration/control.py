@@ -199,7 +199,7 @@ class Migrations:
             outgoing.progress.cancelling()
             outgoing.progress.fail(Status.CANCELLED, str(error))
         else:
-            log.error("migration: %s", printable(str(error)))
+            log.error("migration: %s", printable("; ".join(str(error).splitlines())))
             if isinstance(error, IncompatibleError):
                 outgoing.progress.problems = list(error.problems)
             outgoing.progress.fail(Status.FAILED, str(error))
