@@ -46,6 +46,7 @@ soak: setup ## the tests with their full counts
 
 bench: setup ## measure kvmpy beside QEMU and print the ratios
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.pages
 	$(BIN)/python -m bench.hotplug
 
 check: lint types layers ## all static checks

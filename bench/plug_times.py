@@ -1,11 +1,11 @@
 """Run on an emulated host beside a guest, of kvmpy's or QEMU's: how long a plug and an unplug take. Standard library.
 
-    python plug_times.py QMP-SOCKET ROUNDS BRIDGE DISK NET-TABLE BLK-TABLE         prints a line of JSON
+    python plug_times.py ROUNDS BRIDGE CONTENDERS         prints a line of JSON
 
+CONTENDERS is JSON, by name of each: its QMP "socket", the tables "net" and "blk" for device_add, and the file "disk".
 The guest's side is `GUEST_LOOP` of hotplug.py: once a network device is there it gives it an address and pings; once a
 disk is there it writes to it. A network device is usable when its first echo request arrives on BRIDGE, a disk when its
-file DISK has changed; both are gone when DEVICE_DELETED comes. Each round waits until the guest has seen that too.
-"asked" is what device_add takes, "in" the time from then on until the device is usable, "out" is device_del's.
+file has changed; both are gone when DEVICE_DELETED comes. Each turn waits until the guest has seen that too.
 """
 
 from __future__ import annotations
@@ -84,24 +84,34 @@ def written(path: str) -> Callable[[], None]:
     return wait
 
 
-def main(path: str, rounds: str, bridge: str, disk: str, net: str, blk: str) -> None:
-    qmp = Qmp(path)
-    kinds = ("net asked", "net in", "net out", "blk asked", "blk in", "blk out")
-    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+def turn(qmp: Qmp, bridge: str, tables: dict[str, Any], times: dict[str, list[float]]) -> None:
+    """A network device and a disk come and go, once each."""
+    for kind, ready in (("net", pinged(bridge)), ("blk", written(tables["disk"]))):
+        table = tables[kind]
+        begin = time.monotonic()
+        qmp("device_add", **table)
+        answered = time.monotonic()
+        ready()
+        used = time.monotonic()
+        times.setdefault(f"{kind} asked", []).append(answered - begin)
+        times.setdefault(f"{kind} in", []).append(used - answered)
+        times.setdefault(f"{kind} usable", []).append(used - begin)
+        time.sleep(REST)
+        begin = time.monotonic()
+        qmp("device_del", id=table["id"])
+        qmp.wait_deleted(table["id"])
+        times.setdefault(f"{kind} out", []).append(time.monotonic() - begin)
+        time.sleep(REST)
+
+
+def main(rounds: str, bridge: str, contenders: str) -> None:
+    known: dict[str, dict[str, Any]] = json.loads(contenders)
+    times: dict[str, dict[str, list[float]]] = {who: {} for who in known}
+    sessions = {path: Qmp(path) for path in {tables["socket"] for tables in known.values()}}
     for _ in range(int(rounds)):
-        for kind, table, ready in (("net", json.loads(net), pinged(bridge)), ("blk", json.loads(blk), written(disk))):
-            begin = time.monotonic()
-            qmp("device_add", **table)
-            answered = time.monotonic()
-            ready()
-            times[f"{kind} asked"].append(answered - begin)
-            times[f"{kind} in"].append(time.monotonic() - answered)
-            time.sleep(REST)
-            begin = time.monotonic()
-            qmp("device_del", id=table["id"])
-            qmp.wait_deleted(table["id"])
-            times[f"{kind} out"].append(time.monotonic() - begin)
-            time.sleep(REST)
+        for who, tables in known.items():
+            turn(sessions[tables["socket"]], bridge, tables, times[who])
+            print(who, {what: round(each[-1], 3) for what, each in times[who].items()}, file=sys.stderr)
     print(json.dumps(times))
 
 

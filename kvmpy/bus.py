@@ -54,13 +54,13 @@ class Bus:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._windows: tuple[tuple[int, ...], tuple[Window, ...]] = ((), ())
+        self._windows: tuple[tuple[int, ...], tuple[int, ...], tuple[Window, ...]] = ((), (), ())
         self._changing = threading.Lock()
 
     @property
     def windows(self) -> tuple[Window, ...]:
         """All windows, by rising address."""
-        return self._windows[1]
+        return self._windows[2]
 
     def map(self, base: int, size: int, target: Target, widest: int = 8) -> Window:
         """Give [base, base+size) to ``target``. Raises ValueError where a window is there already."""
@@ -115,12 +115,10 @@ class Bus:
 
     def _swap(self, windows: tuple[Window, ...]) -> None:
         ordered = tuple(sorted(windows, key=lambda window: window.base))
-        self._windows = (tuple(window.base for window in ordered), ordered)
+        bases, ends = tuple(window.base for window in ordered), tuple(window.end for window in ordered)
+        self._windows = (bases, ends, ordered)
 
     def _find(self, addr: int, size: int) -> Window | None:
-        bases, windows = self._windows
+        bases, ends, windows = self._windows
         index = bisect_right(bases, addr) - 1
-        if index < 0:
-            return None
-        window = windows[index]
-        return window if addr + size <= window.end else None
+        return windows[index] if index >= 0 and addr + size <= ends[index] else None

@@ -1,5 +1,5 @@
 /* Bitmaps of pages, and the pump of a migration: it scans a bitmap, tells zero pages, and moves runs of pages between
- * guest memory and a descriptor (docs/migration-pages.md has the records). All of it runs without the GIL, so a call may
+ * guest memory and a descriptor (kvmpy/migration/records.py has the records). All of it runs without the GIL, so a call may
  * take as long as a round does; what another thread may change meanwhile is in struct kvmpy_flow, and is read
  * atomically. No call trusts what comes in from a descriptor.
  *
@@ -67,10 +67,13 @@ struct kvmpy_sweep {
 struct kvmpy_ram { char *memory; uint64_t gpa, size; };
 
 /* The receiving end of one channel. gpa, pages and kind are the last record's, offset is where in the stream it began,
- * and inner where in a batch. */
+ * and inner where in a batch. Bytes that came in behind what was asked for wait in ahead[start, end): with room for no
+ * more than a header only such as are pages' for sure, so that nobody else's are taken. */
 struct kvmpy_intake {
     const struct kvmpy_ram *blocks;
     uint32_t count;
+    char *ahead;
+    uint64_t room, start, end;
     uint64_t gpa;
     uint32_t pages, kind;
     int32_t fault;
@@ -303,18 +306,6 @@ static int kvmpy_flow_write(struct kvmpy_flow *flow, int fd, const char *data, u
     int64_t moved = wire_all(&wire, flow, &iov, 1, size, timeout, 1);
     wire_close(&wire);
     return moved < 0 ? (int)moved : 0;
-}
-
-static int kvmpy_flow_read(struct kvmpy_flow *flow, int fd, char *data, uint64_t size, int timeout)
-{
-    struct wire wire;
-    struct iovec iov = {data, size};
-    int failed = wire_open(&wire, fd);
-    if (failed)
-        return failed;
-    int64_t moved = wire_all(&wire, flow, &iov, 1, size, timeout, 0);
-    wire_close(&wire);
-    return moved < 0 ? (int)moved : (uint64_t)moved < size ? -ENODATA : 0;
 }
 
 /* Sending: find this channel's pages, take them out of KVM's log, then read them */
@@ -571,36 +562,43 @@ static int kvmpy_intake_header(struct kvmpy_intake *in, const char *header)
     return accept_header(in, header, &memory);
 }
 
+/* Get ``size`` bytes, and where ``more`` may be taken, what else is there: how many of the ``size``, fewer at the end. */
+static int64_t fetch(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wire *wire, char *to, uint64_t size,
+                     int more, int timeout)
+{
+    uint64_t have = in->end - in->start < size ? in->end - in->start : size;
+    memcpy(to, in->ahead + in->start, have);
+    in->start += have;
+    if (have == size)
+        return (int64_t)size;
+    struct iovec iov[2] = {{to + have, size - have}, {in->ahead, in->room}};
+    int64_t got = wire_all(wire, flow, iov, more ? 2 : 1, size - have, timeout, 0);
+    if (got < 0 || have + got < size)
+        return got < 0 ? got : (int64_t)have + got;
+    in->start = 0;
+    in->end = have + got - size;
+    return (int64_t)size;
+}
+
 /* Move pages into guest memory until a record comes that is the caller's, and return its kind; 0 where the stream ends
  * between two records. ``idle`` is the timeout between records, ``timeout`` the one within. */
 static int take_records(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wire *wire, int timeout, int idle)
 {
-    char header[KVMPY_PAGE_RECORD], *memory = NULL;
-    uint64_t have = 0;
     for (;;) {
-        while (have < sizeof header) {
-            struct iovec iov = {header + have, sizeof header - have};
-            int64_t got = wire_all(wire, flow, &iov, 1, 1, have ? timeout : idle, 0);
-            if (got < 0)
-                return (int)got;
-            if (!got)
-                return have ? fault(in, KVMPY_FAULT_TRUNCATED) : 0;
-            have += got;
-        }
+        char header[KVMPY_PAGE_RECORD], *memory = NULL;
+        int failed = in->start == in->end ? wire_wait(wire, flow, POLLIN, idle) : 0;
+        if (failed)
+            return failed;
+        int64_t got = fetch(in, flow, wire, header, sizeof header, in->room > sizeof header, timeout);
+        if (got < (int64_t)sizeof header)
+            return got <= 0 ? (int)got : fault(in, KVMPY_FAULT_TRUNCATED);
         int kind = accept_header(in, header, &memory);
-        if (kind < 0)
-            return kind;
-        have = 0;
         if (kind == KVMPY_PAGE_DATA) {
-            /* Behind the pages comes another record for sure, so the same call may fetch its header. */
-            uint64_t size = (uint64_t)in->pages * PAGE;
-            struct iovec iov[2] = {{memory, size}, {header, sizeof header}};
-            int64_t got = wire_all(wire, flow, iov, 2, size, timeout, 0);
-            if (got < 0)
-                return (int)got;
-            if ((uint64_t)got < size)
-                return fault(in, KVMPY_FAULT_TRUNCATED);
-            have = got - size;
+            /* Behind the pages comes another record for sure. */
+            int64_t size = (int64_t)in->pages * PAGE;
+            got = fetch(in, flow, wire, memory, size, 1, timeout);
+            if (got < size)
+                return got < 0 ? (int)got : fault(in, KVMPY_FAULT_TRUNCATED);
             in->data_pages += in->pages;
             in->bytes += size;
             in->offset += size;
@@ -620,6 +618,19 @@ static int kvmpy_intake_run(struct kvmpy_intake *in, struct kvmpy_flow *flow, in
     result = take_records(in, flow, &wire, timeout, idle);
     wire_close(&wire);
     return result;
+}
+
+/* Get the bytes that belong to the record at hand. */
+static int kvmpy_intake_read(struct kvmpy_intake *in, struct kvmpy_flow *flow, int fd, char *to, uint64_t size,
+                             int timeout)
+{
+    struct wire wire;
+    int result = wire_open(&wire, fd);
+    if (result)
+        return result;
+    int64_t got = fetch(in, flow, &wire, to, size, 0, timeout);
+    wire_close(&wire);
+    return got < 0 ? (int)got : (uint64_t)got < size ? fault(in, KVMPY_FAULT_TRUNCATED) : 0;
 }
 
 /* Do what a batch of records says; the batch is ours, and nobody changes it. */

@@ -17,6 +17,15 @@ from kvmpy.host import rundir
 PS_PATIENCE: Final = 2.0
 # How long `status` counts exits for
 RATE_SECONDS: Final = 0.5
+# What goes on at a root port, in words
+STATES: Final = {
+    "waiting": "shown to the guest when that is done with the one before",
+    "off": "the guest does not use it",
+    "working": "the guest is at work on it",
+    "on": "in use",
+    "asked": "the guest has been asked to let it go",
+    "leaving": "out of the slot, the host is not done with it",
+}
 # Of a device, what has a place of its own in `status` or is for --json
 SAID_APART: Final = ("host", "id", "driver", "address", "kind", "status", "features", "queues", "broken")
 
@@ -55,6 +64,7 @@ def status(args: argparse.Namespace) -> int:
     print(f"  exits: {exits}")
     for device in info["devices"]:
         _show(device)
+    _show_ports(info["root-ports"], info["spare"])
     if info["device-faults"]:
         print(f"  device faults: {info['device-faults']} (see the machine's standard error)")
     return 0
@@ -117,6 +127,20 @@ def _show(device: dict[str, Any]) -> None:
         print(f"    queues: {', '.join(queues)}")
     if device["broken"]:
         print(f"    broken until the guest resets it: {device['broken']}")
+
+
+def _show_ports(ports: list[dict[str, Any]], spare: dict[str, list[str]]) -> None:
+    """Where devices can be plugged in, and what there is for them to use."""
+    if not ports:
+        return
+    width = max(len(port["id"]) for port in ports)
+    print("  root ports:")
+    for port in ports:
+        taken = "free" if port["state"] == "free" else f"{port['device']}: {STATES[port['state']]}"
+        print(f"    {port['id']:<{width}}  slot {port['slot']:>2}  {taken}")
+    for kind, names in spare.items():
+        if names:
+            print(f"  {kind} that no device uses: {', '.join(names)}")
 
 
 def _driver_status(device: dict[str, Any]) -> str:

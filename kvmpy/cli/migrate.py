@@ -98,9 +98,12 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
 
 def check(client: Client, name: str, uri: str, shown: str | None = None) -> int:
     """Ask both sides, and print everything that stands in the way of going to ``uri``, which is called ``shown``."""
-    blockers: list[object] = client("x-migrate-check", uri=uri)["problems"]
+    answer = client("x-migrate-check", uri=uri)
+    blockers: list[object] = answer["problems"]
     for blocker in blockers:
         print(printable(str(blocker)))
+    for warning in answer["warnings"]:
+        tell(f"kvmpy: warning: {printable(str(warning))}")
     tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(shown or uri)}")
     return BLOCKED if blockers else 0
 

@@ -28,7 +28,7 @@ from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.kvm.system import virtualization
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
-from kvmpy.machine.runstate import Outcome
+from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.monitor.server import MonitorServer
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 STDIN: Final = 0
 STDOUT: Final = 1
+NO_GUEST: Final = (RunState.INMIGRATE, RunState.POSTMIGRATE)
+"""It is to come, or has gone: nobody can be asked to power off."""
 DEFER: Final = "defer"
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
@@ -73,7 +75,7 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
         stack.callback(directory.close)
         with signals.ending():
             _give_back_leftovers(directory)
-            machine = stack.enter_context(Machine(config, incoming=args.incoming is not None))
+            machine = stack.enter_context(Machine(config, named=True, incoming=args.incoming is not None))
         migrations = _migrations(machine, args)
         stack.callback(_serve_monitor(machine, directory, migrations).close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
@@ -151,9 +153,10 @@ class _Signals:
         """Threads that are started within, and theirs, leave signals to the main thread, where the handlers run.
 
         When we are continued while SIGTERM waits, any thread may take the two; the main thread would not hear of them
-        before the system call for which it was stopped has begun, and stopped us, again.
+        before the system call for which it was stopped has begun, and stopped us, again. A read of a terminal that the
+        shell has taken is refused instead of stopping us (SIGTTIN): the guest runs on in the background.
         """
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT])
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [*ENDING, signal.SIGCONT, signal.SIGTTIN])
         try:
             yield
         finally:
@@ -194,8 +197,8 @@ class _Signals:
 
     def _press(self, machine: Machine, name: str, limit: float) -> None:
         with contextlib.suppress(CommandError):  # it has just ended by itself, and the signal is for us
-            if self._presses > 1:
-                log.info("%s: stopping the guest", name)
+            if self._presses > 1 or machine.state in NO_GUEST:
+                log.info("%s: stopping the guest" if self._presses > 1 else "%s: there is no guest here", name)
                 machine.stop()
             elif machine.powerdown(limit):
                 log.info("%s: pressed the power button; the guest has %g s", name, limit)
@@ -290,7 +293,9 @@ def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[obj
             "to run it in the background, give its serial line another place, such as --set console.serial=pty",
             machine.name,
         )
-    return RawTerminal(STDIN, lambda: signals.caught)
+    raw = RawTerminal(STDIN, lambda: signals.caught, machine.console.leave)
+    machine.console.retake = raw.retake
+    return raw
 
 
 def _power_button(machine: Machine) -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, cast, get_args, get_origin
 
 import msgspec
 
-from kvmpy.config.reader import Reader, Table, tables
+from kvmpy.config.reader import Reader, Table, struct_fields, tables
 from kvmpy.config.schema import Config, Device, Netdev, validate
 from kvmpy.config.toml_lines import Message, Path, did_you_mean, plain
 from kvmpy.errors import CommandError
@@ -89,7 +89,7 @@ def _kind(kinds: Iterable[type[Table]], table: Mapping[str, Any], tag: str, unkn
 
 def _read(config: Config, kind: type[Table], table: Mapping[str, Any], tag: str, named: Any) -> Table:
     """``table`` as a ``kind``; ``named(key)`` is how a message begins that is about a key."""
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    fields = {field.encode_name: field for field in struct_fields(kind)}
     for key in table:
         if key != tag and key not in fields:
             raise CommandError(f"{named(plain(key))} not found{did_you_mean(key, fields)}")

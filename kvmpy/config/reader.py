@@ -46,7 +46,7 @@ class Reader:
             self.refuse(path, f"expected a table, got {got(value)}")
             value = {}
         kind = self.kind(kinds, value, path)
-        keys = [field for field in _fields(kind) if not field.name.startswith("_")]
+        keys = [field for field in struct_fields(kind) if not field.name.startswith("_")]
         if kind in kinds:
             names = [field.encode_name for field in keys] + [kind.__struct_config__.tag_field or ""]
             for key in [key for key in value if key not in names]:
@@ -97,7 +97,8 @@ class Reader:
         return parsed.within(self.directory) if isinstance(parsed, HostPath | Backend) else parsed
 
 
-_fields = cache(msgspec.structs.fields)
+# Each look at a class leaves a circle of closures behind (msgspec's own), and nobody collects those while vCPUs run.
+struct_fields = cache(msgspec.structs.fields)
 
 
 def tables(hint: Any) -> tuple[type[Table], ...]:

@@ -164,6 +164,7 @@ class VfioPci(DeviceBase, frozen=True, kw_only=True, tag="vfio-pci"):
     host: PciAddress  # its address on the host; the domain can be left out
     mac: Mac | None = None  # given to a VF through its PF; default: the standby's, or what the VF has
     vlan: Annotated[int, Meta(ge=0, le=4094)] | None = None  # likewise, 0 is none; default: what the VF has
+    rombar: bool = True  # show the guest its expansion ROM, where it has one that the host can read
     failover_pair_id: Id | None = None  # makes it the primary of this standby; default: none
 
 

@@ -95,10 +95,25 @@ class Device(Generic[S]):
     def advance(self, nanoseconds: int) -> None:
         """Count time that no host's clock has seen: the machine was on its way from one to another. Before `resume`."""
 
+    def begin_reset(self) -> bool:
+        """The machine is about to be reset, and stands still: begin what `reset` would have to wait for.
+
+        False while it would: a thread that may wait calls `await_reset`. By the control thread, without the lock.
+        """
+        return True
+
+    def await_reset(self) -> None:
+        """Wait until `reset` would not. Without the lock."""
+
+    def begin_pause(self) -> bool:
+        """Begin with what a `pause` may have to wait for; whether it would not wait now. By the control thread."""
+        return True
+
     def pause(self) -> None:
         """Stop touching the guest's memory; nothing is lost.
 
-        By the control thread, every vCPU parked, without the lock. A device that is paused can be reset or saved.
+        Every vCPU parked, without the lock. By the control thread, or while `begin_pause` says False by one that may
+        wait. A device that is paused can be reset or saved.
         """
 
     def resume(self) -> None:

@@ -30,13 +30,21 @@ BankHook = TypeVar("BankHook", bound=Callable[..., object])
 
 
 class _Watch(NamedTuple):
-    """Who wants to know of guest accesses to [offset, offset+size)."""
+    """Who wants to know of guest accesses to [offset, offset+size), which ends at ``end``."""
 
     offset: int
     size: int
+    end: int
     changed: Change | None
     written: Change | None
-    reading: Callable[[], object] | None
+
+
+class _Reading(NamedTuple):
+    """Who wants to know of guest reads of [offset, end)."""
+
+    offset: int
+    end: int
+    reading: Callable[[], object]
 
 
 class RegisterSpace:
@@ -48,7 +56,9 @@ class RegisterSpace:
         self._writable = bytearray(size)
         self._clear = bytearray(size)
         self._hardware = bytearray(size)
-        self._watches: list[_Watch] = []
+        self._watches: dict[tuple[int, int], _Watch] = {}  # by offset and size, in the order of their declaration
+        self._by_dword: dict[int, list[_Watch]] = {}  # those of _watches that touch it
+        self._readings: dict[tuple[int, int], _Reading] = {}
 
     def define(
         self,
@@ -74,9 +84,17 @@ class RegisterSpace:
         masks = (self.content, self._reset, self._writable, self._clear, self._hardware)
         for mask, value in zip(masks, (reset, reset, writable, clear, hardware), strict=True):
             mask[offset : offset + size] = value.to_bytes(size, "little")
-        self._watches = [w for w in self._watches if w[:2] != (offset, size)]
-        if changed or written or reading:
-            self._watches.append(_Watch(offset, size, changed, written, reading))
+        key, end = (offset, size), offset + size
+        self._readings.pop(key, None)
+        if reading:
+            self._readings[key] = _Reading(offset, end, reading)
+        earlier = self._watches.pop(key, None)
+        if changed or written:
+            self._watches[key] = _Watch(offset, size, end, changed, written)
+        if changed or written or earlier:
+            for dword in range(offset >> 2, (end + 3) >> 2):
+                here = [w for w in self._watches.values() if w.offset < 4 * dword + 4 and 4 * dword < w.end]
+                self._by_dword[dword] = here
 
     def get(self, offset: int, size: int) -> int:
         """What is at ``offset`` now, for our code."""
@@ -93,21 +111,27 @@ class RegisterSpace:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read of any width and alignment; all ones unless all of it is in the space."""
-        if not 0 <= offset <= len(self.content) - size:
+        end = offset + size
+        if not 0 <= offset <= end <= len(self.content):
             return (1 << 8 * size) - 1
-        for watch in self._touched(offset, size):
-            if watch.reading is not None:
-                watch.reading()
-        return self.get(offset, size)
+        for first, last, reading in self._readings.values():
+            if offset < last and first < end:
+                reading()
+        return int.from_bytes(self.content[offset:end], "little")
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write of any width and alignment; ignored unless all of it is in the space."""
-        if not 0 <= offset <= len(self.content) - size:
+        end = offset + size
+        if not 0 <= offset <= end <= len(self.content):
             return
-        touched = [(watch, self.get(watch.offset, watch.size)) for watch in self._touched(offset, size)]
-        old = self.get(offset, size)
-        writable, clear = _int(self._writable, offset, size), _int(self._clear, offset, size)
-        self.set(offset, size, (old & ~writable | value & writable) & ~(value & clear))
+        dword = offset >> 2
+        near = self._by_dword.get(dword, ()) if end <= 4 * dword + 4 else self._watches.values()
+        touched = [(w, self.get(w.offset, w.size)) for w in near if offset < w.end and w.offset < end] if near else ()
+        old = int.from_bytes(self.content[offset:end], "little")
+        writable = int.from_bytes(self._writable[offset:end], "little")
+        clear = int.from_bytes(self._clear[offset:end], "little")
+        new = (old & ~writable | value & writable) & ~(value & clear)
+        self.content[offset:end] = new.to_bytes(size, "little")
         for watch, before in touched:
             after = self.get(watch.offset, watch.size)
             if watch.written is not None:
@@ -131,9 +155,6 @@ class RegisterSpace:
                 f"the register byte at {at:#x} is {content[at]:#x} where this machine has {self._reset[at]:#x}"
             )
         self.content = content
-
-    def _touched(self, offset: int, size: int) -> list[_Watch]:
-        return [w for w in self._watches if offset < w.offset + w.size and w.offset < offset + size]
 
 
 class Field:
@@ -169,7 +190,10 @@ class Field:
     @overload
     def __get__(self, bank: RegisterBank, owner: type) -> int: ...
     def __get__(self, bank: RegisterBank | None, owner: type) -> Self | int:
-        return self if bank is None else bank.space.get(bank.offset + self.offset, self.size)
+        if bank is None:
+            return self
+        at = bank.offset + self.offset
+        return int.from_bytes(bank.space.content[at : at + self.size], "little")
 
     def __set__(self, bank: RegisterBank, value: int) -> None:
         bank.space.set(bank.offset + self.offset, self.size, value)
@@ -220,7 +244,3 @@ class RegisterBank:
         said: dict[str, Any] = {kind: getattr(self, method) for kind, method in field.hooks.items()}
         said |= field.masks | {"reset": field.reset} | resets
         self.space.define(self.offset + field.offset, field.size, **said)
-
-
-def _int(mask: bytearray, offset: int, size: int) -> int:
-    return int.from_bytes(mask[offset : offset + size], "little")

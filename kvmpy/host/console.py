@@ -3,11 +3,13 @@
 Output goes to all of them. The backend sets the pace, where it is one that somebody meant to keep (a terminal, a pipe,
 a file): while it is full the guest's transmitter is not ready. A pty or a socket may have nobody behind it, so it loses
 what does not fit. Input comes from any of them, and waits with its sender until the guest has room. Not so what the
-operator types at the backend's terminal: that is always read, since the key that leaves is in it, and comes first.
+operator types at the backend's terminal: that is always read, since the key that leaves is in it, and comes first. But
+for a terminal that the shell has taken back (`bg`): the guest runs on without it, and has it again after `fg`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -18,6 +20,7 @@ from typing import Final
 from kvmpy.errors import HostError, refusal
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.stream import Listener, Stream
+from kvmpy.host.terminal import in_background
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +30,35 @@ MOST_TYPED: Final = 64 * 1024
 OFFER: Final = 4096
 # Who attaches may never read, or go away while the guest takes no input: they do not use up our descriptors.
 MOST_CLIENTS: Final = 16
+# Seconds between two looks at whether the shell has given the terminal back: it tells only those that it had stopped.
+LOOK_AGAIN: Final = 0.2
 # A regular file never blocks; a named pipe or a terminal must not, and we want no controlling terminal.
 FILE_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 FILE_ADVICE: Final = {errno.ELOOP: "it is a symbolic link to what is not there; make that first"}
+
+
+class TerminalStream(Stream):
+    """The operator's terminal. In the background it has no input: ``on_background`` is told, and may only post."""
+
+    def __init__(self, reactor: Reactor, read_fd: int, write_fd: int, on_background: Callable[[], object]) -> None:
+        super().__init__(reactor, read_fd, write_fd)
+        self._on_background = on_background
+
+    @property
+    def in_background(self) -> bool:
+        """Another process group has the terminal."""
+        return in_background(self._read_fd)
+
+    def _take(self) -> bytes:
+        try:
+            if not self.in_background:
+                return super()._take()
+        except OSError as e:
+            # Taken from us just now: a thread that blocks SIGTTIN is told so, in another we would be stopped once more.
+            if e.errno != errno.EIO or not self.in_background:
+                raise
+        self._on_background()
+        raise BlockingIOError(errno.EAGAIN, "in the background")
 
 
 class Console:
@@ -40,7 +69,9 @@ class Console:
         self._streams: list[Stream] = []
         self._pacing: Stream | None = None
         self._listeners: list[Listener] = []
-        self._terminal: Stream | None = None
+        self._terminal: TerminalStream | None = None
+        self._away = False
+        self._look = reactor.timer(self._look_again)
         self._typed = bytearray()
         self._losing = False
         self._waiting = bytearray()
@@ -49,6 +80,8 @@ class Console:
         self._drained: Callable[[], object] = lambda: None
         self.filter: Callable[[bytes], bytes] = bytes
         """Sees the backend's input first: the terminal's escape key."""
+        self.retake: Callable[[], object] = lambda: None
+        """Told, in the reactor's thread, that the terminal is ours again, as the shell likes it."""
 
     def connect(self, receive: Callable[[bytes], int], drained: Callable[[], object]) -> None:
         """The guest's side: ``receive`` says how many bytes it took, ``drained`` hears that `room` is back."""
@@ -77,19 +110,26 @@ class Console:
 
         Input from a pipe or a file is held back until the guest has room, and all of it comes. A terminal's is not.
         """
-        stream = Stream(self._reactor, read_fd, write_fd)
+        stream: Stream
+        if read_fd >= 0 and os.isatty(read_fd):
+            stream = self._terminal = TerminalStream(self._reactor, read_fd, write_fd, self.leave)
+            take = self._type
+        else:
+            stream = Stream(self._reactor, read_fd, write_fd)
+            take = self._take
         stream.on_drained = lambda: self._drained()
         self._pacing = stream
-        if read_fd >= 0 and os.isatty(read_fd):
-            self._terminal = stream
-            self._add(stream, lambda data: self._type(self.filter(data)))
-        else:
-            self._add(stream, lambda data: self._take(self.filter(data)))
+        self._add(stream, lambda data: take(self.filter(data)))
 
     def show(self, text: bytes) -> None:
         """Say ``text`` to the backend, and to nobody else. Any thread; never blocks."""
         if self._pacing:
             self._pacing.write(text)
+
+    def leave(self) -> None:
+        """The shell has taken the terminal back: read nothing of it until it is ours again. Any thread."""
+        with contextlib.suppress(RuntimeError):  # the machine has ended
+            self._reactor.post(self._leave)
 
     def open(self, kind: str, path: str) -> str | None:
         """Open a backend of a ``kind`` that the configuration has, but for stdio. Returns the path of a pty.
@@ -106,8 +146,11 @@ class Console:
         return None
 
     def open_pty(self) -> str:
-        """Make a new pty a backend; returns the path of its terminal side."""
-        ours, theirs = os.openpty()
+        """Make a new pty a backend; returns the path of its terminal side. Raises HostError."""
+        try:
+            ours, theirs = os.openpty()
+        except OSError as e:
+            raise HostError(f"pty: {refusal(e.errno, 'none can be made')}") from e
         # Kept open, or our side would report a hang-up whenever nobody has it open; raw, or it would echo.
         self._pty = theirs
         tty.setraw(theirs)
@@ -148,6 +191,7 @@ class Console:
             os.close(self._pty)
             self._pty = -1
         self._streams, self._listeners, self._pacing, self._terminal = [], [], None, None
+        self._look.cancel()
 
     def _admit(self, client: Stream) -> None:
         """Attach a client of the socket, if need be in the place of one that has hung up."""
@@ -167,7 +211,26 @@ class Console:
         self._listen(stream)
 
     def _listen(self, stream: Stream) -> None:
-        stream.listen(wanted=stream is self._terminal or not (self._typed or self._waiting))
+        if stream is self._terminal:
+            stream.listen(wanted=not self._away)
+        else:
+            stream.listen(wanted=not (self._typed or self._waiting))
+
+    def _leave(self) -> None:
+        if self._terminal is not None and not self._away:
+            self._away = True
+            self._listen(self._terminal)
+            self._look.arm(LOOK_AGAIN)
+
+    def _look_again(self) -> None:
+        if self._terminal is None:
+            return
+        if self._terminal.in_background:
+            self._look.arm(LOOK_AGAIN)
+        else:
+            self._away = False
+            self.retake()
+            self._listen(self._terminal)
 
     def _remove(self, stream: Stream) -> None:
         if stream is self._pacing:

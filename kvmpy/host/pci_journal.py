@@ -4,7 +4,7 @@ A machine that ends gives everything back and removes it. After a crash the next
 does that (`kvmpy.host.pci.recover`). It names the process as the marks of `kvmpy.host.ownership` do, and the boot: a
 reboot has undone it all.
 
-A machine of `kvmpy run` has that directory as long as it runs. A program's gets one here, while the journal is in it.
+A machine of `kvmpy run` has that directory as long as it runs, a program's from its first function of the host on.
 
 Each change is a new file that takes the old one's place, so that there is always a whole one. One process writes, the
 one that has the machine's name; its threads take turns.

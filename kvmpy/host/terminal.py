@@ -3,7 +3,8 @@
 Raw but for output processing, which stays on so that our own messages do not staircase. The descriptors are opened
 afresh where the kernel allows it: O_NONBLOCK belongs to an open file description, and setting it on ours would set it
 for the shell that started us too. Of a shell's job control: a background process group waits for the foreground before
-it touches the terminal, and once it is to end it leaves the terminal to whoever has it.
+it touches the terminal, unless it has something else to do, and once it is to end it leaves the terminal to whoever has
+it.
 """
 
 from __future__ import annotations
@@ -60,10 +61,17 @@ class RawTerminal:
     """``fd``'s terminal in raw mode between `__enter__` and `__exit__`.
 
     Once ``ending`` says so, being in the background is no reason to stop any more: a signal has to end us there too.
+    ``on_background`` is told, by the main thread, when we go on in the background after a stop: whoever has something
+    to do without the terminal calls `retake` later. Without it we stop until we are in the foreground.
     """
 
-    def __init__(self, fd: int, ending: Callable[[], bool] = lambda: False) -> None:
-        self._fd, self._ending = fd, ending
+    def __init__(
+        self,
+        fd: int,
+        ending: Callable[[], bool] = lambda: False,
+        on_background: Callable[[], object] | None = None,
+    ) -> None:
+        self._fd, self._ending, self._on_background = fd, ending, on_background
         self._saved: list[Any] | None = None
         self._handler: Any = signal.SIG_DFL
 
@@ -114,7 +122,16 @@ class RawTerminal:
             raise
 
     def _continued(self, *_: object) -> None:
-        """The shell has brought us back, with the terminal as it likes it. In the main thread, whatever that does."""
+        """We go on after a stop. In the main thread, whatever that does."""
+        if self._on_background is not None and in_background(self._fd):
+            self._on_background()
+        else:
+            self.retake()
+
+    def retake(self) -> None:
+        """We are in the foreground, with the terminal as the shell likes it: make it raw again. Any thread."""
+        if self._saved is None:
+            return
         with contextlib.suppress(termios.error):  # it was hung up meanwhile
             self._set_raw()
 

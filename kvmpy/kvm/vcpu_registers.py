@@ -4,8 +4,6 @@ Left out is what KVM has no ioctl for: a queued start-up IPI's vector (KVM_GET_V
 MP_STATE first makes KVM take it in), and what the guest cannot see.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Final
 
 from msgspec import Meta

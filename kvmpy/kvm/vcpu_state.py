@@ -5,7 +5,8 @@
     for vcpu, state in zip(vcpus, states): load(vcpu, state)
     load_tsc(vcpus, states)                # kvmpy.kvm.tsc: all vCPUs' at once
 
-The vCPU must not be running, must have completed its last access (`Vcpu.complete`), and have its CPUID. The order of
+The vCPU must not be running, must have completed its last access (`Vcpu.complete`), and have its CPUID. RAM is loaded
+before: KVM writes to it when the MSR that says where the guest's wall clock is gets its value. The order of
 saving: MP_STATE first, for reading it makes KVM take in a pending INIT or start-up IPI, which changes registers; the
 events last, for reading them may deliver an exception's payload, and every other register has been read by then. The
 order of loading is each ioctl's demand on those before it, said beside it.

@@ -15,8 +15,6 @@ time; one that is behind the other leaves the clock as it was and says so, for k
 The PIT starts its count anew when it is set: KVM does not take over when it was loaded.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Annotated, Any, ClassVar, Final
 

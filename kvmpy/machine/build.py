@@ -84,7 +84,8 @@ class Board:
 
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
-        pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
+        with self.pci.lock:
+            pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
 
 
 def build(
@@ -96,11 +97,12 @@ def build(
     report: Report,
     resources: ExitStack,
     *,
+    named: bool = False,
     incoming: bool = False,
 ) -> Board:
     """Make the machine of ``config``; ``resources`` gives everything back, in reverse.
 
-    With ``incoming`` the disks are another machine's still, and are not locked.
+    ``named``: its name is locked already. With ``incoming`` the disks are another machine's still, and are not locked.
 
     Raises HostError where this host cannot, with nothing left behind once ``resources`` is closed.
     """
@@ -147,7 +149,7 @@ def build(
     groups = VfioGroups(vm)
     resources.callback(groups.close)
     directory = os.path.join(rundir.base(), config.name)
-    host = Host(memory, io, vm, network, report, control.timer, groups, directory)
+    host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named)
     plugger = Plugger(config, pci, host, inventory, resources)
     plugger.plug_all(locked=not incoming)
     return Board(

@@ -72,7 +72,7 @@ def check_devices(config: Config) -> None:
 def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
     """Key and problem."""
     if config.machine.dirty_ring:
-        yield "machine.dirty_ring", "this version of kvmpy does not migrate yet; leave it out"
+        yield "machine.dirty_ring", "this version of kvmpy logs dirty pages in the bitmap only; leave it out"
     for index, device in enumerate(config.device):
         for name, problem in unbuildable(device):
             yield f"device[{index}].{name}", problem

@@ -13,36 +13,44 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar, cast
 
 from kvmpy.devices.base import Device
 from kvmpy.errors import CommandError, HostError, KvmpyError
 from kvmpy.kvm.cpu_model import CpuDescription, adopt, describe_guest
+from kvmpy.kvm.vcpu_state import save
 from kvmpy.machine.build import Board
+from kvmpy.machine.changes import Change, Steps, at_once
 from kvmpy.machine.runstate import RunState
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+DISK_PATIENCE: Final = 5.0
+"""Seconds that the switchover waits for what disks have under way: the guest stands still meanwhile."""
+
 
 class Stands(Protocol):
-    """The machine, as far as a migration needs it. All but `in_control` and `state` are the control thread's."""
+    """The machine, as far as a migration needs it. All but `change`, `in_control` and `state` are control's."""
 
     state: RunState
     board: Board
     first_run_ns: int | None
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        """Make a change in the control thread, and wait for it."""
+    def change(self, change: Change[T]) -> T | None:
+        """Make a change of the run state in its turn, and wait for it."""
+
+    def in_control(self, call: Callable[[], T]) -> T:
+        """Make a call in the control thread, and wait for it."""
 
     def become(self, state: RunState) -> None:
         """Change the run state. Raises CommandError where that is not legal."""
 
-    def halt(self) -> None:
-        """Stop the vCPUs, then the devices."""
+    def halt(self, seconds: float | None = None) -> Steps[None]:
+        """Stop the vCPUs, then the devices, of which those that the host is at work for get so many ``seconds``."""
 
-    def run(self) -> bool:
+    def run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs; False where the host failed a device, which ends the machine."""
 
     def while_parked(self, call: Callable[[], T]) -> T:
@@ -60,7 +68,7 @@ class Stands(Protocol):
     def emit(self, event: str, **data: Any) -> None:
         """Tell the listeners of a change that is complete."""
 
-    def fail(self, error: KvmpyError) -> None:
+    def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""
 
 
@@ -101,6 +109,11 @@ class Handoff:
             self._cpu = self._machine.in_control(lambda: self._machine.while_parked(lambda: describe_guest(vcpu)))
         return self._cpu
 
+    def rehearse(self) -> None:
+        """Stop the vCPUs for a moment, save one, and let them go on: so that it is known how long that takes here."""
+        vcpu = self._machine.board.vcpus[0]
+        self._machine.in_control(lambda: self._machine.while_parked(lambda: save(vcpu)))
+
     # The source
 
     def begin(self, busy: str, abort: Callable[[str], object]) -> None:
@@ -116,9 +129,9 @@ class Handoff:
 
         None where the guest asked for a reset meanwhile: that is done, all it wrote is new, and the machine runs on.
         """
-        stopped_ns = self._machine.in_control(self._stop)
-        # What a vCPU asked for before it stopped is carried out between these two calls.
-        return stopped_ns if self._machine.in_control(self._settle) else None
+        stopped_ns = self._change(self._stop())
+        # What a vCPU asked for before it stopped is carried out between these two changes.
+        return stopped_ns if self._change(self._settle()) else None
 
     def give(self) -> None:
         """Once stopped: leave durably, and unlocked, what of the host belongs to whoever runs the guest."""
@@ -128,11 +141,11 @@ class Handoff:
 
     def keep(self) -> None:
         """The guest stays: it goes on as before `stop`. Raises HostError where it has to stay paused."""
-        self._machine.in_control(self._keep)
+        self._change(self._keep())
 
     def let_go(self, state: RunState, held: str, forced: Callable[[], object]) -> None:
         """The guest runs elsewhere, or may; ``forced`` is told should it be let go on here nevertheless."""
-        self._machine.in_control(lambda: self._let_go(state, held, forced))
+        self._change(at_once(lambda: self._let_go(state, held, forced)))
 
     # The destination
 
@@ -147,11 +160,11 @@ class Handoff:
 
         Returns when that was (CLOCK_REALTIME, in ns). Raises HostError or CommandError if not, and it never ran then.
         """
-        return self._machine.in_control(lambda: self._arrive(running=running))
+        return self._change(self._arrive(running=running))
 
     def fail(self, error: KvmpyError) -> None:
         """Nothing came of it: the machine ends."""
-        self._machine.in_control(lambda: self._machine.fail(error))
+        self._change(self._machine.fail(error))
 
     # For the machine, in the control thread
 
@@ -183,6 +196,10 @@ class Handoff:
         while self._closers:
             self._closers.pop()()
 
+    def _change(self, steps: Steps[T]) -> T:
+        """In its turn, and waited for: by a migration's thread."""
+        return cast(T, self._machine.change(Change(steps)))
+
     # The control thread
 
     def _begin(self, busy: str, abort: Callable[[str], object]) -> None:
@@ -192,11 +209,11 @@ class Handoff:
             raise CommandError(self.held)
         self.busy, self._abort = busy, abort
 
-    def _stop(self) -> int:
+    def _stop(self) -> Steps[int]:
         machine = self._machine
         machine.require_alive()
         self.was_running, self._was_reset = machine.state is RunState.RUNNING, False
-        machine.halt()  # also one that was paused: its devices' time is up to date then
+        yield from machine.halt(DISK_PATIENCE)  # also one that was paused: its devices' time is up to date then
         stopped_ns = time.time_ns()
         machine.become(RunState.FINISH_MIGRATE)
         if self.was_running:
@@ -207,14 +224,16 @@ class Handoff:
         """The guest, or an operator, has reset the machine."""
         self._was_reset = True
 
-    def _settle(self) -> bool:
+    def _settle(self) -> Steps[bool]:
         if self._machine.state is not RunState.FINISH_MIGRATE:
             raise CommandError(f"the machine is {self._machine.state.value}")
+        if busy := [device.name for device in self._machine.board.devices if not device.begin_pause()]:
+            raise HostError(f"{busy[0]}: its disk does not answer; migrate when it does")
         if self._was_reset:
-            self._keep()
+            yield from self._keep()
         return not self._was_reset
 
-    def _keep(self) -> None:
+    def _keep(self) -> Steps[None]:
         machine = self._machine
         if machine.state is not RunState.FINISH_MIGRATE:
             return  # it has ended, or was not even stopped
@@ -228,7 +247,7 @@ class Handoff:
             return
         machine.tell_paused()
         machine.become(RunState.RUNNING)
-        if machine.run():
+        if (yield from machine.run()):
             machine.emit("RESUME")
 
     def _take_back(self) -> None:
@@ -249,7 +268,7 @@ class Handoff:
             self._machine.become(state)
         self.held, self._forced = held, forced
 
-    def _arrive(self, *, running: bool) -> int:
+    def _arrive(self, *, running: bool) -> Steps[int]:
         machine = self._machine
         if machine.state is not RunState.INMIGRATE:
             raise CommandError(f"the machine is {machine.state.value}")
@@ -259,17 +278,18 @@ class Handoff:
         try:
             machine.become(RunState.RUNNING if running else RunState.PAUSED)
             if running:
-                self._run()
+                yield from self._run()
         except BaseException:
             for device in devices:  # before anybody hears that the source has the guest again
                 device.hand_over()
             raise
         return time.time_ns()
 
-    def _run(self) -> None:
+    def _run(self) -> Steps[None]:
+        """What raises has come before the first instruction: nothing may fail after it, or both sides would run."""
         machine = self._machine
         machine.tell_paused()
-        if not machine.run():
+        if not (yield from machine.run()):
             raise HostError("a device could not go on here")
         machine.first_run_ns = time.monotonic_ns()
         machine.emit("RESUME")

@@ -45,6 +45,10 @@ from kvmpy.machine.plug import give_back
 
 T = TypeVar("T")
 PERIPHERAL: Final = "/machine/peripheral/"  # where QEMU has them in its tree of objects
+REFUSED: Final = (
+    "the guest began to let it go, its power indicator blinking, and went back: somebody there pressed again, or its "
+    "driver does not let go; its kernel log says more"
+)
 IO_BOUND: Final = 10.0
 """Seconds to wait for the io thread to be done with what it was about to do; it never takes as long."""
 
@@ -64,8 +68,11 @@ class Runs(Protocol):
     def is_running(self) -> bool:
         """The vCPUs run; asked by the control thread."""
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        """Make a change in the control thread, and wait for it. Raises CommandError where there is none any more."""
+    def in_control(self, call: Callable[[], T]) -> T:
+        """Make a call in the control thread, and wait for it. Raises CommandError where there is none any more."""
+
+    def in_turn(self, call: Callable[[], object]) -> None:
+        """The same, after the changes of the run state that are under way."""
 
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""
@@ -107,7 +114,7 @@ class HotPlug:
         self._netdevs = machine.config.netdev
         self._plugging = threading.Lock()
         self._leaving: dict[str, Leaving] = {}
-        self._closed = False
+        self._closed = self._left_circles = False
         for port in self._ports.values():
             port.on_released = lambda function: self._post(lambda: self._released(function))
             port.on_refused = self._refused
@@ -118,19 +125,28 @@ class HotPlug:
     def device_add(self, table: Mapping[str, Any]) -> None:
         """Plug in the device that ``table`` says, which has the keys of a [[device]]. Raises CommandError."""
         with self._plugging:
+            self._forget_failed()
             config = self._config()
             device = read_device(config, table)
             for key, problem in unbuildable(device):
                 raise CommandError(f"{key}: {problem}")
+            self._left_circles = True
             try:
                 plugged = self._machine.board.plugger.make(device, config)
             except HostError as e:
                 raise CommandError(str(e)) from e
             try:
-                self._machine.in_control(lambda: self._plug(plugged))
+                self._machine.in_turn(lambda: self._plug(plugged))
             except BaseException:
                 plugged.resources.close()
                 raise
+            self._left_circles = False
+
+    def _forget_failed(self) -> None:
+        """A device that could not be plugged in is full of cycles, which live on after the error it failed with."""
+        if self._left_circles:
+            self._left_circles = False
+            _collect()
 
     def device_del(self, name: str, *, force: bool = False) -> None:
         """Ask the guest to let a device go; ``force``: take it away. DEVICE_DELETED follows. Raises CommandError."""
@@ -152,9 +168,16 @@ class HotPlug:
                     raise CommandError(f"Device '{name}' is in use by '{device.id}'")
             self._netdevs = tuple(netdev for netdev in self._netdevs if netdev.id != name)
 
-    def current_config(self) -> Config:
-        """The configuration as it would be written now; a device on its way out is in it. Raises CommandError."""
-        return self._config()
+    def config(self) -> Config:
+        """The configuration as it would be written now. Any thread."""
+        tables = [plugged.table for plugged in self._inventory.plugged.values()]
+        tables += [leaving.table for leaving in tuple(self._leaving.values())]
+        return msgspec.structs.replace(self._machine.config, netdev=self._netdevs, device=tuple(tables))
+
+    @property
+    def is_waiting(self) -> bool:
+        """A device that is out of its slot still has something of the host."""
+        return bool(self._leaving)
 
     def close(self) -> None:
         """With the control thread at its end: wait for the devices that were on their way out."""
@@ -164,12 +187,9 @@ class HotPlug:
             leaving.join()
 
     def _config(self) -> Config:
-        """The configuration as it would be written now."""
         if self._closed:
             raise CommandError("the machine has been closed")
-        tables = [plugged.table for plugged in self._inventory.plugged.values()]
-        tables += [leaving.table for leaving in tuple(self._leaving.values())]
-        return msgspec.structs.replace(self._machine.config, netdev=self._netdevs, device=tuple(tables))
+        return self.config()
 
     # By the control thread
 
@@ -230,8 +250,7 @@ class HotPlug:
 
     def _give_back(self, name: str, last: list[Plugged]) -> None:
         self._close(name, last.pop())
-        if not gc.isenabled():
-            gc.collect()  # a device is full of cycles; what was there at the start is frozen, so this takes a moment
+        _collect()  # a device is full of cycles
         self._post(lambda: self._forget(name))
 
     def _close(self, name: str, plugged: Plugged) -> None:
@@ -253,7 +272,8 @@ class HotPlug:
     # Under the locks of root and port
 
     def _refused(self, function: PciFunction[Any]) -> None:
-        self._machine.report("DEVICE_UNPLUG_GUEST_ERROR", device=function.name, path=PERIPHERAL + function.name)
+        path = PERIPHERAL + function.name
+        self._machine.report("DEVICE_UNPLUG_GUEST_ERROR", device=function.name, path=path, reason=REFUSED)
 
     def _failed(self, function: PciFunction[Any], reason: str) -> None:
         path = PERIPHERAL + function.name
@@ -262,3 +282,9 @@ class HotPlug:
     def _post(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the machine is being closed, and gives back all there is
             self._machine.control.post(call)
+
+
+def _collect() -> None:
+    """Collect cycles where nobody else does; what was there at the start is frozen, so this takes a moment."""
+    if not gc.isenabled():
+        gc.collect()

@@ -7,6 +7,9 @@
 Three roles of threads. `control` changes the run state, one change at a time, and serves the monitor. `vcpuN` runs the
 guest and its devices' registers. `io` moves the console's bytes and keeps the devices' timers. A request by the guest
 (reset, power-off, panic) closes the gate at once, so that no vCPU runs on past it, and is carried out by `control`.
+
+A change that has to wait for the host, for a disk or for the reset of a real device, waits in a thread made for it
+(`kvmpy.machine.changes`), with the vCPUs parked. No wait holds up the end of a machine for more than END_PATIENCE.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
@@ -28,7 +31,7 @@ from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
 from kvmpy.kvm import vcpu_state
-from kvmpy.kvm.exits import Exit, FailEntry, InternalError, TripleFault
+from kvmpy.kvm.exits import Exit, TripleFault
 from kvmpy.kvm.tsc import load_tsc
 from kvmpy.kvm.vcpu import accept_kicks
 from kvmpy.kvm.vcpu_registers import VcpuRegisters
@@ -36,13 +39,14 @@ from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
+from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
 from kvmpy.machine.check import check, located
+from kvmpy.machine.failure import explain
 from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
-    from kvmpy.kvm.cpu_model import CpuDescription
     from kvmpy.machine.hotplug import HotPlug
 
 log = logging.getLogger(__name__)
@@ -55,6 +59,8 @@ STDIN: Final = (0, 0)
 STDOUT: Final = (1, 1)
 # Seconds between two looks at whether a slow reader has taken the last of the output
 OUTPUT_POLL: Final = 0.05
+# Seconds that the end of a machine waits for devices that are at work on the host, and then for what they have of it
+END_PATIENCE: Final = 5.0
 CAN_RESET: Final = (RunState.RUNNING, RunState.PAUSED, RunState.FINISH_MIGRATE)
 MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
 """What the machine is then is its state on another host: nothing is changed here."""
@@ -68,11 +74,16 @@ class PowerOn(NamedTuple):
 
 
 class Machine:
-    """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has."""
+    """One virtual machine. Methods may be called by any thread; those that change the run state wait until it has.
 
-    def __init__(self, config: Config, *, incoming: bool = False) -> None:
+    By the control thread itself, as a listener does, they return before that where there is something to wait for.
+    """
+
+    def __init__(self, config: Config, *, named: bool = False, incoming: bool = False) -> None:
         """Make the machine, its vCPUs parked before their first instruction.
 
+        ``named``: the caller has locked its name (`kvmpy.host.rundir.RuntimeDirectory`), and given back what an earlier
+        machine of that name had left. Else that is done with the first function of the host that it is given.
         With ``incoming`` it does not boot: it waits for another machine's state (`kvmpy.migration`), and leaves that
         one's disks alone until then.
 
@@ -100,11 +111,20 @@ class Machine:
             resources.callback(self._io.close)
             self.control = Reactor("control")
             resources.callback(self.control.close)
+            self._changes = Changes(self.control)
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
             self.board: Board = build(
-                config, self, self.console, self._io, self.control, self.report, resources, incoming=incoming
+                config,
+                self,
+                self.console,
+                self._io,
+                self.control,
+                self.report,
+                resources,
+                named=named,
+                incoming=incoming,
             )
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
@@ -133,16 +153,6 @@ class Machine:
             self._started = True
             self._start_threads()
 
-    def adopt_processor(self, cpu: CpuDescription) -> None:
-        """Give the guest the processor of the machine that it comes from, before any vCPU has run.
-
-        Raises StateError or IoctlError where KVM refuses; the machine is then not to be run.
-        """
-        from kvmpy.kvm.cpu_model import adopt
-
-        adopt(self.board.vcpus, cpu)
-        self._power_on = self._read_power_on()
-
     def _read_power_on(self) -> PowerOn:
         return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
@@ -154,13 +164,13 @@ class Machine:
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
             for vcpu in self.board.vcpus
         )
-        running = _Call(self._start)
+        running = Change(self._start())
         try:
             self._io.start()
             for thread in self._threads:
                 thread.start()
             # Posted first, so that it comes before what a client of the monitor may have sent already.
-            self.control.post(running)
+            self.control.post(lambda: self._changes.begin(running))
             self.control.start()
         except RuntimeError as e:  # "can't start new thread", without an errno
             raise HostError(
@@ -171,32 +181,27 @@ class Machine:
 
     def pause(self) -> None:
         """Stop every vCPU between two instructions. The guest's clocks go on, as over a suspended laptop."""
-        self.in_control(self._pause)
+        self.change(Change(self._pause()))
 
     def resume(self, *, force: bool = False) -> None:
         """Run on after `pause`; with ``force`` also after a migration, where the guest runs elsewhere or may.
 
         Raises CommandError, and HostError where the disks are not to be had any more.
         """
-        self.in_control(lambda: self._resume(force=force))
+        self.change(Change(self._resume(force=force)))
 
     def reset(self) -> None:
         """Press the reset button: registers, devices and kernel as at the start."""
-        self.in_control(self._reset_by_operator)
+        self.change(Change(self._reset_by_operator()))
 
     def powerdown(self, limit: float | None = None) -> bool:
         """Press the power button. False where the guest has not enabled it, and so may never look.
 
         With ``limit``, in seconds, the machine is stopped if the guest has not powered off by then.
         """
-        self.require_alive()
         if limit is not None and not 0 <= limit < math.inf:  # no timer takes NaN
             raise CommandError(f"limit: expected seconds, 0 or more, got {limit}")
-        heard = self.board.acpi_pm.press_power_button()
-        if limit is not None:
-            self._powerdown_limit.arm(limit)
-        self.emit("POWERDOWN")
-        return heard
+        return self.in_control(lambda: self._powerdown(limit))
 
     def set_link(self, name: str, *, up: bool) -> None:
         """Plug a network device's cable in, or pull it. ``name`` is the device's id or its netdev's.
@@ -204,10 +209,6 @@ class Machine:
         Raises CommandError where no network device has that name.
         """
         self.in_control(lambda: self._set_link(name, up=up))
-
-    def current_config(self) -> Config:
-        """The configuration as it would be written now, with what was plugged in and out since the start."""
-        return self.config if self._hotplug is None else self._hotplug.current_config()
 
     def device_add(self, table: Mapping[str, Any]) -> None:
         """Plug in the device that ``table`` says, which has the keys of a [[device]]. Not by the control thread.
@@ -242,6 +243,10 @@ class Machine:
         self.handoff.require_idle()
         self._require_hotplug(None).netdev_del(name)
 
+    def current_config(self) -> Config:
+        """The configuration as it would be written now: with what was added, and without what was removed."""
+        return self.config if self._hotplug is None else self._hotplug.config()
+
     def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
         """Have the network learn where the guest is: ``nics``, or all network devices, by their or their netdev's name.
 
@@ -251,7 +256,7 @@ class Machine:
 
     def stop(self) -> None:
         """Pull the plug: end the machine now."""
-        self.in_control(lambda: self._end(Outcome.POWER_OFF, reason="host-qmp-quit", by_force=True))
+        self._pull_the_plug(reason="host-qmp-quit")
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait until the machine has ended, or ``timeout`` seconds; None where it still runs."""
@@ -267,7 +272,11 @@ class Machine:
             pass
 
     def close(self) -> None:
-        """End what still runs, and give everything back to the host. Closing twice is allowed; a listener cannot."""
+        """End what still runs, and give everything back to the host. Closing twice is allowed; a listener cannot.
+
+        Where a disk does not answer, a thread goes on with that after this has returned: until then the host writes to
+        guest memory, which stays, as does the disk's lock.
+        """
         if os.getpid() != self._process:
             return  # a fork's copy: the machine, its threads and its sockets are the parent's
         if threading.current_thread() is self.control.thread:
@@ -284,10 +293,25 @@ class Machine:
                 if thread.ident is not None:
                     thread.join()
             self.control.stop()
-            if self._hotplug is not None:
-                self._hotplug.close()
-            self._io.stop()  # or it could accept a client that nobody closes
-            self._resources.close()
+            if self._is_held_up():
+                giving = threading.Thread(target=self._give_back, name=f"close-{self.name}", daemon=True)
+                giving.start()
+                giving.join(END_PATIENCE)
+                if giving.is_alive():
+                    log.error("%s: a disk does not answer: what it uses of the host is kept until it does", self.name)
+            else:
+                self._give_back()
+
+    def _is_held_up(self) -> bool:
+        """A device is still at work on the host."""
+        leaving = self._hotplug is not None and self._hotplug.is_waiting
+        return leaving or not all(device.begin_pause() for device in self.board.devices)
+
+    def _give_back(self) -> None:
+        if self._hotplug is not None:
+            self._hotplug.close()
+        self._io.stop()  # or it could accept a client that nobody closes
+        self._resources.close()
 
     @property
     def threads(self) -> tuple[VcpuThread, ...]:
@@ -331,11 +355,11 @@ class Machine:
 
     def request_shutdown(self) -> None:
         """The guest turns the machine off."""
-        self._ask(lambda: self._end(Outcome.POWER_OFF, reason="guest-shutdown", by_guest=True))
+        self._ask(lambda: self._end(Outcome.POWER_OFF, reason="guest-shutdown", by_guest=True), last=True)
 
     def report_panic(self) -> None:
         """The guest's kernel has panicked."""
-        self._ask(self._panicked)
+        self._ask(self._panicked, last=True)
 
     def report(self, event: str, **data: Any) -> None:
         """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
@@ -344,7 +368,7 @@ class Machine:
 
     # The control thread
 
-    def _start(self) -> None:
+    def _start(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:  # stopped, by the escape key say, before it ran
             return
         if self.is_incoming:
@@ -352,49 +376,56 @@ class Machine:
             return
         self.become(RunState.RUNNING)
         self.first_run_ns = time.monotonic_ns()
-        self.run()
+        yield from self.run()
 
     # A change is complete before its event is sent: a listener may make the next one.
 
-    def _pause(self) -> None:
+    def _pause(self) -> Steps[None]:
         self.require_alive()
         self.handoff.require_idle()
         if self.state is RunState.RUNNING:
-            self.halt()
+            yield from self.halt()
             self.become(RunState.PAUSED)
             try:
                 self.tell_paused()
             finally:
                 self.emit("STOP")
 
-    def _resume(self, *, force: bool) -> None:
+    def _resume(self, *, force: bool) -> Steps[None]:
         self.handoff.require_idle()
         if self.state is not RunState.POSTMIGRATE:
             self.require_alive()
         if self.state is not RunState.RUNNING:
             self.handoff.allow_resume(force=force)
             self.become(RunState.RUNNING)
-            if self.run():
+            if (yield from self.run()):
                 self.emit("RESUME")
 
-    def _reset_by_operator(self) -> None:
+    def _reset_by_operator(self) -> Steps[None]:
         self.require_alive()
         self.handoff.require_idle()
-        self._reset(by_guest=False)
+        yield from self._reset(by_guest=False)
 
-    def _reset(self, *, by_guest: bool) -> None:
+    def _reset(self, *, by_guest: bool) -> Steps[None]:
         if self.state not in CAN_RESET:
             return
-        self.halt()
+        yield from self.halt()
         self.handoff.note_reset()
         self._boots += 1
         try:
+            yield from self._reset_the_host_s()
             self._power_cycle()
         except KvmpyError as e:
-            self._end(Outcome.HOST_ERROR, error=e)
+            yield from self._end(Outcome.HOST_ERROR, error=e)
             return
-        if self.state is not RunState.RUNNING or self.run():
+        if self.state is not RunState.RUNNING or (yield from self.run()):
             self.emit("RESET", guest=by_guest, reason="guest-reset" if by_guest else "host-qmp-system-reset")
+
+    def _reset_the_host_s(self) -> Steps[None]:
+        """Real devices take up to seconds: all of them at once."""
+        resetting = [device for device in self.board.devices if not device.begin_reset()]
+        if resetting:
+            yield Waiting([device.await_reset for device in resetting])
 
     def _power_cycle(self) -> None:
         """All as it was when the machine was made, and the kernel loaded anew. Raises KvmpyError."""
@@ -411,6 +442,14 @@ class Machine:
         board.set_up_pci()
         registers.enter(board.vcpus[0], self.boot.load(board.memory))
 
+    def _powerdown(self, limit: float | None) -> bool:
+        self.require_alive()
+        heard = self.board.acpi_pm.press_power_button()
+        if limit is not None:
+            self._powerdown_limit.arm(limit)
+        self.emit("POWERDOWN")
+        return heard
+
     def _set_link(self, name: str, *, up: bool) -> None:
         if self.state in MOVING:
             self.require_alive()
@@ -423,29 +462,35 @@ class Machine:
         self.require_alive()
         self._announcer.start(rounds, nics, id_)
 
-    def _panicked(self) -> None:
+    def _panicked(self) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:
             return
+        self.handoff.machine_ended("guest-panic")
         self._park()
         self.become(RunState.GUEST_PANICKED)
         self.emit("GUEST_PANICKED", action="poweroff")
-        self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
+        yield from self._end(Outcome.GUEST_PANIC, reason="guest-panic", by_guest=True)
 
-    def _failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
+    def _failed(self, thread: VcpuThread, what: Exit | HostError) -> Steps[None]:
         if self.state is RunState.SHUTDOWN:
             return
         self._park()
         self.become(RunState.INTERNAL_ERROR)
         outcome = Outcome.GUEST_PANIC if isinstance(what, TripleFault) else Outcome.HOST_ERROR
-        text = f"{thread.name}: {_explain(what)}"
+        text = f"{thread.name}: {explain(what)}"
         if registers.are_lost(thread.vcpu):
             text += "; this processor resets its registers then, so those below are not the crash's"
         error = VcpuError(text, registers.dump(thread.vcpu))
-        self._end(outcome, error=error, reason="guest-panic" if outcome is Outcome.GUEST_PANIC else "host-error")
+        reason = "guest-panic" if outcome is Outcome.GUEST_PANIC else "host-error"
+        yield from self._end(outcome, error=error, reason=reason)
 
     def _power_off_by_force(self) -> None:
         log.warning("the guest has not powered off in time; stopping it")
-        self._end(Outcome.POWER_OFF, reason="host-signal", by_force=True)
+        self._pull_the_plug(reason="host-signal")
+
+    def _pull_the_plug(self, *, reason: str) -> None:
+        """End the machine whatever it waits for, also for whoever reads its output."""
+        self.change(Change(self._end(Outcome.POWER_OFF, reason=reason, by_force=True), last=True), cut_in=True)
 
     def _end(
         self,
@@ -455,17 +500,17 @@ class Machine:
         reason: str = "host-error",
         by_guest: bool = False,
         by_force: bool = False,
-    ) -> None:
+    ) -> Steps[None]:
         if by_force:
             self._unplugged.set()
         if self.state is RunState.SHUTDOWN:
             return
-        self.halt()
+        self.handoff.machine_ended(reason)
+        yield from self.halt(END_PATIENCE)
         self.become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()
         self._announcer.stop()
         self.outcome, self.error = outcome, error
-        self.handoff.machine_ended(reason)
         self.emit("SHUTDOWN", guest=by_guest, reason=reason)
         self._ended.set()
 
@@ -473,32 +518,40 @@ class Machine:
 
     def note_power_on(self) -> None:
         """What KVM holds now is what it holds after power-on."""
-        self._power_on = PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
+        self._power_on = self._read_power_on()
 
-    def fail(self, error: KvmpyError) -> None:
+    def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""
-        self._end(Outcome.HOST_ERROR, error=error)
+        yield from self._end(Outcome.HOST_ERROR, error=error)
 
     def tell_paused(self) -> None:
         """Tell the guest's clock that it was stopped, so that its watchdogs do not bark at the gap."""
         for vcpu in self.board.vcpus:
             vcpu.tell_paused()
 
-    def run(self) -> bool:
+    def run(self) -> Steps[bool]:
         """Let the devices go on, then the vCPUs. A host that fails a device ends the machine: False."""
         try:
             for device in self.board.devices:
                 device.resume()
         except HostError as e:
-            self._end(Outcome.HOST_ERROR, error=e)
+            yield from self._end(Outcome.HOST_ERROR, error=e)
             return False
         self._gate.open()
         return True
 
-    def halt(self) -> None:
-        """Stop the vCPUs, then the devices: when this returns, nobody touches the guest's memory."""
+    def halt(self, seconds: float | None = None) -> Steps[None]:
+        """Stop the vCPUs, then the devices: when this is made, nobody touches the guest's memory.
+
+        But for a disk that has not answered in so many ``seconds``.
+        """
         self._park()
+        if working := [device for device in self.board.devices if not device.begin_pause()]:
+            yield Waiting([device.pause for device in working], seconds)
         for device in self.board.devices:
+            if not device.begin_pause():
+                log.error("%s: stopped while the host was at work for it", device.name)
+                continue
             try:
                 device.pause()
             except HostError as e:  # the machine's change goes on: its devices are not what decides it
@@ -530,28 +583,55 @@ class Machine:
 
     # Between threads
 
-    def _ask(self, request: Callable[[], object]) -> None:
+    def _ask(self, request: Callable[[], Steps[None]], *, last: bool = False) -> None:
         """Let no vCPU run on past the guest's request, and have `control` carry it out, unless a reset comes first."""
         boot = self._boots
         self._gate.close(self._threads)
         self._asked += 1  # in this order: see let_accesses_end
-        self.control.post(lambda: request() if boot == self._boots else None)
+        change = Change(self._unless_reset(boot, request), last=last)
+        self.control.post(lambda: self.change(change))
+
+    def _unless_reset(self, boot: int, request: Callable[[], Steps[None]]) -> Steps[None]:
+        if boot == self._boots:
+            yield from request()
 
     def _vcpu_failed(self, thread: VcpuThread, what: Exit | HostError) -> None:
-        self._ask(functools.partial(self._failed, thread, what))
+        self._ask(functools.partial(self._failed, thread, what), last=True)
 
-    def in_control(self, change: Callable[[], T]) -> T:
-        """Make a change in the control thread and return what it returns, or raise what it raises."""
+    def change(self, change: Change[T], *, cut_in: bool = False) -> T | None:
+        """Make a change of the run state when those before it are made, and wait for it; see the class."""
+        begin = self._changes.cut_in if cut_in else self._changes.begin
         if threading.current_thread() is self.control.thread:
-            return change()
+            begin(change)
+            if not change.is_over:
+                change.forget()
+                return None
+        else:
+            self._post(lambda: begin(change))
+        return change.result()
+
+    def in_turn(self, call: Callable[[], object]) -> None:
+        """Make a call in the control thread, once the changes of the run state before it are made; raises what it does.
+
+        Not by the control thread.
+        """
+        self.change(Change(at_once(call)))
+
+    def in_control(self, call: Callable[[], T]) -> T:
+        """Make a call in the control thread, whatever a change waits for; returns or raises what it does."""
+        if threading.current_thread() is self.control.thread:
+            return call()
+        made = Change(at_once(call))
+        self._post(lambda: self._changes.make(made))
+        return made.result()
+
+    def _post(self, call: Callable[[], object]) -> None:
         if self.control.thread is None:
             raise CommandError("the machine has not been started")
-        call = _Call(change)
         try:
             self.control.post(call)
         except RuntimeError as e:
             raise CommandError("the machine has been closed") from e
-        return call.result()
 
     def _make_hotplug(self) -> HotPlug | None:
         """None without root ports: what plugging takes is not even imported."""
@@ -577,44 +657,3 @@ class Machine:
             return self.console.open(serial.kind, serial.path)
         except HostError as e:
             raise located(self.config, "console.serial", e) from e
-
-
-class _Call(Generic[T]):
-    """A call that one thread makes for another, which waits for its result."""
-
-    def __init__(self, function: Callable[[], T]) -> None:
-        self._function = function
-        self._done = threading.Event()
-        self._result: list[T] = []
-        self._failure: BaseException | None = None
-
-    def __call__(self) -> None:
-        try:
-            self._result.append(self._function())
-        except BaseException as e:  # noqa: BLE001  it is raised again, in the thread that waits
-            self._failure = e
-        self._done.set()
-
-    def result(self) -> T:
-        """Wait for the call; returns what it returned, or raises what it raised."""
-        self._done.wait()
-        if self._failure is not None:
-            raise self._failure
-        return self._result[0]
-
-
-def _explain(what: Exit | HostError) -> str:
-    """What a vCPU's end means, for the operator."""
-    match what:
-        case TripleFault():
-            return "triple fault: the guest's kernel crashed so early, or so badly, that it could not say why"
-        case InternalError(suberror, data):
-            meaning = {1: "an instruction that KVM cannot emulate", 3: "a fault while delivering an event"}
-            words = " ".join(f"{word:#x}" for word in data)
-            return f"KVM_EXIT_INTERNAL_ERROR {suberror} ({meaning.get(suberror, 'see linux/kvm.h')}), data {words}"
-        case FailEntry(reason, cpu):
-            return f"KVM_EXIT_FAIL_ENTRY: the processor refused the guest's state, reason {reason:#x} on cpu {cpu}"
-        case HostError():
-            return str(what)
-        case _:
-            return f"KVM_RUN returned {what}, which kvmpy did not ask for"

@@ -80,7 +80,7 @@ class Passthrough:
                 with ExitStack() as failed:
                     failed.callback(device.close)
                     device.reset()
-                    function = VfioPci(name, device, host.sink, host.io)
+                    function = VfioPci(name, device, host.sink, host.io, rombar=table.rombar)
                     failed.pop_all()
                 resources.push(undo.pop_all())
         except HostError as e:

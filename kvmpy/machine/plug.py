@@ -34,6 +34,7 @@ from kvmpy.devices.pci.slot import MakeTimer
 from kvmpy.errors import HostError, KvmpyError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
+from kvmpy.host.rundir import RuntimeDirectory
 from kvmpy.irq import MsiSink
 from kvmpy.machine.check import located, placed
 from kvmpy.machine.inventory import Inventory, Plugged
@@ -66,7 +67,8 @@ class Host(NamedTuple):
     """What devices are given of the machine around them; ``network`` where a device may need it.
 
     ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as
-    it must know of devices passed through; ``directory`` the machine's runtime directory.
+    it must know of devices passed through; ``directory`` the machine's runtime directory, ``named`` whether somebody
+    has locked its name already.
     """
 
     memory: GuestMemory
@@ -78,6 +80,7 @@ class Host(NamedTuple):
     groups: GroupListener
     directory: str
     now: Callable[[], float] = time.monotonic
+    named: bool = False
 
 
 def give_back(name: str, close: Callable[[], object]) -> None:
@@ -102,6 +105,7 @@ class Plugger:
         self._free = itertools.count()
         self._ending = False
         self._passthrough: Passthrough | None = None
+        self._name: RuntimeDirectory | None = None
         own = [(kind, str(entry.id)) for kind in ("device", "netdev", "drive") for entry in getattr(config, kind)]
         self._own = frozenset(own)
 
@@ -156,9 +160,26 @@ class Plugger:
         from kvmpy.machine.passthrough import Passthrough
 
         if self._passthrough is None:
+            self._take_name()
             self._passthrough = Passthrough(self._host)
         with self._located():
             return self._passthrough.make(table, resources, lambda function: self._ask_for(function, table.bus))
+
+    def _take_name(self) -> None:
+        """What a machine does to the host's functions is in a journal, which has one writer: who has the name.
+
+        `kvmpy run` has it anyway. A program's machine takes it with its first passed-through function, and then gives
+        back what an earlier one of that name left; without such a function nothing of it outlives its process.
+        """
+        from kvmpy.host.pci import recover
+
+        if self._host.named or self._name is not None:
+            return
+        try:
+            self._name = RuntimeDirectory(self._config.name)
+        except HostError as e:
+            raise (located(self._config, "", e) if str(e).startswith("name:") else e) from e
+        recover(self._name.path)
 
     def _ask_for(self, function: PciFunction[Any], bus: str | None) -> None:
         """The host wants ``function`` back: ask the guest for it, if it can be asked."""
@@ -290,10 +311,13 @@ class Plugger:
         self._pci.add(function, next(self._free))
 
     def _close(self) -> None:
-        """All that is plugged in gives back what it has of the host, the last first."""
+        """All that is plugged in gives back what it has of the host: the last first, but what has to wait after all."""
         self._ending = True
-        for name, plugged in reversed(list(self._inventory.plugged.items())):
+        last_first = reversed(list(self._inventory.plugged.items()))
+        for name, plugged in sorted(last_first, key=lambda item: not item[1].device.begin_pause()):
             give_back(name, plugged.resources.close)
+        if self._name is not None:
+            self._name.close()
 
     @contextmanager
     def _located(self, key: str = "") -> Iterator[None]:

@@ -149,22 +149,23 @@ class VcpuThread(threading.Thread):
     def step(self) -> bool:
         """Run to the next exit and serve it; False when the gate is to be looked at."""
         match self.vcpu.run():
-            case PioWrite(port, size, values):
+            case PioWrite() as out:
                 self.pio_exits += 1
-                for value in values:
-                    self._pio.write(port, size, value)
+                for value in out.values:
+                    self._pio.write(out.port, out.size, value)
+            case PioRead(repeat=1) as in_:
+                self.pio_exits += 1
+                self.vcpu.reply(self._pio.read(in_.port, in_.size))
             case PioRead(port, size, repeat):
                 self.pio_exits += 1
-                self.vcpu.reply(-1)  # what an unanswered read gives, should the device raise
                 items = b"".join([self._pio.read(port, size).to_bytes(size, "little") for _ in range(repeat)])
                 self.vcpu.reply(int.from_bytes(items, "little"))
-            case MmioWrite(gpa, size, value):
+            case MmioWrite() as store:
                 self.mmio_exits += 1
-                self._mmio.write(gpa, size, value)
-            case MmioRead(gpa, size):
+                self._mmio.write(store.gpa, store.size, store.value)
+            case MmioRead() as load:
                 self.mmio_exits += 1
-                self.vcpu.reply(-1)
-                self.vcpu.reply(self._mmio.read(gpa, size))
+                self.vcpu.reply(self._mmio.read(load.gpa, load.size))
             case Interrupted():
                 self.other_exits += 1
                 return False
@@ -181,8 +182,12 @@ class VcpuThread(threading.Thread):
         self._on_fatal(self, what)
 
     def _contain(self) -> None:
-        """A device raised: the access is lost, the machine goes on. Raises HostError as `Vcpu.complete` does."""
+        """A device raised: the access is lost, the machine goes on. Raises HostError as `Vcpu.complete` does.
+
+        A read gets all ones, as one that nobody answers.
+        """
         self.faults += 1
         if self.faults <= FAULTS_LOGGED:
             log.exception("%s: a device failed; the access is ignored", self.name)
+        self.vcpu.reply(-1)
         self.vcpu.complete()

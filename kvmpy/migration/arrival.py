@@ -38,11 +38,11 @@ class Arrival:
         self._channels = [channel]
         self.main = MainChannel(channel, version)
 
-    def accept_page_channels(self, count: int, token: bytes) -> list[Channel]:
+    def accept_page_channels(self, count: int, token: bytes, timeout: float | None = None) -> list[Channel]:
         """Channels 1 to ``count``, once all have come. Raises MigrationError where they do not come in time."""
         if not self._incoming.has_page_channels:
             return []
-        channels = self._incoming.accept_pages(count, token)
+        channels = self._incoming.accept_pages(count, token, timeout)
         self._channels += channels
         return channels
 
@@ -119,11 +119,11 @@ class Incoming:
                 except StreamError as e:
                     self._turn_away(channel, e)
 
-    def accept_pages(self, count: int, token: bytes) -> list[Channel]:
+    def accept_pages(self, count: int, token: bytes, timeout: float | None = None) -> list[Channel]:
         """Channels 1 to ``count`` of the source that knows ``token``."""
         assert self._listener is not None
         found: dict[int, Channel] = {}
-        deadline = Deadline(self._timeout)
+        deadline = Deadline(self._timeout if timeout is None else timeout)
         with ExitStack() as undo, self._reception(self._listener) as reception:
             while len(found) < count:
                 late = f"{self.uri}: only {len(found)} of {count} page channels have come"

@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationError
+from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationCancelled, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
+from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import Take, nobody
 from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.main_channel import printable
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
@@ -79,9 +82,11 @@ class Migrations:
 
     def cancel(self) -> None:
         """End the one that goes on; nothing happens where there is none. Raises CommandError where it is too late."""
+        if self._outgoing is None:
+            return
         with self._lock:
             outgoing, progress = self._outgoing, self.progress
-            if outgoing is None or progress.is_over:
+            if progress.is_over:
                 return
             self._cancelled = True
             if not outgoing.cancel("cancelled"):
@@ -89,7 +94,7 @@ class Migrations:
                 raise CommandError("it is too late: the guest has been handed over to the destination")
         progress.cancelling()
 
-    def check(self, uri: str, fds: Take = nobody) -> list[str]:
+    def check(self, uri: str, fds: Take = nobody) -> Findings:
         """Why the machine cannot be moved to ``uri`` now: all that either side says. Raises CommandError.
 
         Waits for the destination, so not by the control thread.
@@ -130,6 +135,7 @@ class Migrations:
                 raise CommandError(str(e)) from e
             self._incoming_stop, self.progress = stop, self._new_progress(other="source")
             self._start(lambda: self._take_in(incoming, stop))
+        log.info("migration: waiting for the guest at %s", uri)
 
     def set_parameters(self, **changes: Any) -> None:
         """Change some; what goes on goes on with them, as far as that can be. Raises CommandError."""
@@ -180,7 +186,8 @@ class Migrations:
         try:
             outgoing.migrate()
         except KvmpyError as e:
-            error = e
+            # What follows from a cancel or from the machine's end may be found before it is heard of.
+            error = e if outgoing.cancelled_for is None else MigrationCancelled(outgoing.cancelled_for)
         except Exception as e:
             log.exception("migration failed")
             error = MigrationError(f"kvmpy's own mistake: {e!r}")
@@ -192,7 +199,7 @@ class Migrations:
             outgoing.progress.cancelling()
             outgoing.progress.fail(Status.CANCELLED, str(error))
         else:
-            log.error("migration: %s", error)
+            log.error("migration: %s", printable("; ".join(str(error).splitlines())))
             if isinstance(error, IncompatibleError):
                 outgoing.progress.problems = list(error.problems)
             outgoing.progress.fail(Status.FAILED, str(error))
@@ -208,7 +215,9 @@ class Migrations:
             self._refused(MigrationError(f"kvmpy's own mistake: {e!r}"))
         else:
             self.progress.become(Status.COMPLETED)
-            self._machine.announce(self.parameters.announcement)
+            if self._machine.state is RunState.RUNNING:
+                with suppress(CommandError):  # it has ended already
+                    self._machine.announce(self.parameters.announcement)
 
     def _receive(self, incoming: Incoming) -> None:
         """Wait for the machine that is to come, and take it in; who only asks is answered."""
@@ -223,7 +232,7 @@ class Migrations:
                 except MigrationError as e:
                     if not incoming.has_page_channels:
                         raise
-                    log.warning("migration: turned away: %s", e)
+                    log.warning("migration: turned away: %s", printable(str(e)))
                     continue
                 if header is not None:
                     progress.become(Status.SETUP)
@@ -240,7 +249,7 @@ class Migrations:
         try:
             self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
         except CommandError:  # it has ended already
-            log.info("incoming migration: %s", error)
+            log.info("incoming migration: %s", printable(str(error)))
 
     # Within
 

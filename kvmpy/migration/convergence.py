@@ -2,7 +2,7 @@
 
 The guest stands still while the last pages are sent and while its state is saved, sent, loaded and answered. The first
 is what is left over the bandwidth; the second is measured as far as it can be while the guest runs (saving all devices
-and writing them as JSON, which the other side reads again), and the rest of it is an allowance.
+and a vCPU, which stops it for a moment), taken for as many times as both sides need, and the rest of it is an allowance.
 
 A guest that writes more than half of what is sent, twice in a row, does not converge (QEMU's throttle-trigger).
 """
@@ -24,12 +24,15 @@ from kvmpy.migration.sections import save_devices
 
 MIB: Final = 1 << 20
 ALLOWANCE: Final = 0.020
-"""Seconds for what cannot be measured beforehand: stopping vCPUs, their registers, two answers."""
-PER_VCPU: Final = 0.002
+"""Seconds for what cannot be measured beforehand, such as two answers."""
+TIMES: Final = 4
+"""To load a state takes three times as long as to save it, and it is saved as well."""
 BANDWIDTH: Final = 100 * MIB
 """Bytes a second, where no round has been large enough to tell."""
 ENOUGH: Final = MIB
 STRIKES: Final = 2
+LEAST_SHARE: Final = 4
+"""A limit that is shorter than the switchover alone is not kept, but all else is: pages have this part of it."""
 
 
 class Convergence:
@@ -59,9 +62,9 @@ class Convergence:
             self._bandwidth = last.size / last.seconds
         if self._fixed is None:
             self._fixed = self._rehearse()
-        seconds = left / self._bandwidth + self._fixed
-        self._progress.remaining, self._progress.expected_downtime = left, seconds * 1000
-        if seconds * 1000 <= parameters.downtime_limit:
+        limit, pages = parameters.downtime_limit / 1000, left / self._bandwidth
+        self._progress.remaining, self._progress.expected_downtime = left, (pages + self._fixed) * 1000
+        if pages <= max(limit - self._fixed, limit / LEAST_SHARE):
             return True
         self._strikes = self._strikes + 1 if left * 2 > last.pages * 4096 else 0
         if self._strikes >= STRIKES:
@@ -89,5 +92,7 @@ class Convergence:
         start = time.monotonic()
         for section in save_devices(self._machine).values():
             msgspec.json.encode(section)
-        vcpus = len(self._machine.board.vcpus)
-        return 2 * (time.monotonic() - start) + ALLOWANCE + PER_VCPU * vcpus
+        devices = time.monotonic()
+        self._machine.handoff.rehearse()
+        vcpus = (time.monotonic() - devices) * len(self._machine.board.vcpus)
+        return TIMES * (devices - start + vcpus) + ALLOWANCE

@@ -22,8 +22,8 @@ from kvmpy.migration.channel import Channel
 from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
-from kvmpy.migration.keepalive import keepalive
-from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.keepalive import keepalive, silence
+from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
     BlockChecksums,
@@ -80,13 +80,13 @@ class Ingoing:
             if header.check_only:
                 return None
             raise
-        for warning in findings.warnings:
-            log.warning("warning: %s", warning)
+        self.progress.warnings = findings.warnings
         if header.check_only:
             self._accept(main, bytes(16))
             return None
-        log.info("migration: %s comes", said)
-        self.progress.warnings = findings.warnings
+        log.info("migration: %s comes", printable(said))
+        for warning in findings.warnings:
+            log.warning("warning: %s", printable(warning))
         self._cpu = processor(source)
         return header
 
@@ -112,7 +112,8 @@ class Ingoing:
 
     def _accept(self, main: MainChannel, token: bytes) -> None:
         if main.can_answer:
-            main.send_message(Accept(token=token, version=main.version))
+            warnings = tuple(self.progress.warnings)
+            main.send_message(Accept(token=token, version=main.version, warnings=warnings))
 
     # What comes
 
@@ -143,8 +144,9 @@ class Ingoing:
                     if inline and pages.receive_inline(main.channel) != number:
                         raise StreamError(f"{main.channel.name}: the pages of another round than {number}")
                 case Checksums(blocks=blocks):
-                    self._wait(pages, last, inline=inline)
-                    checksum.compare(self._machine.board.memory, self._sums(blocks))
+                    with self._answering(main):
+                        self._wait(pages, last, inline=inline)
+                        checksum.compare(self._machine.board.memory, self._sums(blocks))
                 case Section(device=device, section=section):
                     if device in sections:
                         raise StreamError(f"{main.channel.name}: two sections of {device[:200]!r}")
@@ -152,7 +154,8 @@ class Ingoing:
                 case EndOfState(sections=count):
                     if count != len(sections):
                         raise StreamError(f"{main.channel.name}: {len(sections)} sections of {count}")
-                    self._wait(pages, last, inline=inline)
+                    with self._answering(main):
+                        self._wait(pages, last, inline=inline)
                     self.progress.note_round(last, 0, pages.received)
                     return sections, message
 
@@ -207,7 +210,7 @@ class Ingoing:
         """Within, the source is told that we are at work."""
         with ExitStack() as stack:
             if main.can_answer:
-                stack.enter_context(keepalive(main, self._parameters.x_timeout))
+                stack.enter_context(keepalive(main, silence(self._parameters.x_timeout)))
             yield
 
     def _await_go(self, main: MainChannel) -> None:

@@ -39,6 +39,8 @@ trace_end = Tracepoint("migration.end_of_round", "channel number")
 
 # How long a channel on which bytes do not pass as they are may be silent between records: its timeout is for all waits.
 IDLE: Final = 24 * 3600.0
+# Bytes that a page channel's reader takes beyond what it asked for: single pages come many in a call then.
+AHEAD: Final = 128 << 10
 
 
 class PageReceiver:
@@ -56,12 +58,13 @@ class PageReceiver:
         self._changed = threading.Condition()
         self._cancelled = False
         self._lanes = [self._lane(f"page channel {index}", channel) for index, channel in enumerate(channels)]
+        self._inline: _Lane | None = None
         self._threads: list[threading.Thread] = []
 
     @property
     def received(self) -> tuple[int, int, int]:
         """(pages, zero pages among them, bytes) so far."""
-        counts = [lane.counts() for lane in self._lanes]
+        counts = [lane.counts() for lane in (*self._lanes, *([self._inline] if self._inline else []))]
         return sum(c[0] for c in counts), sum(c[1] for c in counts), sum(c[2] for c in counts)
 
     def start(self) -> None:
@@ -97,10 +100,9 @@ class PageReceiver:
 
         Raises MigrationError.
         """
-        lane = next((each for each in self._lanes if each.channel is channel), None)
-        if lane is None:
-            self._lanes.append(lane := self._lane("the main channel", channel))
-        return lane.receive_round(milliseconds(channel.timeout))
+        if self._inline is None or self._inline.channel is not channel:
+            self._inline = self._lane("the main channel", channel, RECORD.size)
+        return self._inline.receive_round(milliseconds(channel.timeout))
 
     def cancel(self) -> None:
         """Whoever receives or waits ends with Cancelled, at once. Any thread."""
@@ -117,8 +119,8 @@ class PageReceiver:
         while self._threads:
             self._threads.pop().join()
 
-    def _lane(self, name: str, channel: PageChannel) -> _Lane:
-        return _Lane(name, channel, self._memory, self._flow, Zstd() if self._compression == "zstd" else None)
+    def _lane(self, name: str, channel: PageChannel, ahead: int = AHEAD) -> _Lane:
+        return _Lane(name, channel, self._memory, self._flow, Zstd() if self._compression == "zstd" else None, ahead)
 
     def _verdict(self, number: int) -> Exception | bool | None:
         """True if that round is here, why it will not be, or None while that is open."""
@@ -144,7 +146,9 @@ class _Lane:
     why nothing more comes.
     """
 
-    def __init__(self, name: str, channel: PageChannel, memory: GuestMemory, flow: Flow, zstd: Zstd | None) -> None:
+    def __init__(
+        self, name: str, channel: PageChannel, memory: GuestMemory, flow: Flow, zstd: Zstd | None, ahead: int
+    ) -> None:
         self.name, self.channel, self.round = name, channel, -1
         self.failure: Exception | None = None
         self._memory, self._flow, self._zstd = memory, flow, zstd
@@ -153,7 +157,11 @@ class _Lane:
             "struct kvmpy_ram[]",
             [(ffi.cast("char *", block.hva), block.gpa, block.size) for block in memory.blocks],
         )
-        self._intake: Any = ffi.new("struct kvmpy_intake *", {"blocks": self._blocks, "count": len(memory.blocks)})
+        self._ahead = ffi.new("char[]", ahead)
+        self._intake: Any = ffi.new(
+            "struct kvmpy_intake *",
+            {"blocks": self._blocks, "count": len(memory.blocks), "ahead": self._ahead, "room": ahead},
+        )
         self._buffer: bytearray | None = None
 
     def counts(self) -> tuple[int, int, int]:
@@ -213,7 +221,7 @@ class _Lane:
             self.channel.receive_into(batch)
         else:
             timeout = milliseconds(self.channel.timeout)
-            self._check(lib.kvmpy_flow_read(self._flow.c, fd, ffi.from_buffer(batch), length, timeout))
+            self._check(lib.kvmpy_intake_read(intake, self._flow.c, fd, ffi.from_buffer(batch), length, timeout))
         if kind == ZSTD and self._zstd is not None:
             try:
                 batch = self._zstd.unpack(batch, size)

@@ -11,7 +11,14 @@ from kvmpy.errors import MigrationError
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import Keepalive
 
-TIMES: Final = 4  # in each time that the other side waits: one that is late does no harm
+TIMES: Final = 8  # in each time that the other side waits: one that is late does no harm
+SHARE: Final = 4
+LEAST: Final = 1.0
+
+
+def silence(timeout: float) -> float:
+    """Seconds without a word that are too many at the switchover, while the guest stands still: less than at others."""
+    return min(timeout, max(LEAST, timeout / SHARE))
 
 
 @contextmanager

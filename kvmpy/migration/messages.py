@@ -116,11 +116,15 @@ class Header(Message, frozen=True, kw_only=True):
 
 
 class Accept(Message, frozen=True, kw_only=True):
-    """It may come. ``token`` is what its page channels show; ``version`` that of the stream from here on."""
+    """It may come. ``token`` is what its page channels show; ``version`` that of the stream from here on.
+
+    ``warnings`` are what differs and does no harm yet.
+    """
 
     KIND = Kind.ACCEPT
     token: Token
     version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
+    warnings: Annotated[tuple[Annotated[str, Meta(max_length=PROBLEM_MAX)], ...], Meta(max_length=64)] = ()
 
 
 class Refuse(Message, frozen=True, kw_only=True):

@@ -126,21 +126,17 @@ class _Lane:
         self.name = f"page channel {index}"
         self._index, self._count = index, count
         self._channel, self._flow, self._zstd = channel, flow, zstd
-        self._done = [0, 0, 0]
-        self._sweep: Any = None
+        # What came before, and the sweep under way: one attribute, so that another thread sees both or neither.
+        self._progress: tuple[tuple[int, int, int], Any] = (0, 0, 0), None
         # Room for a record, and a batch behind it.
         self._buffer = bytearray(RECORD.size + MOST_BATCH if zstd or channel.raw_fd is None else 0)
 
     def counts(self) -> tuple[int, int, int]:
         """(pages, zero pages, bytes). Any thread."""
-        pages, zeros, size = self._done
-        if (sweep := self._sweep) is not None:
-            pages, zeros, size = (
-                pages + sweep.data_pages + sweep.zero_pages,
-                zeros + sweep.zero_pages,
-                size + sweep.bytes,
-            )
-        return pages, zeros, size
+        (pages, zeros, size), sweep = self._progress
+        if sweep is None:
+            return pages, zeros, size
+        return pages + sweep.data_pages + sweep.zero_pages, zeros + sweep.zero_pages, size + sweep.bytes
 
     def interrupt(self) -> None:
         """Wake the thread that sends, where the flow being cancelled does not."""
@@ -151,13 +147,15 @@ class _Lane:
         """Our pages of all blocks, and the END mark."""
         for pages in blocks:
             if pages.bits.count():
-                self._sweep = self._new_sweep(pages)
+                sweep = self._new_sweep(pages)
+                self._progress = self._progress[0], sweep
                 try:
-                    self._send_batches() if self._buffer else self._send_memory()
+                    self._send_batches(sweep) if self._buffer else self._send_memory(sweep)
                 finally:
-                    self._done, self._sweep = list(self.counts()), None
+                    self._progress = self.counts(), None
         self._write(RECORD.pack(number, 0, END))
-        self._done[2] += RECORD.size
+        total, zeros, size = self.counts()
+        self._progress = (total, zeros, size + RECORD.size), None
 
     def _new_sweep(self, pages: BlockPages) -> Any:
         clear = pages.to_clear
@@ -175,16 +173,18 @@ class _Lane:
             },
         )
 
-    def _send_memory(self) -> None:
-        timeout = self._channel.timeout
-        self._check(lib.kvmpy_sweep_send(self._sweep, self._flow.c, self._channel.raw_fd, milliseconds(timeout)))
+    def _send_memory(self, sweep: Any) -> None:
+        timeout = milliseconds(self._channel.timeout)
+        self._check(lib.kvmpy_sweep_send(sweep, self._flow.c, self._channel.raw_fd, timeout), sweep)
 
-    def _send_batches(self) -> None:
+    def _send_batches(self, sweep: Any) -> None:
         view = memoryview(self._buffer)
         with ffi.from_buffer(self._buffer) as start:
             batch = start + RECORD.size
-            while size := self._check(lib.kvmpy_sweep_copy(self._sweep, self._flow.c, batch, MOST_BATCH)):
-                self._write(self._framed(view, size))
+            while size := self._check(lib.kvmpy_sweep_copy(sweep, self._flow.c, batch, MOST_BATCH), sweep):
+                data = self._framed(view, size)
+                self._write(data)
+                sweep.bytes += len(data)
 
     def _framed(self, view: memoryview, size: int) -> memoryview | bytes:
         """The batch of ``size`` bytes in our buffer with its record before it; packed, where that makes it smaller."""
@@ -202,13 +202,11 @@ class _Lane:
         else:
             timeout = milliseconds(self._channel.timeout)
             self._check(lib.kvmpy_flow_write(self._flow.c, fd, ffi.from_buffer(data), len(data), timeout))
-        if self._sweep is not None:
-            self._sweep.bytes += len(data)
 
-    def _check(self, result: int) -> int:
+    def _check(self, result: int, sweep: Any = None) -> int:
         if result >= 0:
             return result
-        if self._sweep is not None and self._sweep.clear_failed:
+        if sweep is not None and sweep.clear_failed:
             raise IoctlError("KVM_CLEAR_DIRTY_LOG", -result)
         raise failure(self.name, result, self._channel.timeout)
 

@@ -131,7 +131,8 @@ class Progress:
 
     def add(self, made: Round) -> None:
         """One more round is over."""
-        self.rounds.append(made)
+        with self._lock:
+            self.rounds.append(made)
         self.pages += made.pages
         self.zero_pages += made.zero_pages
         self.size += made.size
@@ -163,6 +164,8 @@ class Progress:
         if self.status is Status.NONE:
             return {}
         now = self.ended or time.monotonic_ns()
+        with self._lock:
+            rounds = tuple(self.rounds)
         known = {
             "total-time": round((now - self.began) / MS),
             "setup-time": None if self.active is None else round((self.active - self.began) / MS),
@@ -182,7 +185,7 @@ class Progress:
             **{key: value for key, value in known.items() if value is not None},
             "ram": self._ram(),
             "phases": [self._phase(*phase) for phase in tuple(self.phases)],
-            "rounds": [self._round(each) for each in tuple(self.rounds)],
+            "rounds": [self._round(each) for each in rounds],
             **({self.other: self._other()} if self.said else {}),
         }
 

@@ -12,19 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Final
+from typing import Final
 
 from kvmpy import __version__
 from kvmpy.errors import HostError, IncompatibleError, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
+from kvmpy.migration.channel import Channel
 from kvmpy.migration.convergence import Convergence
-from kvmpy.migration.description import describe, to_json
+from kvmpy.migration.description import Findings, describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
-from kvmpy.migration.keepalive import keepalive
-from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.keepalive import keepalive, silence
+from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
     BlockChecksums,
@@ -50,13 +51,15 @@ from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
 from kvmpy.migration.status import Status
-from kvmpy.migration.stop import Stop
+from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.transport import Connector
 
 log = logging.getLogger(__name__)
 
 PAGE: Final = 4096
 ELSEWHERE: Final = "the guest runs at the destination"
+SHORTEST_ROUND: Final = 0.020
+"""Seconds from one look at what is dirty to the next."""
 UNKNOWN: Final = "outcome unknown: destination may be running"
 # Phases of the switchover that the destination is told of
 SWITCHOVER: Final = frozenset({"stop", "save state", "last pages", "send state", "disks"})
@@ -65,7 +68,7 @@ OnPass = Callable[[int], object]
 
 
 class Outgoing:
-    """One migration of ``machine`` to ``uri``. Its thread calls `migrate`; any other `cancel`, once or more.
+    """One migration of ``machine``, by what ``open_connector`` opens. Its thread calls `migrate`; any other `cancel`.
 
     ``on_pass`` is told the number of each round, ``on_stall`` in words of a guest that writes too fast.
     """
@@ -87,6 +90,7 @@ class Outgoing:
         self._lock = threading.Lock()
         self._handover: Handover[Source] = handover.source()
         self._pages: PageSender | None = None
+        self._page_channels: list[Channel] = []
 
     @property
     def phase(self) -> Source:
@@ -102,6 +106,11 @@ class Outgoing:
         if (pages := self._pages) is not None:
             pages.cancel()
         return True
+
+    @property
+    def cancelled_for(self) -> str | None:
+        """Why everything was to be taken back, if `cancel` was in time."""
+        return self._stop.reason
 
     def limit(self, parameters: Parameters) -> None:
         """Go on with other parameters, as far as that can be."""
@@ -120,29 +129,28 @@ class Outgoing:
         """Move the machine. Raises KvmpyError: then the guest is here, unless `phase` says otherwise."""
         with ExitStack() as undo:
             undo.callback(self._stop.close)
-            main, channels = self._set_up(undo)
-            if channels:  # else page records are between the messages
+            main, self._page_channels = self._set_up(undo)
+            if self._page_channels:  # else page records are between the messages
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
             with self._kept_unless_gone(main):
-                self._start(main, channels, undo)
+                self._start(main, undo)
                 self._precopy(main)
-                self._switch_over(main)
+                self._switch_over(main, undo)
 
-    def check(self) -> list[str]:
+    def check(self) -> Findings:
         """Why the machine cannot be moved there now, as the destination sees it too. Raises MigrationError."""
         with ExitStack() as undo:
             undo.callback(self._stop.close)
             problems = self._machine.handoff.blockers()
             connector = undo.enter_context(self._open(self._stop))
-            if not connector.main.can_answer:
-                return problems
-            try:
-                self._introduce(connector, check_only=True)
-            except IncompatibleError as e:
-                problems += e.problems
-            return problems
+            if connector.main.can_answer:
+                try:
+                    self._introduce(connector, check_only=True)
+                except IncompatibleError as e:
+                    problems += e.problems
+            return Findings(problems, self.progress.warnings)
 
-    def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Any]]:
+    def _set_up(self, undo: ExitStack) -> tuple[MainChannel, list[Channel]]:
         progress = self.progress
         if problems := self._machine.handoff.blockers():
             raise IncompatibleError(*problems)
@@ -151,8 +159,9 @@ class Outgoing:
         with progress.phase("compare"):
             token = self._introduce(connector, check_only=False)
         with progress.phase("page channels"):
-            channels = [] if token is None else connector.open_page_channels(self._channels(connector), token)
-        return connector.main, channels
+            if token is None:
+                return connector.main, []
+            return connector.main, connector.open_page_channels(self._channels(connector), token)
 
     def _channels(self, connector: Connector) -> int:
         return self.parameters.multifd_channels if connector.has_page_channels else 0
@@ -180,11 +189,14 @@ class Outgoing:
         if isinstance(answer, Refuse):
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
+        self.progress.warnings = list(answer.warnings)
+        for warning in answer.warnings:
+            log.warning("warning: %s", printable(warning))
         return answer.token
 
     # Rounds, while the guest runs
 
-    def _start(self, main: MainChannel, channels: list[Any], undo: ExitStack) -> None:
+    def _start(self, main: MainChannel, undo: ExitStack) -> None:
         """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
         machine, parameters = self._machine, self.parameters
         self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
@@ -194,7 +206,7 @@ class Outgoing:
             self._log.start()
         self._dirty = DirtyPages(machine.board.memory)
         self._pages = PageSender(
-            channels or [main.channel],
+            self._page_channels or [main.channel],
             max_bandwidth=parameters.max_bandwidth,
             compression=parameters.multifd_compression.value,
         )
@@ -211,12 +223,20 @@ class Outgoing:
                 if self._stop_machine(start):
                     return
                 self.progress.become(Status.ACTIVE)
+            elif self.progress.passes:
+                self._breathe()
             self._send_round(main)
 
     def _fits(self) -> bool:
         """Whether the rest can be sent in time; else what is to be done about it is done."""
         self._stop.check()
         return self._convergence.fits(self._dirty.count() * PAGE, self._dirty.rate, self.parameters)
+
+    def _breathe(self) -> None:
+        """Rounds of a few pages that follow one another at once cost the guest more than they bring."""
+        last = self.progress.rounds[-1]
+        if last.seconds < SHORTEST_ROUND:
+            self._stop.wait_any({}, Deadline(SHORTEST_ROUND - last.seconds))
 
     def _send_round(self, main: MainChannel) -> None:
         """All that is dirty now."""
@@ -251,9 +271,11 @@ class Outgoing:
 
     # The switchover, while it stands still
 
-    def _switch_over(self, main: MainChannel) -> None:
+    def _switch_over(self, main: MainChannel, undo: ExitStack) -> None:
         """All that is left, and then the guest itself. Raises MigrationError."""
         progress = self.progress
+        for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
+            channel.timeout = silence(channel.timeout)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
             sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
@@ -262,6 +284,8 @@ class Outgoing:
             self._pages.max_bandwidth = 0
             self._log.collect(self._dirty)  # after the last of KVM's own writes, which saving a vCPU may cause
             self._send_round(main)
+            if not self._page_channels and main.can_answer:
+                undo.enter_context(keepalive(main, self.parameters.x_timeout))
             if self.parameters.x_checksum:
                 self._send_checksums(main)
         with progress.phase("send state"):
@@ -272,6 +296,7 @@ class Outgoing:
         with progress.phase("await READY"):
             if main.can_answer:
                 main.receive_message(Ready)
+                main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)

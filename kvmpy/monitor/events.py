@@ -93,6 +93,7 @@ class DeviceUnplugGuestError(Event, frozen=True, kw_only=True):
     NAME = "DEVICE_UNPLUG_GUEST_ERROR"
     device: str | None = None  # its id
     path: str  # QEMU's path of it: /machine/peripheral/ID
+    reason: str | None = None  # what was seen (ours)
 
 
 class DevicePlugGuestError(Event, frozen=True, kw_only=True):

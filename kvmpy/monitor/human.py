@@ -42,6 +42,7 @@ def human_monitor_command(caller: Caller, arguments: HumanLine) -> str:
     """Do a line of QEMU's human monitor, and return what it says.
 
     There are a few: `help`, `info`, `stop`, `cont`, `system_reset`, `system_powerdown`, `set_link` and `quit`.
+    Where a change has to wait for the host, as `stop` does for a disk, this does not.
     """
     index = arguments.cpu_index
     if index is not None and not 0 <= index < len(caller.machine.threads):

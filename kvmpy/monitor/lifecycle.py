@@ -21,14 +21,17 @@ class Cont(Arguments, frozen=True, kw_only=True):
     force: bool = False  # go on although the guest was handed over, or may have been: it must not run there (ours)
 
 
-@command("stop", NoArguments, Nothing)
+@command("stop", NoArguments, Nothing, slow=True)
 def stop(caller: Caller, _: NoArguments) -> Nothing:
-    """Stop the vCPUs, and with them the devices; `cont` lets them go on. Nothing happens if they stand still."""
+    """Stop the vCPUs, and with them the devices; `cont` lets them go on. Nothing happens if they stand still.
+
+    What a disk has under way is waited for: if the host's disk does not answer, until it does, or until `quit`.
+    """
     caller.machine.pause()
     return Nothing()
 
 
-@command("cont", Cont, Nothing)
+@command("cont", Cont, Nothing, slow=True)
 def cont(caller: Caller, arguments: Cont) -> Nothing:
     """Let the vCPUs run on after `stop`. Nothing happens if they run.
 
@@ -39,9 +42,12 @@ def cont(caller: Caller, arguments: Cont) -> Nothing:
     return Nothing()
 
 
-@command("system_reset", NoArguments, Nothing)
+@command("system_reset", NoArguments, Nothing, slow=True)
 def system_reset(caller: Caller, _: NoArguments) -> Nothing:
-    """Press the reset button: the kernel is loaded anew, from its file as it is now."""
+    """Press the reset button: the kernel is loaded anew, from its file as it is now.
+
+    Disks are waited for as `stop` does, and devices that are passed through are reset too, which takes up to seconds.
+    """
     caller.machine.reset()
     return Nothing()
 
@@ -55,6 +61,6 @@ def system_powerdown(caller: Caller, arguments: Powerdown) -> Nothing:
 
 @command("quit", NoArguments, Nothing)
 def quit_(caller: Caller, _: NoArguments) -> Nothing:
-    """Pull the plug: the machine and its process end."""
+    """Pull the plug: the machine and its process end, within seconds even if a disk does not answer."""
     caller.machine.stop()
     return Nothing()

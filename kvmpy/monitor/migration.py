@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 from msgspec import Meta
@@ -21,6 +21,9 @@ from kvmpy.migration.parameters import (
 )
 from kvmpy.migration.status import Status
 from kvmpy.monitor.table import Arguments, Caller, NoArguments, Nothing, Reply, command
+
+if TYPE_CHECKING:
+    from kvmpy.migration.descriptor import Take
 
 Uri = Annotated[str, Meta(max_length=8192)]
 
@@ -49,6 +52,7 @@ class MigrationCheck(Reply, frozen=True, kw_only=True):
     """What a migration would meet with."""
 
     problems: list[str]  # why it would be refused, by either side; empty: it would not
+    warnings: list[str]  # what differs and does no harm until the guest is reset
 
 
 class MigrationPhase(Reply, frozen=True, kw_only=True, rename="kebab"):
@@ -199,14 +203,14 @@ def migrate(caller: Caller, arguments: Migrate) -> Nothing:
     """
     if arguments.resume:
         raise CommandError("Cannot resume: there is no postcopy migration that was paused")
-    caller.migrations().migrate(arguments.uri, _taken(caller))
+    caller.migrations().migrate(arguments.uri, _taken(caller, arguments.uri))
     return Nothing()
 
 
 @command("migrate-incoming", MigrateIncoming, Nothing, slow=True)
 def migrate_incoming(caller: Caller, arguments: MigrateIncoming) -> Nothing:
     """Have a machine that was started with `--incoming defer` wait for the one that comes."""
-    caller.migrations().incoming(arguments.uri, _taken(caller))
+    caller.migrations().incoming(arguments.uri, _taken(caller, arguments.uri))
     return Nothing()
 
 
@@ -238,7 +242,8 @@ def migrate_check(caller: Caller, arguments: MigrateCheck) -> MigrationCheck:
 
     The destination goes on waiting. A file or a command cannot be asked.
     """
-    return MigrationCheck(problems=caller.migrations().check(arguments.uri, _taken(caller)))
+    findings = caller.migrations().check(arguments.uri, _taken(caller, arguments.uri))
+    return MigrationCheck(problems=findings.problems, warnings=findings.warnings)
 
 
 @command("migrate-set-parameters", SetParameters, Nothing, slow=True)
@@ -273,6 +278,20 @@ def query_migrate_capabilities(caller: Caller, _: NoArguments) -> list[Migration
     return [MigrationCapabilityStatus(capability=each, state=state) for each, state in capabilities.items()]
 
 
-def _taken(caller: Caller) -> Any:
-    """What gives a migration the descriptors of the session."""
-    return caller.descriptors.take
+def _nobody(name: str) -> int:
+    raise KeyError(name)
+
+
+def _taken(caller: Caller, uri: str) -> Take:
+    """What gives a migration its descriptor: it is the migration's from now on, even if the session ends.
+
+    Raises CommandError where the session has no such.
+    """
+    kind, _, name = uri.partition(":")
+    if kind != "fd" or name.isdecimal():
+        return _nobody
+    try:
+        fd = caller.descriptors.take(name)
+    except KeyError as e:
+        raise CommandError(f"File descriptor named '{name}' has not been found") from e
+    return lambda _: fd

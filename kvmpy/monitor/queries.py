@@ -8,6 +8,7 @@ from typing import Any
 from kvmpy import __version__
 from kvmpy.config.writer import tables
 from kvmpy.machine.runstate import RunState
+from kvmpy.monitor.ports import RootPortInfo, SpareInfo, root_ports, spare
 from kvmpy.monitor.table import Caller, NoArguments, Reply, command
 
 
@@ -88,6 +89,8 @@ class MachineInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     power_button_enabled: bool  # the guest listens to its power button
     exits: Exits  # how often the vCPUs have left the guest
     devices: list[dict[str, Any]]  # those of the configuration: id, driver, PCI address, and what each says of itself
+    root_ports: list[RootPortInfo]  # as in query-root-ports
+    spare: SpareInfo  # what of the configuration no device uses
     device_faults: int  # how often a device's code has failed
 
 
@@ -159,6 +162,8 @@ def query_machine(caller: Caller, _: NoArguments) -> MachineInfo:
             other=sum(thread.other_exits for thread in threads),
         ),
         devices=_devices(caller),
+        root_ports=root_ports(machine),
+        spare=spare(machine.current_config()),
         device_faults=sum(thread.faults for thread in threads),
     )
 

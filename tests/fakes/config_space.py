@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -127,6 +128,7 @@ class FakeConfigSpace:
     """Who answers is found by the bus numbers in the bridges, as in hardware; ``root`` is by devfn."""
 
     root: dict[int, FakeFunction]
+    lock: threading.RLock = field(default_factory=threading.RLock)
     accesses: int = 0
     written: list[tuple[int, int]] = field(default_factory=list)
 

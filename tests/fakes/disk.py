@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 from kvmpy.abi.block import Alignment
 from kvmpy.host.image import SECTOR, Geometry
@@ -82,3 +83,24 @@ class FakeDisk:
         assert self.go.wait(BOUND), "a test left the disk hanging"
         if call in self.fails:
             raise self.fails[call]
+
+
+class Hanging:
+    """A disk of the host, as ``disk``, that answers nothing while ``go`` is clear; ``begun`` has each read as it comes.
+
+    A read that hangs is as one in the kernel: it fills the guest's buffers when it comes back, whatever has become of
+    them.
+    """
+
+    def __init__(self, disk: Any) -> None:
+        self._disk = disk
+        self.begun: Inbox[int] = Inbox()
+        self.go = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._disk, name)
+
+    def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+        self.begun.put(offset)
+        assert self.go.wait(4 * BOUND), "a test left the disk hanging"
+        self._disk.read(offset, buffers)

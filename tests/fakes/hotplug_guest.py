@@ -14,7 +14,7 @@ from kvmpy.devices.virtio.pci import VirtioPci
 from kvmpy.memory import GuestMemory
 from tests.fakes.pci import Accesses
 from tests.fakes.virtio_driver import RingDriver
-from tests.fakes.virtio_pci_driver import PciGuest, Reg
+from tests.fakes.virtio_pci_driver import PciGuest
 
 CONTROL, STATUS = 0x18, 0x1A
 EVENTS: Final = 0x0109
@@ -85,7 +85,7 @@ class HotplugGuest:
         """As `echo 0 > slots/N/power`."""
         self._indicate(BLINK)
         if self.driver is not None:
-            self.driver.put(Reg.STATUS, 0)
+            self.driver.reset()
             self.driver = None
         self._write(self._control() | SlotControl.POWER_OFF)
         self._indicate(OFF)

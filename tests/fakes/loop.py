@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
@@ -57,6 +58,14 @@ def running(name: str = "test") -> Iterator[Reactor]:
         yield reactor
     finally:
         reactor.close()
+
+
+def poll(condition: Callable[[], object]) -> None:
+    """Wait until ``condition`` holds, for what nobody tells of."""
+    deadline = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.001)
 
 
 def settle(reactor: Reactor, rounds: int = 3) -> None:

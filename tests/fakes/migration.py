@@ -42,9 +42,13 @@ class Thread(Generic[T]):
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    def result(self) -> T:
+    def over(self) -> None:
+        """Wait until it is, however it ends."""
         self._thread.join(BOUND)
-        assert not self._thread.is_alive(), "it waits for ever"
+        assert not self.is_alive(), "it waits for ever"
+
+    def result(self) -> T:
+        self.over()
         if self._error is not None:
             raise self._error
         return self._result[0]

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from kvmpy.config.values import Backend, Name
+from kvmpy.config.schema import Boot, Config
+from kvmpy.config.values import Backend, HostPath, Name
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.announce import Rounds
@@ -48,13 +49,21 @@ class FakeMachine:
                     )
                 }
             ),
+            ports={},
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(
-            console=SimpleNamespace(serial=Backend("stdio")), migration=SimpleNamespace(tls_creds=None)
+            console=SimpleNamespace(serial=Backend("stdio")),
+            migration=SimpleNamespace(tls_creds=None),
+            device=(),
+            netdev=(),
+            drive=(),
         )
+
+    def current_config(self) -> Config:
+        return Config(name=self.name, boot=Boot(kernel=HostPath("/boot/vmlinuz")))
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

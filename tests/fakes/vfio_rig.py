@@ -38,8 +38,15 @@ class NicRig:
     """``function`` is the NIC as the guest sees it, at 01:00.0; ``nic`` the host's."""
 
     def __init__(
-        self, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, directory: Path, nic: FakeNic | None = None
+        self,
+        resources: ExitStack,
+        monkeypatch: pytest.MonkeyPatch,
+        directory: Path,
+        nic: FakeNic | None = None,
+        *,
+        rombar: bool = True,
     ) -> None:
+        self.rombar = rombar
         self.kernel = VfioKernel(directory, nic)
         self.nic = self.kernel.nic
         resources.callback(self.nic.close)
@@ -62,7 +69,7 @@ class NicRig:
     def make(self) -> VfioPci:
         device = VfioDevice(ADDRESS, GROUP, self.container)
         try:
-            return VfioPci("host0", device, self.board.sink, self.io)
+            return VfioPci("host0", device, self.board.sink, self.io, rombar=self.rombar)
         except BaseException:
             device.close()
             raise

@@ -181,6 +181,10 @@ class RingDriver:
         """The writable buffers of a chain that came back, whole."""
         return self._content[head]
 
+    def writable(self, head: int) -> list[tuple[int, int]]:
+        """Where the writable buffers of a chain are that has not come back, and their sizes."""
+        return self._chains[head][1]
+
     def content(self, head: int) -> bytes:
         """What the writable buffers of a chain that came back hold, one behind the other."""
         return b"".join(self._content[head])

@@ -20,6 +20,7 @@ from kvmpy.abi.virtio import NO_VECTOR, Feature, Status, feature_mask
 from kvmpy.devices.virtio.device import VirtioDevice
 from kvmpy.devices.virtio.pci import VirtioPci
 from kvmpy.memory import GuestMemory
+from tests.fakes.loop import poll
 from tests.fakes.pci import WINDOWS, Board
 from tests.fakes.virtio_driver import RingDriver
 from tests.fakes.virtio_rig import ManualLoop
@@ -112,10 +113,14 @@ class PciGuest:
             words.append(self.get(Reg.DEVICE_FEATURE))
         return words[0] | words[1] << 32
 
+    def reset(self) -> None:
+        """Reset the device, and wait until it says that it is."""
+        self.put(Reg.STATUS, 0)
+        poll(lambda: self.get(Reg.STATUS) == 0)
+
     def negotiate(self, features: int) -> None:
         """Up to FEATURES_OK, whatever comes of it."""
-        self.put(Reg.STATUS, 0)
-        assert self.get(Reg.STATUS) == 0
+        self.reset()
         self.put(Reg.STATUS, Status.ACKNOWLEDGE)
         self.put(Reg.STATUS, Status.ACKNOWLEDGE | Status.DRIVER)
         for word in (0, 1):

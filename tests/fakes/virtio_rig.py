@@ -20,6 +20,7 @@ from kvmpy.abi.virtio import Feature, Status, feature_mask
 from kvmpy.devices.virtio.device import VirtioDevice
 from kvmpy.host.eventfd import EventFd
 from kvmpy.memory import GuestMemory
+from tests.fakes.loop import poll
 from tests.fakes.virtio_driver import RingDriver
 
 RING_FEATURES: Final = feature_mask(Feature.INDIRECT_DESC, Feature.EVENT_IDX)
@@ -47,10 +48,10 @@ class ManualLoop:
         posted, self.posted = self.posted, []
         for call in posted:
             call()
-        poll = select.poll()
+        poller = select.poll()
         for fd, (readable, writable) in self.watched.items():
-            poll.register(fd, (select.POLLIN if readable else 0) | (select.POLLOUT if writable else 0))
-        ready = poll.poll(0)
+            poller.register(fd, (select.POLLIN if readable else 0) | (select.POLLOUT if writable else 0))
+        ready = poller.poll(0)
         for fd, events in ready:
             for index, mask in enumerate((select.POLLIN | select.POLLHUP | select.POLLERR, select.POLLOUT)):
                 callback = self.watched.get(fd, (None, None))[index]
@@ -131,8 +132,8 @@ class Guest:
     def start(self, features: int | None = None, enable: set[int] | None = None, *, go: bool = True) -> None:
         """Reset, negotiate ``features`` (all, if None), set the queues in ``enable`` up (all, if None), and `go`."""
         wanted = self.device.features if features is None else features | feature_mask(Feature.VERSION_1)
+        self.reset()
         with self.device.lock:
-            self.device.write_status(0)
             self.device.write_status(Status.ACKNOWLEDGE)
             self.device.write_status(Status.ACKNOWLEDGE | Status.DRIVER)
             self.device.write_features(0, wanted & 0xFFFF_FFFF)
@@ -142,6 +143,12 @@ class Guest:
             self._set_up_queues(wanted, enable)
         if go:
             self.go()
+
+    def reset(self) -> None:
+        """Reset the device, and wait until it says that it is."""
+        with self.device.lock:
+            self.device.write_status(0)
+        poll(lambda: self.status() == 0)
 
     def go(self) -> None:
         """Say that the driver is ready."""
@@ -172,8 +179,8 @@ class Guest:
             self.device.io.run()
 
     def status(self) -> int:
-        """The device's status, as a call: mypy believes that an attribute stays what an assert said."""
-        return self.device.virtio.status
+        """The device's status as it reads, as a call: mypy believes that an attribute stays what an assert said."""
+        return self.device.status
 
     def close(self) -> None:
         self.device.close()

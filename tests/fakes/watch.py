@@ -30,9 +30,13 @@ class Watch:
 
     def logged(self) -> set[int]:
         """The pages that are in the log, which are then in it no more."""
-        bits = PageBits(self.log.size)
-        self.log.take(0, bits)
-        return {page * PAGE for page in range(bits.size) if page in bits} if bits.count() else set()
+        found: set[int] = set()
+        for block in self.memory.blocks:
+            bits = PageBits(pages(block.size))
+            self.log.take(block.gpa, bits)
+            if bits.count():
+                found |= {block.gpa + page * PAGE for page in range(bits.size) if page in bits}
+        return found
 
     def check(self) -> set[int]:
         """Every changed page is in the log; which those are."""

@@ -420,6 +420,35 @@ def test_a_machine_stopped_while_it_ran_is_ended_by_sigterm(shell: Terminal, her
     shell.expect(b"SIGTERM: the guest has not enabled its power button; stopping it in 0 s")
 
 
+def test_a_machine_runs_on_in_the_background_and_has_the_terminal_again_in_the_foreground(
+    shell: Terminal, here: Path
+) -> None:
+    (here / "kernel").write_bytes(pvh_kernel(ECHO))
+    shell.type(b"./kvmpy run m.toml\n")
+    shell.expect(b"K")
+    pid = int((here / "run/m/pid").read_text())
+    for turn in (b"one", b"two"):
+        os.kill(pid, signal.SIGSTOP)
+        shell.expect(b"Stopped")
+        shell.type(b"bg\n")
+        # What is typed now is for the shell, and we neither read it nor stop because of it.
+        for word in (b"a", b"b", b"c"):
+            shell.type(b"jobs; echo he''re " + word + b"\n")
+            shell.expect(b"Running")
+            shell.expect(b"here " + word)
+        with client.Client(client.find("m")) as monitor:
+            assert monitor("query-status")["running"]
+        shell.type(b"fg\n")
+        until(lambda: shell.raw)
+        shell.type(turn)
+        shell.expect(turn)
+    shell.type(b"Q")
+    shell.expect(b"prompt> ")
+    shell.type(b"echo code=$?\n")
+    shell.expect(b"code=0\r\n")
+    assert not shell.raw
+
+
 def test_a_console_in_the_background_is_ended_by_sigterm(shell: Terminal, run: Start, stopped: Process) -> None:
     shell.type(b"./kvmpy console m &\n")
     shell.expect(b"stopped until it is brought to the foreground")
@@ -884,10 +913,16 @@ def test_a_killed_machine_is_not_listed_and_its_name_is_free(kvmpy: Kvmpy, runni
     assert outcome(run(SAY_K + POWER_OFF))[:2] == (0, b"K")
 
 
+def stop(process: Process) -> None:
+    """Stop it, and wait until all its threads are."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
 @pytest.fixture
 def hanging(running: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
     """A machine whose process is stopped: it accepts, and does not answer."""
-    running.send_signal(signal.SIGSTOP)
+    stop(running)
     monkeypatch.setattr(control, "PS_PATIENCE", 0.2)
     monkeypatch.setattr(client.Client.__init__, "__defaults__", (0.2,))
     yield running
@@ -915,7 +950,7 @@ def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(
     kvmpy: Kvmpy, running: Process, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "GREETING_PATIENCE", 0.2)
-    running.send_signal(signal.SIGSTOP)
+    stop(running)
     code, _, err = kvmpy("status", "m")
     running.send_signal(signal.SIGCONT)
     assert (code, err.partition(";")[0]) == (1, "kvmpy: m: greeting: no answer in 0.2 s")

@@ -166,7 +166,7 @@ def test_a_reset_gives_back_the_processor_that_was_adopted(machine_with: Callabl
     with machine_with(lambda leaves: None) as machine:
         cpu = describe_guest(machine.board.vcpus[0])
         cpu.leaves[6, 0].eax &= ~(1 << ARAT_BIT)
-        machine.adopt_processor(cpu)
+        machine.handoff.adopt_cpu(cpu)
         machine.start()
         machine.reset()
         assert machine.state is RunState.RUNNING

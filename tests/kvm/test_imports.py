@@ -43,7 +43,9 @@ sys.exit(code)
 """
 COMMANDS = (
     *("qmp_capabilities", "query-version", "query-commands", "query-name", "query-status", "query-cpus-fast"),
-    *("query-machine", "query-config", "query-kvm", "query-pci", "query-qmp-schema", "query-fdsets"),
+    *("query-machine", "query-config", "query-kvm", "query-pci", "query-root-ports"),
+    *("query-qmp-schema", "query-fdsets"),
+    *("query-migrate", "query-migrate-parameters", "query-migrate-capabilities", "migrate_cancel"),
     'announce-self {"initial": 1, "max": 1, "rounds": 2, "step": 0}',
     'human-monitor-command {"command-line": "info status"}',
     'trace {"name": "bus.unclaimed"}',

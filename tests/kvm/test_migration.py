@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from kvmpy.errors import CommandError
+from kvmpy.errors import CommandError, IncompatibleError
 from kvmpy.kvm.system import System
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration.parameters import Compression, OnNoConvergence
-from kvmpy.migration.sections import save_devices
+from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
 from kvmpy.migration.status import Status
+from kvmpy.state import StateError
 from tests.counts import count
+from tests.fakes.certificates import Authority
 from tests.fakes.counting_guest import WRITES
 from tests.fakes.journey import Journey, Stop
 from tests.fakes.loop import BOUND
@@ -122,6 +125,38 @@ def test_a_machine_with_devices_goes_with_their_state(tmp_path: Path, stack: Exi
     journey.check()
 
 
+def test_a_guest_can_be_reset_where_it_has_gone(journey: Journey) -> None:
+    source = journey.begin()
+    source.wait_for_count()
+    there = journey.move(source)
+    before = len(there.said)
+    there.machine.reset()
+    there.wait_for_count()
+    there.machine.pause()
+    said = there.said[before:]
+    assert b"\x00\x01\x02\x03" in said, "it began anew"
+
+
+@pytest.mark.parametrize("change", ["missing", "surplus", "field", "queue"])
+def test_a_state_that_no_machine_of_ours_has_is_refused(tmp_path: Path, stack: ExitStack, change: str) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    journey = Journey(tmp_path, stack, extra=DEVICES)
+    source, there = journey.begin(), journey.wait_at()
+    source.machine.pause()
+    sections = save_machine(source.machine, MachineState())
+    match change:
+        case "missing":
+            del sections["vd0"]
+        case "surplus":
+            sections["vd1"] = sections["vd0"]
+        case "field":
+            sections["com1"]["state"]["ier"] = 256
+        case "queue":
+            sections["vd0"]["state"]["pci"]["config"] = ""
+    with pytest.raises((StateError, IncompatibleError)):
+        load_machine(there.machine, sections)
+
+
 def test_a_paused_machine_arrives_paused(journey: Journey) -> None:
     source = journey.begin()
     source.wait_for_count()
@@ -160,7 +195,8 @@ def test_force_does_not_take_a_disk_that_the_destination_has(tmp_path: Path, sta
 
 
 def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) -> None:
-    source, there = journey.begin(max_bandwidth=1 << 20, multifd_channels=1), journey.wait_at()
+    endless = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
+    source, there = journey.begin(**endless), journey.wait_at()
     source.migrations.migrate(there.uri)
     for change in (
         source.machine.pause,
@@ -180,7 +216,7 @@ def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) ->
 def test_differences_are_all_named_before_anything_moves(journey: Journey) -> None:
     source = journey.begin()
     there = journey.wait_at("machine.memory=32MiB", "machine.cpus=2")
-    asked = source.migrations.check(there.uri)
+    asked = source.migrations.check(there.uri).problems
     source.migrations.migrate(there.uri)
     source.wait(Status.FAILED)
     assert source.migrations.progress.problems == asked
@@ -196,12 +232,25 @@ def test_differences_are_all_named_before_anything_moves(journey: Journey) -> No
 
 def test_asking_whether_it_could_leaves_the_destination_waiting(journey: Journey) -> None:
     source, there = journey.begin(), journey.wait_at()
-    assert source.migrations.check(there.uri) == []
-    assert source.migrations.check(there.uri) == []
+    assert source.migrations.check(there.uri) == ([], [])
+    assert source.migrations.check(there.uri) == ([], [])
     source.migrations.migrate(there.uri)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_another_kernel_at_the_destination_is_a_warning_on_both_sides(journey: Journey, tmp_path: Path) -> None:
+    source = journey.begin()
+    (tmp_path / "other").write_bytes((tmp_path / "kernel").read_bytes() + bytes(16))
+    there = journey.wait_at("boot.kernel=other", "boot.cmdline=quiet")
+    rest = "not the same here and there; a reset of the guest loads the destination's"
+    said = [f"boot.cmdline: {rest}", f"boot.kernel: {rest}"]
+    assert source.migrations.check(there.uri) == ([], said)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    assert source.migrations.progress.warnings == there.migrations.progress.warnings == said
 
 
 def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: Path) -> None:
@@ -214,6 +263,71 @@ def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: P
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_a_command_can_keep_a_machine_and_bring_it_back(journey: Journey, tmp_path: Path) -> None:
+    source = journey.begin(x_checksum=True)
+    source.wait_for_count()
+    source.migrations.migrate(f"exec:gzip -1 > {tmp_path / 'saved.gz'}")
+    source.wait(Status.COMPLETED)
+    there = journey.wait_at(uri=f"exec:gzip -dc {tmp_path / 'saved.gz'}")
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_a_command_that_fails_leaves_the_guest_here(journey: Journey) -> None:
+    source = journey.begin()
+    source.migrations.migrate("exec:exit 3")
+    source.wait(Status.FAILED)
+    assert "status 3" in str(source.error)
+    assert source.runs
+    journey.move(source)
+    journey.check()
+
+
+def test_a_guest_goes_by_tcp_with_certificates_on_both_sides(journey: Journey, tmp_path: Path) -> None:
+    credentials = Authority().credentials(tmp_path / "tls")
+    source = journey.begin(tls_creds=credentials, x_checksum=True)
+    source.wait_for_count()
+    there = journey.wait_at(uri=f"tcp:localhost:{free_port()}", tls_creds=credentials)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_a_certificate_of_somebody_else_is_turned_away_and_the_guest_stays(journey: Journey, tmp_path: Path) -> None:
+    ours, others = Authority().credentials(tmp_path / "tls"), Authority().credentials(tmp_path / "other")
+    source = journey.begin(tls_creds=others)
+    there = journey.wait_at(uri=f"tcp:localhost:{free_port()}", tls_creds=ours)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.FAILED)
+    assert "certificate" in str(source.error)
+    assert source.runs
+    assert there.machine.state is RunState.INMIGRATE, "it goes on waiting for the right one"
+    source.migrations.set_parameters(tls_creds=ours)
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+def test_tcp_without_certificates_must_be_asked_for(journey: Journey) -> None:
+    source = journey.begin()
+    with pytest.raises(CommandError, match="insecure"):
+        journey.wait_at(uri="tcp:localhost:0")
+    source.migrations.migrate("tcp:localhost:1")
+    source.wait(Status.FAILED)
+    assert "insecure" in str(source.error)
+    assert source.runs
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 # A guest that writes too fast

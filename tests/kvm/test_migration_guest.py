@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from kvmpy.kvm.system import System
+from kvmpy.machine.changes import Steps
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
 from tests.fakes.counting_guest import gap
 from tests.fakes.journey import Journey, Stop
 from tests.fakes.loop import BOUND
 
-SLOW = 64 << 10
-"""Bytes a second, with which RAM takes longer than a guest does anything."""
+NEVER = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
+"""Rounds without end: no guest is gone in no time."""
 
 
 @pytest.fixture
@@ -28,8 +30,8 @@ def journey(system: System, tmp_path: Path) -> Iterator[Journey]:
 
 
 def under_way(journey: Journey) -> tuple[Stop, Stop]:
-    """A migration in its first round."""
-    source = journey.begin(max_bandwidth=SLOW, multifd_channels=1, x_checksum=True)
+    """A migration that sends rounds until it is told how long the guest may stand still."""
+    source = journey.begin(**NEVER, x_checksum=True)
     source.wait_for_count()
     there = journey.wait_at()
     source.migrations.migrate(there.uri)
@@ -52,7 +54,7 @@ def test_a_reset_while_pages_are_sent_is_carried_out_and_what_it_loads_travels(j
     source, there = under_way(journey)
     source.machine.request_reset()
     source.wait_for_count()
-    source.migrations.set_parameters(max_bandwidth=0)
+    source.migrations.set_parameters(downtime_limit=10_000)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
     there.machine.close()
@@ -66,15 +68,15 @@ def test_a_reset_at_the_very_stop_is_carried_out_first(journey: Journey) -> None
     halt = source.machine.halt
     halts: list[int] = []
 
-    def halt_and_ask() -> None:
+    def halt_and_ask(seconds: float | None = None) -> Steps[None]:
         """The last instruction before the stop asked for a reset."""
-        halt()
+        yield from halt(seconds)
         if not halts:
             source.machine.request_reset()
         halts.append(1)
 
     source.machine.halt = halt_and_ask  # type: ignore[method-assign]
-    source.migrations.set_parameters(max_bandwidth=0)
+    source.migrations.set_parameters(downtime_limit=10_000)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
     there.machine.close()

@@ -165,6 +165,19 @@ def test_what_is_loaded_is_what_is_saved_and_so_in_a_second_vm(
     assert without_time(save(destination)) == without_time(saved)
 
 
+def test_pdptrs_travel_where_kvm_keeps_them(make_vcpu: MakeVcpu) -> None:
+    """PAE paging: the four are in the processor, and memory does not have them."""
+    source, destination = make_vcpu(), make_vcpu()
+    state, entries = save(source), (0x3001, 0x4001, 0x5001, 0x6001)
+    state.sregs.cr0, state.sregs.cr3, state.sregs.cr4, state.pdptrs = PAGED | 1, 0x2000, 0x20, entries
+    load(source, state)
+    saved = save(source)
+    # A KVM without hardware support takes the CR0 and does not page.
+    assert saved.pdptrs == (entries if saved.sregs.cr0 & PAGED and source.vm.check("KVM_CAP_SREGS2") else None)
+    load(destination, saved)
+    assert without_time(save(destination)) == without_time(saved)
+
+
 def test_saving_changes_nothing(make_vcpu: MakeVcpu) -> None:
     vcpu = make_vcpu()
     state = save(vcpu)

@@ -17,6 +17,7 @@ from kvmpy.abi import block, ioctl, tun, vfio, vhost
 from kvmpy.abi import kvm as abi
 from kvmpy.abi.ioctl import Call, Get, GetNumber, Layout, Number, Put, PutNumber, Request, Unsized
 from kvmpy.errors import HostError, IoctlError
+from kvmpy.kvm import vcpu
 from kvmpy.kvm.system import REQUIRED, WELCOME
 from tests.conftest import skip_or_fail
 from tests.fakes.kernel import Kernel
@@ -258,3 +259,15 @@ def test_fewer_vectors_than_wanted_are_a_failure(kernel: Kernel) -> None:
         vfio.bind(3, vfio.MSIX_IRQ, vfio.IRQ_TRIGGER, [7, -1])
     assert kernel.seen[0][1]["data"] == [7, 0, 0, 0, 255, 255, 255, 255]
     assert kernel.seen[0][1]["argsz"] == 28
+
+
+def test_exits_are_unpacked_as_the_header_has_them() -> None:
+    page = bytearray(ffi.sizeof("struct kvm_run"))
+    run = ffi.cast("struct kvm_run *", ffi.from_buffer(page))
+    run.exit_reason = lib.KVM_EXIT_IO
+    run.io.direction, run.io.size, run.io.port, run.io.count, run.io.data_offset = 1, 2, 0x3F8, 0x11223344, 1 << 40
+    said = vcpu.REASON_AND_IO.unpack_from(page, vcpu.REASON_AT)
+    assert said == (lib.KVM_EXIT_IO, 1, 2, 0x3F8, 0x11223344, 1 << 40)
+    run.mmio.phys_addr, run.mmio.data, run.mmio.len, run.mmio.is_write = 1 << 40, list(range(8)), 4, 1
+    assert vcpu.MMIO.unpack_from(page, vcpu.MMIO_AT) == (1 << 40, int.from_bytes(bytes(range(8)), "little"), 4, 1)
+    assert vcpu.MMIO_DATA == vcpu.MMIO_AT + 8

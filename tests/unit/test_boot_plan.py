@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kvmpy.boot.placement import LowMemory
 from kvmpy.boot.plan import BootPlan, Entry, plan
 from kvmpy.errors import ConfigError
 from kvmpy.memory import GuestMemory, Ram
+from tests.fakes.watch import Watch
 from tests.unit.test_boot_bzimage import CODE, bzimage
 from tests.unit.test_boot_elf import BSS, DATA, ENTRY, LOAD_AT, TEXT, vmlinux
 
@@ -83,6 +85,16 @@ def test_a_bzimage_and_its_initrd_are_loaded(files: Files) -> None:
     assert memory.read(INITRD_AT, len(INITRD)) == INITRD
     assert memory.read(LOW.command_line, 14) == b"console=ttyS0\0"
     assert memory.read(LOW.acpi.start, len(ACPI) + 2) == ACPI + bytes(2)
+
+
+@pytest.mark.parametrize(("image", "at"), [(bzimage, 0x10_0000), (vmlinux, LOAD_AT)])
+def test_a_reboot_during_a_migration_is_in_the_log(files: Files, image: Callable[[], bytes], at: int) -> None:
+    files.kernel.write_bytes(image())
+    memory = guest_memory()
+    memory.write(0, b"\xa5" * RAM_SIZE)
+    planned, watch = files.plan(), Watch(memory)
+    planned.load(memory)
+    assert watch.check() >= {at // 4096 * 4096, INITRD_AT, INITRD_AT + 4096}
 
 
 def test_the_zero_page_tells_the_kernel_what_it_needs(files: Files) -> None:

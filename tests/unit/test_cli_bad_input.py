@@ -193,7 +193,7 @@ CONFIG_MISTAKES: Final = (
     refusals(
         "a setting of a later version",
         GOOD + "dirty_ring = true\n",
-        "m.toml:5: machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out",
+        "m.toml:5: machine.dirty_ring: this version of kvmpy logs dirty pages in the bitmap only; leave it out",
     ),
     refusals(
         "command line too long",
@@ -205,7 +205,7 @@ CONFIG_MISTAKES: Final = (
         '[boot]\nkernel = "absent"\ninitrd = "gone"\n[machine]\ndirty_ring = true\n',
         "m.toml:2: boot.kernel: {here}/absent: cannot be opened: No such file or directory (ENOENT)",
         "m.toml:3: boot.initrd: {here}/gone: cannot be opened: No such file or directory (ENOENT)",
-        "m.toml:5: machine.dirty_ring: this version of kvmpy does not migrate yet; leave it out",
+        "m.toml:5: machine.dirty_ring: this version of kvmpy logs dirty pages in the bitmap only; leave it out",
     ),
 )
 
@@ -287,7 +287,10 @@ def test_a_path_cannot_put_a_second_line_or_an_escape_sequence_on_the_terminal(k
             ],
             "--set device.n.failover: this version of kvmpy has no failover pairs yet",
         ),
-        (["--set", "machine.dirty_ring=true"], "--set machine.dirty_ring: this version of kvmpy does not migrate yet"),
+        (
+            ["--set", "machine.dirty_ring=true"],
+            "--set machine.dirty_ring: this version of kvmpy logs dirty pages in the bitmap only",
+        ),
         (["--name", "../x"], f'--name: {NAME_FORM}, got "../x"'),
     ],
     ids=["no value", "no such id", "wrong type", "no such file", "by id", "not yet", "no name"],

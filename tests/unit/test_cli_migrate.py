@@ -169,16 +169,18 @@ def test_a_dry_run_lists_everything_in_the_way_of_both_sides(
     source: Source, capsys: pytest.CaptureFixture[str]
 ) -> None:
     problems = ["drive[0]: cache = writeback", "cpu: the destination has no avx2"]
-    source.handlers["x-migrate-check"] = lambda _: {"problems": problems}
+    source.handlers["x-migrate-check"] = lambda _: {"problems": problems, "warnings": []}
     assert main(["migrate", "web1", URI, "--dry-run"]) == BLOCKED
     assert capsys.readouterr().out.splitlines() == problems
     assert not source.is_asked("migrate")
 
 
 def test_a_dry_run_with_nothing_in_the_way_is_a_success(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
-    source.handlers["x-migrate-check"] = lambda _: {"problems": []}
+    source.handlers["x-migrate-check"] = lambda _: {"problems": [], "warnings": ["boot.kernel: not the same"]}
     assert main(["migrate", "web1", URI, "--dry-run"]) == 0
-    assert f"web1 can migrate to {URI}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "warning: boot.kernel: not the same" in told
+    assert f"web1 can migrate to {URI}" in told
 
 
 def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed(

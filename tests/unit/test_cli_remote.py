@@ -79,7 +79,7 @@ class Source(FakeMonitor):
                 "query-config": lambda _: {"config": CONFIG},
                 "query-status": lambda _: {"status": self._status()},
                 "query-migrate": lambda _: self.answer,
-                "x-migrate-check": lambda _: {"problems": ["cpu: no avx2"]},
+                "x-migrate-check": lambda _: {"problems": ["cpu: no avx2"], "warnings": []},
             },
         )
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvmpy.cli.control import _show
+from kvmpy.cli.control import STATES, _show, _show_ports
+from kvmpy.monitor.ports import RootPortState
 
 NIC: dict[str, Any] = {
     "id": "net1",
@@ -44,3 +45,26 @@ def test_a_function_of_the_host_is_shown_with_where_it_is_there(capsys: pytest.C
 def test_a_device_on_a_bus_without_a_number_is_said_to_be_there(capsys: pytest.CaptureFixture[str]) -> None:
     _show({"id": "rng0", "driver": "virtio-rng-pci", "address": None, "status": [], "queues": [], "broken": None})
     assert "virtio-rng-pci at no address yet" in capsys.readouterr().out
+
+
+def test_root_ports_are_a_table_with_what_there_is_to_plug_in(capsys: pytest.CaptureFixture[str]) -> None:
+    ports = [
+        {"id": "root1", "slot": 1, "bus": 1, "power-controller": True, "state": "free"},
+        {"id": "root-10", "slot": 10, "bus": 2, "power-controller": True, "state": "on", "device": "net1"},
+    ]
+    _show_ports(ports, {"netdevs": ["hostnet2", "hostnet3"], "drives": []})
+    assert capsys.readouterr().out == (
+        "  root ports:\n"
+        "    root1    slot  1  free\n"
+        "    root-10  slot 10  net1: in use\n"
+        "  netdevs that no device uses: hostnet2, hostnet3\n"
+    )
+
+
+def test_a_machine_without_root_ports_says_nothing_of_them(capsys: pytest.CaptureFixture[str]) -> None:
+    _show_ports([], {"netdevs": ["hostnet1"], "drives": []})
+    assert capsys.readouterr().out == ""
+
+
+def test_every_state_of_a_root_port_has_words() -> None:
+    assert {state.value for state in RootPortState} == {"free", *STATES}

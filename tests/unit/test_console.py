@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -16,6 +17,7 @@ import pytest
 
 from kvmpy.devices.serial import Reg, Serial16550
 from kvmpy.errors import HostError
+from kvmpy.host import console as console_module
 from kvmpy.host.console import MOST_CLIENTS, MOST_TYPED, Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
@@ -305,6 +307,50 @@ def test_filter_sees_every_key_however_many_a_guest_that_hangs_has_not_read(
     os.write(keyboard, b"and on")
     assert guest.wait_typed(MOST_TYPED + 6) == sent[:MOST_TYPED] + b"and on"
     assert caplog.messages == ["the guest does not read its serial line: what is typed now is lost"]
+
+
+def test_terminal_in_the_background_is_not_read_and_is_taken_again_in_the_foreground(
+    console: Console, reactor: Reactor, keyboard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, retaken = Guest(console), Inbox[None]()
+    console.retake = lambda: retaken.put(None)
+    monkeypatch.setattr(console_module, "LOOK_AGAIN", 0.01)
+    looks: Inbox[None] = Inbox()
+    away = [True]
+
+    def in_background(_: int) -> bool:
+        looks.put(None)
+        return away[0]
+
+    monkeypatch.setattr(console_module, "in_background", in_background)
+    os.write(keyboard, b"typed")
+    looks.wait(5)
+    assert guest.typed.items == []
+    away[0] = False
+    retaken.wait()
+    assert guest.wait_typed(5) == b"typed"
+
+
+def test_terminal_that_is_taken_while_it_is_read_has_not_ended(
+    console: Console, reactor: Reactor, keyboard: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = Guest(console)
+    monkeypatch.setattr(console_module, "LOOK_AGAIN", 0.01)
+    asked: Inbox[None] = Inbox()
+
+    def in_background(_: int) -> bool:
+        asked.put(None)
+        return len(asked.items) == 2
+
+    def refused(*_: int) -> bytes:
+        monkeypatch.setattr(os, "read", read)
+        raise OSError(errno.EIO, "Input/output error")
+
+    read = os.read
+    monkeypatch.setattr(console_module, "in_background", in_background)
+    monkeypatch.setattr(os, "read", refused)
+    os.write(keyboard, b"typed")
+    assert guest.wait_typed(5) == b"typed"
 
 
 def test_what_the_operator_types_comes_before_what_a_client_sent(

@@ -26,12 +26,18 @@ def listen() -> None:
         Console(reactor).listen("/nowhere/socket")
 
 
+def make_pty() -> None:
+    with closing(Reactor("test")) as reactor:
+        Console(reactor).open_pty()
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (System, "/dev/kvm: EMFILE: KVM cannot be opened"),
         (listen, "/nowhere/socket: EMFILE: cannot listen there"),
         (EventFd, "eventfd: EMFILE: none can be made"),
+        (make_pty, "pty: EMFILE: none can be made"),
         (lambda: Interface("tap0"), "socket: EMFILE: none can be made"),
         (lambda: VhostWorker("/dev/null"), "/dev/null: EMFILE: cannot be opened"),
         (lambda: open_image("/dev/null", readonly=True, direct=False), "/dev/null: EMFILE: cannot be opened"),
@@ -44,8 +50,10 @@ def test_want_of_descriptors_is_told_with_how_to_have_more(
     def refused(*_: object, **__: object) -> int:
         raise OSError(errno.EMFILE, "Too many open files")
 
-    for module, name in ((os, "open"), (os, "eventfd"), (socket, "socket")):
-        if call is not listen or module is socket:  # the reactor behind it is none of this
+    for module, name in ((os, "open"), (os, "eventfd"), (os, "openpty"), (socket, "socket")):
+        if (
+            call not in (listen, make_pty) or module is socket or name == "openpty"
+        ):  # the reactor behind it is none of this
             monkeypatch.setattr(module, name, refused)
     with pytest.raises(HostError) as caught:
         call()

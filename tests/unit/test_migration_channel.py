@@ -103,25 +103,36 @@ def test_peer_that_takes_nothing_is_found_in_time() -> None:
 
 
 def test_peer_that_only_dribbles_is_found_in_time() -> None:
+    """A byte now and then, always long before the timeout: hundreds of them would take far longer than it."""
     with pair() as (here, there):
-        here.timeout = 0.2
+        here.timeout = 0.5
         receiving = Thread(lambda: here.receive(PIECE))
-        while receiving.is_alive():
-            there.send(b"x")
-            there.stop.wait_any({}, deadline=soon())
+        assert dribble(there, receiving) < 400
         with pytest.raises(StreamError, match=r"nothing more from the other side after byte [1-9]"):
             receiving.result()
+
+
+def dribble(channel: Channel, receiving: Thread[bytes]) -> int:
+    """Bytes one by one, as long as they are received, but no more than 400."""
+    for sent in range(400):
+        if not receiving.is_alive():
+            return sent
+        channel.send(b"x")
+        channel.stop.wait_any({}, deadline=soon(0.005))
+    return 400
 
 
 def test_slow_peer_that_keeps_the_pace_is_waited_for() -> None:
     """More than the timeout in all, and a third of it for each piece."""
     with pair() as (here, there):
         here.timeout = 1.0
-        receiving = Thread(lambda: here.receive(4 * PIECE))
+        buffer = bytearray(4 * PIECE)
+        receiving = Thread(lambda: here.receive_into(buffer))
         for _ in range(4):
             there.stop.wait_any({}, deadline=soon(0.35))
-            there.send(bytes(PIECE))
-        assert receiving.result() == bytes(4 * PIECE)
+            there.send(b"x" * PIECE)
+        receiving.result()
+        assert buffer == b"x" * (4 * PIECE)
 
 
 USES: Final[tuple[Callable[[Channel], object], ...]] = (

@@ -81,6 +81,16 @@ def test_message_that_was_sent_is_the_one_that_comes(message: Message) -> None:
         (Kind.SECTION, b'{"device":"x","section":{"a":%s}}' % (b"[" * 100_000), "SECTION: "),
         (
             Kind.SECTION,
+            b'{"device":"x","section":{"a":%s1%s}}' % (b"[" * 32, b"]" * 32),
+            "SECTION: more than 32 arrays and objects in each other",
+        ),
+        (
+            Kind.SECTION,
+            b'{"device":"x","section":%s1%s}' % (b'{"":' * 33, b"}" * 33),
+            "SECTION: more than 32 arrays and objects in each other",
+        ),
+        (
+            Kind.SECTION,
             b'{"device":"x","section":{"a":[%s1]}}' % (b"1," * 300_000),
             "SECTION: about 300004 values, more",
         ),

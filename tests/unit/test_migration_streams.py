@@ -114,7 +114,7 @@ def test_page_channel_is_told_round_by_round(tmp_path: Path) -> None:
         (written(()) + frame(99, b"{}"), "stream: byte 36: frame of kind 99"),
         (written(SOURCE[:3]) + RECORD.pack(1, 2, END), "byte 327: a page record of kind END with 0x1 and 2"),
         (written(SOURCE[-4:-2]), "END_OF_STATE of 2 sections: there were 1"),
-        (written(DESTINATION)[:100] + b"\0" + written(DESTINATION)[101:], "stream: byte 96: frame of kind"),
+        (written(DESTINATION)[:114] + b"\0" + written(DESTINATION)[115:], "stream: byte 110: frame of kind"),
         (Preamble(9, 9).pack(), "the other side speaks versions 9 to 9"),
         (b"QEVM".ljust(40, b"\0"), "it is QEMU's migration stream"),
     ],

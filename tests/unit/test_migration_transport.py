@@ -249,11 +249,13 @@ def test_source_that_does_not_come_is_waited_for_in_time(uri: str) -> None:
 
 def test_waiting_for_page_channels_ends_in_time_and_when_it_is_cancelled(uri: str) -> None:
     before = open_descriptors()
-    with connected(uri, timeout=0.2) as (source, destination):
-        arriving = Thread(lambda: destination.accept_page_channels(3, TOKEN))
-        source.open_page_channels(2, TOKEN)
-        with pytest.raises(StreamError, match=r"only 2 of 3 page channels have come within 0.2 seconds"):
+    with connected(uri) as (source, destination):
+        arriving = Thread(lambda: destination.accept_page_channels(3, TOKEN, timeout=0.2))
+        opening = Thread(lambda: source.open_page_channels(2, TOKEN))
+        with pytest.raises(StreamError, match=r"only [0-2] of 3 page channels have come within 0.2 seconds"):
             arriving.result()
+        source.shutdown()
+        opening.over()
     assert open_descriptors() == before
 
 
@@ -450,7 +452,11 @@ def test_command_that_fails_after_the_stream_fails_the_migration(command: str, s
 
 def test_command_that_does_not_end_is_given_up_in_time_and_killed_with_its_children(tmp_path: Path, stop: Stop) -> None:
     pids = tmp_path / "pids"
-    with connect(f"exec:sleep 1000 & echo $! $$ > {pids}; cat >/dev/null; wait", stop=stop, timeout=0.2) as source:
+    command = f"sleep 1000 & echo $! $$ > {pids}.new; mv {pids}.new {pids}; cat >/dev/null; wait"
+    with connect(f"exec:{command}", stop=stop) as source:
+        while not pids.exists():
+            stop.wait_any({}, soon())
+        source.main.channel.timeout = 0.2
         with pytest.raises(StreamError, match=r"the command has not ended within 0.2 seconds"):
             source.main.finish()
         processes = [int(pid) for pid in pids.read_text().split()]
@@ -496,13 +502,17 @@ def test_command_has_the_signals_of_every_other_program(stop: Stop, tmp_path: Pa
 
 def test_waiting_for_a_command_is_cancelled_at_once_and_it_is_killed(stop: Stop, tmp_path: Path) -> None:
     before = open_descriptors()
-    with Incoming(f"exec:echo $$ > {tmp_path}/pid; exec sleep 1000", stop=stop, timeout=BOUND) as incoming:
+    pid = tmp_path / "pid"
+    with Incoming(f"exec:echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 1000", stop=stop) as incoming:
         accepting = Thread(incoming.accept)
-        stop.wait_any({}, soon(0.1))
+        with Stop() as clock:
+            while not pid.exists():
+                clock.wait_any({}, soon())
         incoming.shutdown("by hand")
         with pytest.raises(MigrationCancelled, match="by hand"):
             accepting.result()
     assert open_descriptors() == before
+    assert not runs(int(pid.read_text()))
 
 
 def test_what_a_command_writes_after_the_stream_is_refused(stop: Stop, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_two_types_of_one_name_are_a_mistake() -> None:
 SETTING: Final = "migrate-set-parameters"
 OURS: Final = {
     *(("system_powerdown", "limit"), ("device_del", "force"), ("cont", "force")),
+    ("DEVICE_UNPLUG_GUEST_ERROR", "reason"),
     *((SETTING, key) for key in ("x-on-no-convergence", "x-checksum", "x-timeout", "x-insecure")),
 }
 # What QEMU has of arguments that can be left out, and we have nothing for: storage migration, compression of our
@@ -163,7 +164,9 @@ def test_a_command_of_qemus_takes_qemus_arguments(peer: dict[str, dict[str, Any]
 def test_an_event_of_qemus_has_qemus_fields(peer: dict[str, dict[str, Any]], event: type[Event]) -> None:
     ours, theirs = (members(entries, entries[event.NAME]["arg-type"]) for entries in (BY_NAME, peer))
     optional = {key for key, (can_be_left_out, _) in theirs.items() if can_be_left_out}
-    assert ours.items() <= theirs.items()
+    added = {key for key in ours if (event.NAME, key) in OURS}
+    assert {key: kind for key, kind in ours.items() if key not in added}.items() <= theirs.items()
+    assert all(ours[key][0] for key in added)
     assert theirs.keys() - ours.keys() <= optional
 
 

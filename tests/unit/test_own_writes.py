@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmpy.devices.virtio.blk_request import Answer, Kind
+from kvmpy.devices.virtio.device import VirtioDevice
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.queue import Virtqueue
 from kvmpy.errors import HostError
@@ -30,7 +31,7 @@ from tests.fakes.virtio_driver import Bytes, RingDriver, guest_memory
 from tests.fakes.virtio_rigs import blk, console, net, rng
 from tests.fakes.watch import Watch
 
-EXAMPLES: Final = count(60, 3000)
+EXAMPLES: Final = count(20, 3000)
 HIGH: Final = 1 << 32
 
 
@@ -39,6 +40,12 @@ HIGH: Final = 1 << 32
 
 DEVICES: Final[dict[str, Callable[[Parts], Any]]] = {"blk": blk, "rng": rng, "console": console, "net": net}
 VALUES = st.one_of(st.integers(0, 255), st.integers(0, (1 << 24) - 1))
+
+
+def test_devices_below_are_all_there_are() -> None:
+    with ExitStack() as resources:
+        tested = {type(make(Parts(resources)).device) for make in DEVICES.values()}
+    assert tested == {kind for kind in VirtioDevice.__subclasses__() if kind.__module__.startswith("kvmpy.")}
 
 
 @pytest.mark.parametrize("name", DEVICES)
@@ -58,7 +65,7 @@ def test_page_that_a_device_changes_is_in_the_log(name: str, data: st.DataObject
         rig.settle = settle_and_check
         operations = st.sampled_from(["offer", "offer", "offer", *rig.host])
         rig.start(1 | data.draw(VALUES) << 1)
-        for what, value in data.draw(st.lists(st.tuples(operations, VALUES), min_size=1, max_size=25)):
+        for what, value in data.draw(st.lists(st.tuples(operations, VALUES), min_size=1, max_size=15)):
             watch.begin()
             rig.host[what](value)
             watch.check()

@@ -63,7 +63,10 @@ class Destination:
         }
 
 
-def receive(destination: Destination, data: bytes, *, sealed: bool = False, compression: str = "none") -> int:
+def receive(
+    destination: Destination, data: bytes, *, sealed: bool = False, ahead: bool = False, compression: str = "none"
+) -> int:
+    """``ahead`` is whether more may be read than one round, as from a channel that is for pages alone."""
     with channel_pairs(sealed=sealed) as (ours, theirs):
 
         def send() -> None:
@@ -74,7 +77,10 @@ def receive(destination: Destination, data: bytes, *, sealed: bool = False, comp
         sender = threading.Thread(target=send)
         sender.start()
         try:
-            return PageReceiver(destination.memory, compression=compression).receive_inline(theirs[0])
+            receiver = PageReceiver(destination.memory, compression=compression)
+            if ahead:
+                receiver._inline = receiver._lane("the main channel", theirs[0])
+            return receiver.receive_inline(theirs[0])
         finally:
             theirs[0].shutdown()
             sender.join()
@@ -141,14 +147,14 @@ STREAMS = st.lists(
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(STREAMS, st.booleans())
-@example(RECORD.pack((1 << 64) - PAGE, 2, DATA) + bytes(2 * PAGE), False)
-@example(RECORD.pack(11 * PAGE, 2, ZERO), True)
-def test_stream_changes_what_a_model_says_and_nothing_else(data: bytes, sealed: bool) -> None:
+@given(STREAMS, st.booleans(), st.booleans())
+@example(RECORD.pack((1 << 64) - PAGE, 2, DATA) + bytes(2 * PAGE), False, False)
+@example(RECORD.pack(11 * PAGE, 2, ZERO), True, False)
+def test_stream_changes_what_a_model_says_and_nothing_else(data: bytes, sealed: bool, ahead: bool) -> None:
     destination, content = Destination(), Destination().content()
     good = model(content, data)
     try:
-        receive(destination, data, sealed=sealed)
+        receive(destination, data, sealed=sealed, ahead=ahead)
     except MigrationError:
         assert not good
     else:
@@ -166,7 +172,7 @@ def test_packed_batch_of_any_bytes_is_refused_or_done(data: bytes, size: int, go
     fits = good and len(data) == size and model(content, data, within=True)
     stream = RECORD.pack(size, len(packed), ZSTD) + packed + RECORD.pack(1, 0, END)
     try:
-        receive(destination, stream, compression="zstd")
+        receive(destination, stream, compression="zstd", ahead=True)
     except StreamError:
         assert not fits or not size
     else:
@@ -210,11 +216,12 @@ REFUSED: Final[dict[str, tuple[bytes, str]]] = {
 }
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusal_says_what_and_where(name: str) -> None:
+def test_refusal_says_what_and_where(name: str, ahead: bool) -> None:
     data, why = REFUSED[name]
     with pytest.raises(StreamError) as caught:
-        receive(Destination(), one(PAGE, 1, ZERO) + data)
+        receive(Destination(), one(PAGE, 1, ZERO) + data, ahead=ahead)
     assert str(caught.value) == f"the main channel: {why}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import select
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -223,6 +224,26 @@ def test_runs_are_one_record_each_and_none_has_more_pages_than_allowed() -> None
         (HIGH_GPA + 5 * PAGE, 1, ZERO),
         (9, 0, END),
     ]
+
+
+def test_work_of_python_does_not_grow_with_the_pages() -> None:
+    memory = make_memory()
+    memory.write(0, b"x" * LOW)
+    counts = []
+    with link() as it:
+        for number, every in enumerate((512, 2)):
+            dirty = DirtyPages(memory)
+            for page in range(0, LOW // PAGE, every):
+                dirty.blocks[0].bits.set(page, 1)
+            events: list[str] = []
+            sys.setprofile(lambda frame, event, argument, events=events: events.append(event))  # type: ignore[misc]
+            try:
+                it.sender.send_round(dirty, number)
+            finally:
+                sys.setprofile(None)
+            counts.append(len(events))
+            it.receiver.wait_round(number, BOUND)
+    assert counts[0] == counts[1] < 300
 
 
 def test_sealed_channel_gets_large_batches_and_nothing_else() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmpy import trace
-from kvmpy.devices.pci.bar import BarKind
+from kvmpy.devices.pci.bar import BarKind, Rom
 from kvmpy.devices.pci.config import Command
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
@@ -153,6 +153,39 @@ def test_io_bars_are_on_the_port_bus_and_obey_their_own_enable(board: Board) -> 
     config.enable(Command.MEMORY)
     assert (address(card), address(card, 1)) == (None, LOW)
     assert board.pio.read(0x2011, 1) == 0xFF
+
+
+def test_the_rom_is_sized_as_any_bar_and_decodes_when_both_enables_are_set(board: Board) -> None:
+    card = Card(bars={0: (0x1000, BarKind.MEM32)})
+    card.add_rom(0x800, card)
+    config = board.add(card, 1)
+    assert config.size_bar(0x30) == (0, 0xFFFF_F801)
+    config.write(0x30, 4, LOW | 0x7FF)
+    assert config.read(0x30, 4) == LOW | 1
+    assert address(card, Rom.INDEX) is None
+    config.enable(Command.MEMORY)
+    assert address(card, Rom.INDEX) == LOW
+    assert board.mmio.read(LOW + 0x11, 1) == 0x11
+    board.mmio.write(LOW, 4, 1)
+    assert card.written == []
+    config.write(0x30, 4, LOW)
+    assert address(card, Rom.INDEX) is None
+
+
+@pytest.mark.parametrize("size", [0x400, 0x1800, 0x200_0000])
+def test_a_rom_that_its_register_cannot_express_is_refused(size: int) -> None:
+    card = Card()
+    with pytest.raises(ValueError, match="cannot have"):
+        card.add_rom(size, card)
+
+
+def test_there_is_one_rom_and_none_of_a_bridge(board: Board) -> None:
+    card = Card()
+    card.add_rom(0x800, card)
+    port, _ = board.add_port(bus=1)
+    for function in (card, port):
+        with pytest.raises(ValueError, match="no place"):
+            function.add_rom(0x800, card)
 
 
 def test_bar_follows_its_register_while_decoding(board: Board) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,6 +71,34 @@ def test_what_a_guest_can_have_written_is_adopted_and_reset_undoes_it(
     assert there.content == here.content
     there.reset()
     assert list(there.content) == [reset for reset, _, _ in masks]
+
+
+PLACES = st.lists(
+    st.tuples(st.integers(0, SIZE - 8), st.integers(1, 8)), unique_by=lambda place: place[0], min_size=1, max_size=6
+)
+
+
+@given(PLACES, st.integers(0, SIZE), st.integers(1, 8))
+@EXAMPLES
+def test_hooks_run_for_each_register_that_an_access_touches_in_their_order_and_for_no_other(
+    places: list[tuple[int, int]], offset: int, size: int
+) -> None:
+    space, seen = RegisterSpace(SIZE), list[tuple[str, int]]()
+
+    def note(kind: str, at: int) -> Callable[..., None]:
+        return lambda *_: seen.append((kind, at))
+
+    for at, width in places:
+        written, changed, reading = (note(kind, at) for kind in ("written", "changed", "reading"))
+        ones = (1 << 8 * width) - 1
+        space.define(at, width, writable=ones, written=written, changed=changed, reading=reading)
+    inside = offset + size <= SIZE
+    touched = [at for at, width in places if inside and at < offset + size and offset < at + width]
+    space.read(offset, size)
+    assert seen == [("reading", at) for at in touched]
+    seen.clear()
+    space.write(offset, size, (1 << 8 * size) - 1)
+    assert seen == [(kind, at) for at in touched for kind in ("written", "changed")]
 
 
 @given(st.lists(masked_bytes(), min_size=SIZE, max_size=SIZE), st.integers(0, SIZE - 1), st.integers(0, 7))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final, cast
 
@@ -27,6 +29,7 @@ from kvmpy.kvm.exits import (
     Unknown,
 )
 from kvmpy.kvm.vcpu import Vcpu
+from kvmpy.machine.throttle import Throttle
 from kvmpy.machine.vcpu import FAULTS_LOGGED, Gate, VcpuThread
 from tests.counts import count
 from tests.fakes.loop import BOUND, Inbox, each
@@ -37,6 +40,7 @@ ENDING: Final = f"""
 import sys, types
 from kvmpy.bus import Bus
 from kvmpy.kvm.vcpu import Vcpu, accept_kicks
+from kvmpy.machine.throttle import Throttle
 from kvmpy.machine.vcpu import Gate, VcpuThread
 class Idle:
     def __init__(self, index): self.index, self._kvm_run = index, types.SimpleNamespace()
@@ -235,7 +239,7 @@ def test_writes_reach_the_device_item_by_item_and_are_counted(rig: Rig) -> None:
 
 def test_reads_are_answered_the_first_item_lowest(rig: Rig) -> None:
     vcpu = rig.run(PioRead(0x10, 2, 3), MmioRead(0x1000, 4))
-    assert vcpu.replies == [-1, 0x0003_0002_0001, -1, 4]
+    assert vcpu.replies == [0x0003_0002_0001, 4]
 
 
 def test_device_that_raises_costs_its_access_and_the_guest_runs_on(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
@@ -244,7 +248,7 @@ def test_device_that_raises_costs_its_access_and_the_guest_runs_on(rig: Rig, cap
         vcpu = rig.run(PioWrite(0x10, 1, (1,)), MmioRead(0x1000, 4), PioRead(0x10, 1, 1))
     assert rig.threads[0].faults == 3
     assert vcpu.log == ["run", "complete"] * 3
-    assert vcpu.replies == [-1, -1]
+    assert vcpu.replies == [-1, -1, -1]
     assert "vcpu0: a device failed; the access is ignored" in caplog.text
     assert "a bug of ours" in caplog.text
     assert rig.fatal.items == []
@@ -294,3 +298,46 @@ def test_kvm_that_fails_to_complete_a_failed_devices_access_is_fatal_and_the_thr
 def test_many_threads_end_while_they_are_kicked() -> None:
     ended = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "")
+
+
+# Naps, by which a migration slows a guest down
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + BOUND
+    while not condition():
+        assert time.monotonic() < end
+        os.sched_yield()
+
+
+def test_a_nap_keeps_the_guest_from_running(rig: Rig) -> None:
+    vcpu = rig.run()
+    rig.threads[0].nap(BOUND)
+    wait_until(lambda: vcpu.log == ["interrupted"])
+    assert not vcpu.in_guest.wait(0.05)
+    rig.threads[0].nap(0)
+    assert vcpu.in_guest.wait(BOUND)
+
+
+def test_a_stop_ends_a_nap_at_once(rig: Rig) -> None:
+    vcpu = rig.run()
+    rig.threads[0].nap(BOUND)
+    wait_until(lambda: vcpu.log == ["interrupted"])
+    rig.park()
+
+
+def test_a_throttle_makes_all_vcpus_nap_again_and_again_until_it_stops(rig: Rig) -> None:
+    vcpus = [FakeVcpu(index=n) for n in range(2)]
+    rig.start(*vcpus)
+    rig.gate.open()
+    assert all(vcpu.in_guest.wait(BOUND) for vcpu in vcpus)
+    throttle = Throttle(rig.threads)
+    throttle.set(50)
+    wait_until(lambda: all(vcpu.log.count("interrupted") >= 3 for vcpu in vcpus))
+    assert throttle.percentage == 50
+    throttle.stop()
+    assert throttle.percentage == 0
+    wait_until(lambda: all(vcpu.in_guest.is_set() for vcpu in vcpus))
+    kicks = [vcpu.kicks for vcpu in vcpus]
+    assert "throttle" not in [thread.name for thread in threading.enumerate()]
+    assert [vcpu.kicks for vcpu in vcpus] == kicks

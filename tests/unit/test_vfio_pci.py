@@ -38,6 +38,7 @@ from tests.fakes.vfio import (
 )
 from tests.fakes.vfio_rig import BAR0, BAR1, BAR2, BAR4, ON, NicRig, reset_by
 
+ROM_REGION, READ_ONLY, ROM_AT = 6, 1, 0xC008_0000
 MESSAGE = MsiMessage(0xFEE0_1000, 0x4041)
 
 
@@ -68,7 +69,7 @@ def test_the_guest_sees_the_devices_identity_as_a_single_endpoint(rig: NicRig) -
     assert (config.read(0, 4), config.read(8, 4), config.read(0x2C, 4)) == (0x10CA_8086, 0x0200_0001, 0x1100_1AF4)
     assert config.read(0x0E, 1) == 0, "neither a bridge nor one of several functions"
     assert config.read(0x3D, 1) == 1
-    assert config.read(0x30, 4) == 0, "no ROM"
+    assert config.read(0x30, 4) == 0, "no ROM, for the device has none"
 
 
 def test_only_known_capabilities_are_shown(rig: NicRig) -> None:
@@ -176,6 +177,45 @@ def test_accesses_to_ports_small_bars_and_the_rest_of_msix_pages_reach_the_devic
         0xBEEF,
     )
     assert rig.board.pio.read(BAR1 + 4, 4) == 0xCAFE
+
+
+def rom_nic() -> FakeNic:
+    nic = FakeNic()
+    nic.regions[ROM_REGION] = (0x1_0000, READ_ONLY)
+    return nic
+
+
+@pytest.mark.parametrize("nic", [rom_nic()])
+def test_the_rom_is_read_while_it_is_enabled_and_never_written(rig: NicRig) -> None:
+    rig.nic.poke(ROM_REGION, 0, 2, 0xAA55)
+    assert rig.config.size_bar(0x30)[1] == 0xFFFF_0001
+    rig.enable()
+    rig.config.write(0x30, 4, ROM_AT)
+    assert rig.board.mmio.read(ROM_AT, 2) == 0xFFFF, "its own enable is off"
+    rig.config.write(0x30, 4, ROM_AT | 1)
+    rig.board.mmio.write(ROM_AT, 2, 0)
+    assert rig.board.mmio.read(ROM_AT, 2) == 0xAA55
+    rig.config.enable(Command.BUS_MASTER)
+    assert rig.board.mmio.read(ROM_AT, 2) == 0xFFFF
+
+
+@pytest.mark.parametrize(("size", "flags"), [(0x1_8000, READ_ONLY), (0x400, READ_ONLY), (0x1_0000, 0)])
+def test_a_rom_that_makes_no_sense_or_cannot_be_read_is_not_there(
+    size: int, flags: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nic = FakeNic()
+    nic.regions[ROM_REGION] = (size, flags)
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, nic)
+        rig.plug()
+        assert rig.config.size_bar(0x30)[1] == 0
+
+
+def test_a_rom_can_be_kept_from_the_guest(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with ExitStack() as resources:
+        rig = NicRig(resources, monkeypatch, tmp_path, rom_nic(), rombar=False)
+        rig.plug()
+        assert rig.config.size_bar(0x30)[1] == 0
 
 
 def test_the_msix_table_is_ours_and_the_devices_is_not_touched(rig: NicRig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 import time
@@ -19,9 +20,10 @@ from kvmpy.host.disk import Disk as HostDisk
 from kvmpy.state import load, save
 from tests.fakes.blk_rig import BlkRig, header
 from tests.fakes.disk import FakeDisk
-from tests.fakes.loop import BOUND, Inbox, running
+from tests.fakes.loop import BOUND, Inbox, poll, running
 
 WORKERS = 4
+UNTOUCHED = 0xEE
 
 
 @pytest.fixture
@@ -56,6 +58,17 @@ def hang(rig: BlkRig, disk: FakeDisk, count: int) -> list[int]:
     return heads
 
 
+def mark(rig: BlkRig, heads: list[int]) -> None:
+    """Put something into the status byte of each request that no device puts there."""
+    for head in heads:
+        gpa, _ = rig.ring.writable(head)[-1]
+        rig.memory.write(gpa, bytes([UNTOUCHED]))
+
+
+def untouched(rig: BlkRig, heads: list[int]) -> bool:
+    return all(rig.memory.read(rig.ring.writable(head)[-1][0], 1) == bytes([UNTOUCHED]) for head in heads)
+
+
 def waits(rig: BlkRig) -> None:
     """Until the device has been withdrawn; the lock is free then only because somebody waits for the disk."""
     until = time.monotonic() + BOUND
@@ -69,6 +82,11 @@ def waits(rig: BlkRig) -> None:
 def reset(rig: BlkRig) -> None:
     with rig.device.lock:
         rig.device.write_status(0)
+
+
+def master(rig: BlkRig, *, enabled: bool) -> None:
+    with rig.device.lock:
+        rig.device.set_bus_master(enabled=enabled)
 
 
 def test_pause_returns_when_all_that_was_taken_is_done(rig: BlkRig, disk: FakeDisk) -> None:
@@ -126,57 +144,105 @@ def test_nobody_else_waits_for_the_lock_while_a_pause_waits_for_the_disk(rig: Bl
     assert ended(pausing)
 
 
-def test_reset_waits_for_what_may_still_write_to_guest_memory(rig: BlkRig, disk: FakeDisk) -> None:
-    hang(rig, disk, 3)
-    resetting = aside(lambda: reset(rig))
-    waits(rig)
+def test_reset_waits_for_nobody_and_reads_as_done_when_the_disk_is(rig: BlkRig, disk: FakeDisk) -> None:
+    heads = hang(rig, disk, 3)
+    mark(rig, heads)
+    reset(rig)  # returns, though the disk does not answer
     assert rig.guest.status() != 0
     disk.go.set()
-    assert ended(resetting)
-    assert rig.guest.status() == 0
+    poll(lambda: rig.guest.status() == 0)
+    assert rig.ring.used() == []
+    assert untouched(rig, heads)
+    assert rig.transport.heard.items == []
     rig.guest.start()
     assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
 
 
-def test_status_written_by_another_vcpu_starts_nothing_meanwhile(rig: BlkRig, disk: FakeDisk) -> None:
+def test_what_no_worker_has_begun_when_the_driver_resets_is_not_done(rig: BlkRig, disk: FakeDisk) -> None:
+    hang(rig, disk, 20)
+    reset(rig)
+    disk.go.set()
+    poll(lambda: rig.guest.status() == 0)
+    assert len(disk.calls) == WORKERS
+    assert rig.device.info()["under-way"] == 0
+
+
+def test_driver_that_does_not_wait_for_its_reset_starts_nothing(rig: BlkRig, disk: FakeDisk) -> None:
     hang(rig, disk, 1)
-    resetting = aside(lambda: reset(rig))
-    waits(rig)
-    with rig.device.lock:
-        rig.device.write_status(Status.DRIVER_OK)
-    assert not rig.device.running
+    reset(rig)
+    before = rig.guest.status()
+    for status in (Status.ACKNOWLEDGE, Status.DRIVER, Status.DRIVER_OK, 0xFF):
+        with rig.device.lock:
+            rig.device.write_status(status)
+        assert rig.guest.status() == before
     disk.go.set()
-    assert ended(resetting)
-    assert rig.guest.status() == 0
+    poll(lambda: rig.guest.status() == 0)
     assert not rig.device.running
 
 
-def test_two_resets_at_once_are_one(rig: BlkRig, disk: FakeDisk) -> None:
+def test_resets_while_one_is_not_complete_are_that_one(rig: BlkRig, disk: FakeDisk) -> None:
     hang(rig, disk, 2)
-    resetting = [aside(lambda: reset(rig)) for _ in range(2)]
-    waits(rig)
+    for _ in range(3):
+        reset(rig)
     disk.go.set()
-    assert all(ended(thread) for thread in resetting)
     rig.guest.start()
     assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
 
 
-def test_break_does_not_wait_for_the_disk_but_the_reset_after_it_does(rig: BlkRig, disk: FakeDisk) -> None:
+def test_break_and_the_reset_after_it_wait_for_nobody(rig: BlkRig, disk: FakeDisk) -> None:
     heads = hang(rig, disk, 2)
+    mark(rig, heads)
     rig.ring.put(9999)  # no such descriptor
     rig.ring.publish()
-    rig.kick()  # returns, though the disk does not answer
+    rig.kick()
     rig.wait_until_broken()
-    resetting = aside(lambda: reset(rig))
-    assert not ended(resetting, 0.1)
     assert rig.guest.status() & Status.NEEDS_RESET
+    reset(rig)
+    assert rig.guest.status() != 0
     disk.go.set()
-    assert ended(resetting)
-    assert rig.guest.status() == 0
+    poll(lambda: rig.guest.status() == 0)
     assert rig.ring.used() == []  # a device that needs a reset gives nothing back
-    assert heads
+    assert untouched(rig, heads)
     rig.guest.start()
     assert rig.ask(Kind.IN, 0, into=512)[0] is Answer.OK
+
+
+def test_disk_that_may_not_reach_memory_gives_back_what_it_had_and_takes_no_more(rig: BlkRig, disk: FakeDisk) -> None:
+    heads = hang(rig, disk, 3)
+    master(rig, enabled=False)  # returns, though the disk does not answer
+    late = rig.offer([header(Kind.IN, 9)], [512, 1])
+    assert disk.calls == ["read 0+1", "read 1+1", "read 2+1"]
+    disk.go.set()
+    assert set(rig.wait(3)) == set(heads)  # as a write that was posted earlier
+    poll(lambda: not rig.device.busy)
+    assert not rig.device.queues[0].running
+    master(rig, enabled=True)
+    rig.kick()
+    assert set(rig.wait(1)) == {late}
+
+
+def test_disk_that_may_reach_memory_again_goes_on_when_it_is_done_with_what_it_had(rig: BlkRig, disk: FakeDisk) -> None:
+    heads = hang(rig, disk, 2)
+    master(rig, enabled=False)
+    master(rig, enabled=True)
+    assert not rig.device.running
+    late = rig.offer([header(Kind.IN, 9)], [512, 1])
+    disk.go.set()
+    assert set(rig.wait(2)) == set(heads)
+    poll(lambda: rig.device.running)
+    rig.kick()
+    assert set(rig.wait(1)) == {late}
+    assert rig.device.queues[0].in_flight == 0
+
+
+def test_pause_can_be_begun_without_waiting(rig: BlkRig, disk: FakeDisk) -> None:
+    assert rig.device.begin_pause()
+    rig.device.resume()
+    heads = hang(rig, disk, 2)
+    assert not rig.device.begin_pause()
+    disk.go.set()
+    assert set(rig.wait(2)) == set(heads)
+    poll(rig.device.begin_pause)
 
 
 def test_pause_waits_for_what_a_broken_disk_left(rig: BlkRig, disk: FakeDisk) -> None:
@@ -265,3 +331,22 @@ def test_under_random_pauses_and_resets_every_write_is_done_once(tmp_path: Path)
     disk.close()
     content = path.read_bytes()
     assert all(content[sector * 512 : sector * 512 + 512] == data for sector, data in written.items())
+
+
+# Handed over to another host
+
+
+def test_a_disk_is_durable_before_it_is_unlocked(rig: BlkRig, disk: FakeDisk) -> None:
+    rig.device.pause()
+    rig.device.hand_over()
+    assert disk.calls == ["flush", "unlock"]
+    rig.device.take_over()
+    assert disk.calls[2:] == ["lock"]
+
+
+def test_a_disk_whose_writes_may_be_lost_stays_locked(rig: BlkRig, disk: FakeDisk) -> None:
+    disk.fails["flush"] = OSError(errno.EIO, "I/O error")
+    rig.device.pause()
+    with pytest.raises(HostError, match=r"disk\.raw: EIO: what was written may not be there for others"):
+        rig.device.hand_over()
+    assert "unlock" not in disk.calls

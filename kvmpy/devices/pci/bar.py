@@ -15,6 +15,7 @@ from typing import Final, NamedTuple, Protocol
 
 from kvmpy.bus import Bus, Target, Window
 from kvmpy.devices.base import Closable, Shortcuts
+from kvmpy.devices.pci.config import BAR0, ROM
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
 from kvmpy.trace import Tracepoint
@@ -66,15 +67,19 @@ class _Part(NamedTuple):
 class Bar:
     """One BAR of a function (a `kvmpy.bus.Target`, with the lock of its ``target``).
 
-    ``programmed`` is where the guest wants it, None while it does not decode; ``address`` where it is mapped. A BAR
-    that is wanted where it cannot be has an address of None.
+    ``register`` is where its register is in configuration space, ``enable`` the bit there without which it does not
+    decode, 0 for none. ``programmed`` is where the guest wants it, None while it does not decode; ``address`` where it
+    is mapped. A BAR that is wanted where it cannot be has an address of None.
     """
+
+    enable = 0
 
     def __init__(self, name: str, index: int, size: int, kind: BarKind, target: Target, widest: int) -> None:
         if size & size - 1 or size not in kind.sizes:
             raise ValueError(f"{name}: a {kind.name} BAR cannot have {size:#x} bytes")
         self.name, self.index, self.size, self.kind = name, index, size, kind
         self.lock = target.lock
+        self.register = BAR0 + 4 * index
         self.programmed: int | None = None
         self._target, self._widest = target, widest
         self._parts: list[_Part] = []
@@ -176,6 +181,23 @@ class Bar:
     def _trace(self, what: str, address: int) -> None:
         if trace_bar:
             trace_bar(self.name, self.index, what, address)
+
+
+class Rom(Bar):
+    """The window of the expansion ROM, which has a register and an enable bit of its own (section 7.5.1.2.4)."""
+
+    INDEX: Final = 6  # the one behind the BARs, as Linux and VFIO count
+    SIZES: Final = range(0x800, 0x100_0001)
+    enable = 1
+
+    def __init__(self, name: str, size: int, target: Target, widest: int) -> None:
+        if size not in self.SIZES:
+            raise ValueError(f"{name}: an expansion ROM cannot have {size:#x} bytes")
+        super().__init__(name, self.INDEX, size, BarKind.MEM32, target, widest)
+        self.register = ROM
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A guest's write, which has no effect."""
 
 
 class Doorbell:

@@ -16,6 +16,7 @@ CONFIG_SIZE: Final = 4096
 HEADER_SIZE: Final = 0x40
 CHAIN_END: Final = 0x100
 BAR0: Final = 0x10
+ROM: Final = 0x30  # of an endpoint
 
 
 class PciIds(NamedTuple):

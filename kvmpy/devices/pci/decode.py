@@ -28,11 +28,17 @@ class PciWindows(NamedTuple):
 
 
 class Remains:
-    """Where the BARs were of a function that was torn out: reads as 0 (a `kvmpy.bus.Target`) until `close`."""
+    """Where the BARs were of a function that was torn out: reads as 0 (a `kvmpy.bus.Target`) until `close`.
 
-    def __init__(self, name: str, bus: Bus, places: Sequence[range], then: Callable[[], object]) -> None:
+    While that is still busy it reads as all ones: a driver waits for the 0 before it uses its buffers for other things.
+    """
+
+    def __init__(
+        self, name: str, function: PciFunction[Any], bus: Bus, places: Sequence[range], then: Callable[[], object]
+    ) -> None:
         """``then`` is called when they are free again."""
         self.name, self.lock = name, threading.RLock()
+        self._function = function if function.busy else None  # not kept for nothing: it is about to be given up
         self._bus, self._then = bus, then
         self._windows: list[Window] = []
         for place in places:
@@ -41,13 +47,16 @@ class Remains:
 
     def read(self, offset: int, size: int) -> int:
         """A guest's read."""
-        return 0
+        if self._function is not None and not self._function.busy:
+            self._function = None
+        return 0 if self._function is None else (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A guest's write, which has no effect."""
 
     def close(self) -> None:
         """Answer no more; closing twice is allowed."""
+        self._function = None
         while self._windows:
             self._bus.unmap(self._windows.pop())
         self._then()
@@ -87,9 +96,9 @@ class Decoder:
         bars = [bar for bar in function.bars.values() if bar.kind is not BarKind.IO]
         return [range(bar.address, bar.address + bar.size) for bar in bars if bar.address is not None]
 
-    def remains(self, name: str, places: Sequence[range]) -> Remains:
-        """Have ``places`` read as 0 until what is returned is closed."""
-        return Remains(name, self._mmio, places, self.update)
+    def remains(self, name: str, function: PciFunction[Any], places: Sequence[range]) -> Remains:
+        """Have ``places``, where ``function`` was, read as 0 once it is not busy, until what is returned is closed."""
+        return Remains(name, function, self._mmio, places, self.update)
 
     def update(self) -> None:
         """Something that decides has changed: move what must move."""

@@ -24,8 +24,8 @@ from msgspec import Meta, field
 
 from kvmpy.bus import Target
 from kvmpy.devices.base import Device
-from kvmpy.devices.pci.bar import Bar, BarKind
-from kvmpy.devices.pci.config import BAR0, CONFIG_SIZE, Command, ConfigSpace, EndpointHeader, Header, PciIds, Status
+from kvmpy.devices.pci.bar import Bar, BarKind, Rom
+from kvmpy.devices.pci.config import CONFIG_SIZE, Command, ConfigSpace, EndpointHeader, Header, PciIds, Status
 from kvmpy.devices.pci.express import ExpressCapability
 from kvmpy.devices.pci.intx import Unconnected
 from kvmpy.devices.pci.msi import Msi, MsiCapability
@@ -82,7 +82,7 @@ class PciFunction(Device[F]):
     """
 
     ZERO_WHEN_TORN_OUT: ClassVar[bool] = False
-    """What was its BARs reads 0, not all ones, until the guest has turned the slot off."""
+    """What was its BARs reads 0, not all ones, until the guest has turned the slot off, once it is no longer `busy`."""
 
     def __init__(
         self,
@@ -120,16 +120,16 @@ class PciFunction(Device[F]):
         if index < 0 or registers[-1] >= self.header.BARS or not taken.isdisjoint(registers):
             raise ValueError(f"{self.name}: BAR {index} is not free")
         bar = Bar(self.name, index, size, kind, target, widest)
-        width = 4 * kind.registers
-        self.config.define(
-            BAR0 + 4 * index,
-            width,
-            reset=kind.value,
-            writable=(1 << 8 * width) - size,
-            changed=lambda old, new: self._decode(),
-        )
-        self.bars[index] = bar
+        self._declare(bar, kind.value)
         return bar
+
+    def add_rom(self, size: int, target: Target, widest: int = 8) -> Rom:
+        """Declare the expansion ROM: 2 KiB to 16 MiB, a power of two, that ``target`` (with our lock) is read for."""
+        if Rom.INDEX in self.bars or self.header.TYPE != EndpointHeader.TYPE:
+            raise ValueError(f"{self.name}: no place for an expansion ROM")
+        rom = Rom(self.name, size, target, widest)
+        self._declare(rom, 0)
+        return rom
 
     def add_msix(
         self, vectors: int, sink: MsiSink, bar: Bar, table_offset: int, pba_offset: int, pba_bar: Bar | None = None
@@ -155,6 +155,11 @@ class PciFunction(Device[F]):
         self.msi = Msi(self.name, self.config.add_capability(MsiCapability), sink.vector())
         return self.msi
 
+    @property
+    def busy(self) -> bool:
+        """What it has begun may still reach the guest's memory, though it is reset, or out of its slot. Any thread."""
+        return False
+
     def config_read(self, offset: int, size: int) -> int:
         """A guest's read of configuration space: any width and alignment; all ones outside."""
         with self.lock:
@@ -173,7 +178,7 @@ class PciFunction(Device[F]):
         self.reset()
 
     def release(self) -> None:
-        """The function leaves its slot: from here on it reaches neither memory nor an interrupt. With the lock.
+        """The function leaves its slot: from here on it begins nothing, and interrupts nobody. With the lock.
 
         By a vCPU's thread: what takes long, such as the reset of a real device, is for `close`.
         """
@@ -236,6 +241,17 @@ class PciFunction(Device[F]):
             return "msix"
         return "msi" if self.msi is not None and self.msi.enabled else "intx"
 
+    def _declare(self, bar: Bar, reset: int) -> None:
+        width = 4 * bar.kind.registers
+        self.config.define(
+            bar.register,
+            width,
+            reset=reset,
+            writable=(1 << 8 * width) - bar.size | bar.enable,
+            changed=lambda old, new: self._decode(),
+        )
+        self.bars[bar.index] = bar
+
     def _bind(self) -> None:
         """The state is the bytes the guest sees, the same objects."""
         self.state.pci.config = self.config.content
@@ -262,10 +278,10 @@ class PciFunction(Device[F]):
     def _decode(self) -> None:
         """Tell the root where the BARs want to be now, if that has changed."""
         command, changed = self.header.command, False
-        for index, bar in self.bars.items():
+        for bar in self.bars.values():
             enable = Command.IO if bar.kind is BarKind.IO else Command.MEMORY
-            value = self.config.get(BAR0 + 4 * index, 4 * bar.kind.registers)
-            address = value & -bar.size if command & enable else None
+            value = self.config.get(bar.register, 4 * bar.kind.registers)
+            address = value & -bar.size if command & enable and value & bar.enable == bar.enable else None
             changed |= address != bar.programmed
             bar.programmed = address
         if changed:

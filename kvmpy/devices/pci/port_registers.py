@@ -10,6 +10,7 @@ takes no interrupt for presence where there is a button, but it does for the lin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from kvmpy.devices.pci.bridge import NOWHERE, BridgeControl, BridgeHeader
@@ -69,6 +70,7 @@ class PortRegisters(PciFunction[RootPortState]):
         self.forwards = Forwards()
         self.buses = NOWHERE
         self._reachable = self._interrupting = False
+        self.on_numbers: Callable[[], object] = lambda: None  # told when others may be found behind it, or elsewhere
         self.header.on_addressing = self._decode
         self.header.on_bridge_control = self._follow_link
         self.express.on_link = self._follow_link
@@ -138,6 +140,7 @@ class PortRegisters(PciFunction[RootPortState]):
         super()._decode()
         header, command, up = self.header, self.header.command, self._reachable
         self.buses = range(header.secondary, header.subordinate + 1)
+        self.on_numbers()
         forwards = Forwards(
             io=header.io if up and command & Command.IO else NOWHERE,
             memory=header.memory if up and command & Command.MEMORY else NOWHERE,

@@ -6,6 +6,7 @@ the chipset's reset register, which lives in the middle of it; any other access 
 
 from __future__ import annotations
 
+import threading
 from typing import Final, Protocol
 
 from kvmpy.bus import Target
@@ -20,7 +21,9 @@ ADDRESS_BITS: Final = 0x80FF_FFFC
 
 
 class ConfigAccess(Protocol):
-    """Configuration space by the numbers programmed now."""
+    """Configuration space by the numbers programmed now, which ``lock`` keeps still: hold it."""
+
+    lock: threading.RLock
 
     def read(self, bus: int, devfn: int, offset: int, size: int) -> int:
         """All ones where there is nothing."""
@@ -36,35 +39,38 @@ class ConfigPortsState(State):
 
 
 class ConfigPorts(Device[ConfigPortsState]):
-    """Eight ports, to be mapped with accesses of at most 4 bytes. ``reset_register`` gets the byte at offset 1."""
+    """Eight ports, to be mapped with accesses of at most 4 bytes. ``reset_register`` gets the byte at offset 1.
+
+    Their lock is that of ``config``.
+    """
 
     def __init__(self, name: str, config: ConfigAccess, reset_register: Target) -> None:
         super().__init__(name, ConfigPortsState())
+        self.lock = config.lock
         self._config, self._reset_register = config, reset_register
 
     def read(self, offset: int, size: int) -> int:
+        address = self.state.address
+        if offset >= DATA and address & ENABLE:
+            register = (address & 0xFC) + offset - DATA
+            return self._config.read(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size)
         if (offset, size) == (ADDRESS, 4):
-            return self.state.address
+            return address
         if (offset, size) == (RESET, 1):
             with self._reset_register.lock:
                 return self._reset_register.read(0, 1)
-        if offset >= DATA and self.state.address & ENABLE:
-            return self._config.read(*self._selected(offset), size)
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        if (offset, size) == (ADDRESS, 4):
+        if offset >= DATA:
+            if (address := self.state.address) & ENABLE:
+                register = (address & 0xFC) + offset - DATA
+                self._config.write(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size, value)
+        elif (offset, size) == (ADDRESS, 4):
             self.state.address = value & ADDRESS_BITS
         elif (offset, size) == (RESET, 1):
             with self._reset_register.lock:
                 self._reset_register.write(0, 1, value)
-        elif offset >= DATA and self.state.address & ENABLE:
-            self._config.write(*self._selected(offset), size, value)
 
     def post_load(self) -> None:
         self.state.address &= ADDRESS_BITS
-
-    def _selected(self, offset: int) -> tuple[int, int, int]:
-        """Bus, device and function, register."""
-        address = self.state.address
-        return address >> 16 & 0xFF, address >> 8 & 0xFF, (address & 0xFC) + offset - DATA

@@ -29,7 +29,8 @@ Function = PciFunction[Any]
 class PciRoot:
     """``lines`` are INTA to INTD of device 0 on bus 0; ``is_ram(gpa, size)`` whether any of that is RAM.
 
-    ``lock`` keeps the numbers still: a configuration access holds it. `add` before the machine runs.
+    ``lock`` keeps the numbers still: a configuration access holds it, a guest's because the bus does. `add` before the
+    machine runs.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class PciRoot:
         self.decoder = Decoder(mmio, pio, shortcuts, windows, is_ram)
         self._bus0: Mapping[int, Function] = {}  # swapped whole
         self._ports: tuple[RootPort, ...] = ()  # in the order in which they are asked, should two have the same bus
+        self._numbers: Mapping[int, Function] | None = None  # by bus << 8 | devfn; None: to be found out
 
     def add(self, function: Function, device: int, function_number: int = 0) -> None:
         """Put ``function`` on bus 0. Raises ValueError where that place is taken or none."""
@@ -61,10 +63,12 @@ class PciRoot:
             if devfn in self._bus0:
                 raise ValueError(f"{function.name}: {self._bus0[devfn].name} is at {device:02x}.{function_number:x}")
             self._bus0 = {**self._bus0, devfn: function}
+            self._renumber()
             self._mark_multi_function(device)
             if isinstance(function, RootPort):
                 self._ports = tuple(f for _, f in sorted(self._bus0.items()) if isinstance(f, RootPort))
                 function.seats = Seats(self, function, device)
+                function.on_numbers = self._renumber
             elif function.express is not None:
                 function.express.integrate()
             self.connect(function, device, None)
@@ -84,38 +88,44 @@ class PciRoot:
         function.intx.wire = Unconnected()
 
     def find(self, bus: int, devfn: int) -> Function | None:
-        """The function with that number now, None where there is none. With the lock, if the answer is to last."""
-        if bus == 0:
-            return self._bus0.get(devfn)
-        for port in self._ports:
-            if bus in port.buses:
-                # Behind a port there is one device, with the number 0, and no bridge to pass the access on to.
-                here = bus == port.buses.start and devfn == 0 and port.reachable
-                return port.behind if here else None
-        return None
+        """The function with that number now, None where there is none. With the lock."""
+        numbers = self._numbers
+        if numbers is None:
+            numbers = self._numbers = self._number()
+        return numbers.get(bus << 8 | devfn)
 
     def read(self, bus: int, devfn: int, offset: int, size: int) -> int:
-        """A configuration read of any width; all ones where there is nothing."""
-        with self.lock:
-            function = self.find(bus, devfn)
-            return (1 << 8 * size) - 1 if function is None else function.config_read(offset, size)
+        """A configuration read of any width; all ones where there is nothing. With the lock."""
+        function = self.find(bus, devfn)
+        return (1 << 8 * size) - 1 if function is None else function.config_read(offset, size)
 
     def write(self, bus: int, devfn: int, offset: int, size: int, value: int) -> None:
-        """A configuration write of any width; ignored where there is nothing."""
-        with self.lock:
-            function = self.find(bus, devfn)
-            if function is not None:
-                function.config_write(offset, size, value)
+        """A configuration write of any width; ignored where there is nothing. With the lock."""
+        function = self.find(bus, devfn)
+        if function is not None:
+            function.config_write(offset, size, value)
 
     def functions(self) -> Iterator[tuple[int, int, int, Function]]:
         """Bus, device, function number and function of all that can be reached by the numbers programmed now.
 
-        Without the lock: an operator who looks is not kept waiting by an access that waits for a disk.
+        Without the lock: an operator who looks is not kept waiting by an access that is under way.
         """
-        places = [(0, devfn) for devfn in sorted(self._bus0)]
-        places += sorted({(port.header.secondary, 0) for port in self._ports if port.header.secondary})
-        found = [(bus, devfn, self.find(bus, devfn)) for bus, devfn in places]
-        return iter([(bus, devfn >> 3, devfn & 7, function) for bus, devfn, function in found if function is not None])
+        for number, function in sorted(self._number().items()):
+            yield number >> 8, number >> 3 & 0x1F, number & 7, function
+
+    def _renumber(self) -> None:
+        """Who has which number may have changed."""
+        self._numbers = None
+
+    def _number(self) -> Mapping[int, Function]:
+        """Who has which number now. Behind a port there is one device, with the number 0, and no other bridge."""
+        numbers = dict(self._bus0)
+        for place, port in enumerate(self._ports):
+            bus, behind = port.buses.start, port.behind
+            hidden = not bus or any(bus in above.buses for above in self._ports[:place])
+            if behind is not None and port.reachable and bus in port.buses and not hidden:
+                numbers[bus << 8] = behind
+        return numbers
 
     def _mark_multi_function(self, device: int) -> None:
         here = [function for devfn, function in self._bus0.items() if devfn >> 3 == device]
@@ -143,9 +153,9 @@ class Seats:
         """Where its BARs in memory are mapped now."""
         return self._root.decoder.places(function)
 
-    def remains(self, places: Sequence[range]) -> Closable:
-        """Have ``places`` read as 0 until what is returned is closed."""
-        return self._root.decoder.remains(f"{self._port.name} (torn out)", places)
+    def remains(self, function: Function, places: Sequence[range]) -> Closable:
+        """Have ``places``, where ``function`` was, read as 0 once it is not busy, until what is returned is closed."""
+        return self._root.decoder.remains(f"{self._port.name} (torn out)", function, places)
 
 
 class Ecam:

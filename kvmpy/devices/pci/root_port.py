@@ -16,7 +16,7 @@ from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.express import SLOT_EMPTY, SLOT_OCCUPIED, Link, SlotControl, SlotStatus
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.port_registers import PortRegisters
-from kvmpy.devices.pci.slot import MakeTimer, Slot
+from kvmpy.devices.pci.slot import MakeTimer, Phase, Slot
 from kvmpy.irq import MsiSink
 from kvmpy.trace import Tracepoint
 
@@ -37,8 +37,8 @@ class Seats(Protocol):
     def places(self, function: PciFunction[Any]) -> Sequence[range]:
         """Where its BARs in memory are mapped now."""
 
-    def remains(self, places: Sequence[range]) -> Closable:
-        """Have ``places`` read as 0 until what is returned is closed."""
+    def remains(self, function: PciFunction[Any], places: Sequence[range]) -> Closable:
+        """Have ``places``, where ``function`` was, read as 0 once it is not busy, until what is returned is closed."""
 
 
 class RootPort(PortRegisters):
@@ -81,6 +81,11 @@ class RootPort(PortRegisters):
     def is_releasing(self) -> bool:
         """The guest is being asked for the card."""
         return self._slot.requested
+
+    @property
+    def phase(self) -> Phase:
+        """What goes on at the slot."""
+        return self._slot.phase
 
     # What the machine does, while it stands still
 
@@ -134,12 +139,12 @@ class RootPort(PortRegisters):
         with self._seats().lock, self.lock:
             if self.card is None:
                 return
-            zero = self.behind is not None and self.behind.ZERO_WHEN_TORN_OUT
-            places = self._seats().places(self.behind) if self.behind is not None and zero else ()
+            torn = self.behind
+            places = self._seats().places(torn) if torn is not None and torn.ZERO_WHEN_TORN_OUT else ()
             self._slot.remove()
             self.take_out()
-            if places:
-                self._remains = self._seats().remains(places)
+            if torn is not None and places:
+                self._remains = self._seats().remains(torn, places)
 
     # What the slot has us do (`slot.Hands`), with both locks
 
@@ -197,6 +202,8 @@ class RootPort(PortRegisters):
         self._reach()
         self._set_link(active=self._reachable or unseen)
         self._interrupting = express.interrupt_wanted and self.msi.enabled
+        if self._interrupting:  # a message that was on its way did not come along; one too many does no harm
+            self.msi.signal()
         self._drive()
 
     def pause(self) -> None:

@@ -51,6 +51,17 @@ class Indicator(Enum):
     OFF = 0x0300
 
 
+class Phase(Enum):
+    """What goes on at a slot, for an operator."""
+
+    EMPTY = "empty"
+    WAITING = "waiting"  # a card is there that the guest is shown when it is done with the last one
+    OFF = "off"  # the guest has not turned the card on yet, or could not use it
+    WORKING = "working"  # the power indicator blinks: the guest takes the card into use, or lets it go
+    ON = "on"
+    ASKED = "asked"  # the guest has been asked to let the card go
+
+
 class Hands(Protocol):
     """What a slot has its port do. Called with the port's lock held; none of these may call the slot."""
 
@@ -186,6 +197,15 @@ class Slot:
     def indicator(self) -> Indicator:
         """The power indicator now."""
         return _indicator(self._control)
+
+    @property
+    def phase(self) -> Phase:
+        """What goes on."""
+        if self.requested:
+            return Phase.ASKED
+        if not self.present:
+            return Phase.WAITING if self.waiting else Phase.EMPTY
+        return {Indicator.ON: Phase.ON, Indicator.BLINK: Phase.WORKING}.get(self.indicator, Phase.OFF)
 
     @property
     def unused(self) -> bool:

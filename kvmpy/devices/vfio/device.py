@@ -42,7 +42,10 @@ class Region:
 
 
 class VfioDevice:
-    """The function at ``address`` of the host, open. Any thread; the function's lock orders what must be in order."""
+    """The function at ``address`` of the host, open. Any thread; the function's lock orders what must be in order.
+
+    ``bars`` are those it has, ``rom`` its expansion ROM, of size 0 where there is none that can be read.
+    """
 
     def __init__(self, address: str, group: int, space: DmaSpace) -> None:
         """Raises HostError, with nothing left open, where it cannot be passed through."""
@@ -56,6 +59,7 @@ class VfioDevice:
             self._irqs = info.num_irqs
             self.bars = {index: region for index in BARS if (region := self._region(index)).size}
             self._config = self._region(abi.CONFIG_REGION)
+            self.rom = self._region(abi.ROM_REGION)
             self.config = HostConfig(address, self._read_config())
             self.pin = self.config.pin if self.interrupts(abi.INTX_IRQ) else 0
             self.resets: Reset = choose(address, self.config, resets=bool(info.flags & abi.DEVICE_RESETS))

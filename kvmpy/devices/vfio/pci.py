@@ -4,9 +4,9 @@ Its registers are mapped straight into the guest wherever whole pages of a BAR a
 ours, since the vectors are. Configuration space is ours too: the IDs, the BARs and the interrupts are the device's, but
 what the guest writes stays here, except for the three bits of the command register that let it answer and do DMA.
 
-Left out, so that it cannot do harm: power states other than in name, the option ROM (nothing would run it), link and
-payload settings (the host's), function level reset by the guest, and every capability not named here: PCI Express, MSI,
-MSI-X, power management, and the serial number. A guest sees a single function, whatever the device is one of.
+Left out, so that it cannot do harm: power states other than in name, link and payload settings (the host's), function
+level reset by the guest, and every capability not named here: PCI Express, MSI, MSI-X, power management, and the serial
+number. A guest sees a single function, whatever the device is one of.
 
 While the machine is paused the device's DMA goes on: to stop it would break what its driver knows of it.
 
@@ -18,6 +18,7 @@ is not reset, for the kernel refuses to (`kvmpy.devices.vfio.reset`), and is not
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
 from mmap import PAGESIZE
@@ -25,7 +26,7 @@ from typing import Any, Final
 
 from kvmpy.abi import vfio as abi
 from kvmpy.abi.vfio import Extent
-from kvmpy.devices.pci.bar import BarKind
+from kvmpy.devices.pci.bar import BarKind, Rom
 from kvmpy.devices.pci.config import Capability, Command, Status
 from kvmpy.devices.pci.function import PciFunction, PciFunctionState
 from kvmpy.devices.pci.msix import VECTORS, pba_size, table_size
@@ -42,7 +43,7 @@ from kvmpy.irq import MsiSink
 
 log = logging.getLogger(__name__)
 
-RESET_SECONDS: Final = 10.0  # the longest that a system reset waits for it; PCI Express allows a device one
+RESET_SECONDS: Final = 10.0  # the longest that a system reset waits for them all; PCI Express allows a device one
 STATUS: Final = 0x06
 EXTENDED: Final = 0x100
 SERIAL_NUMBER: Final = 0x0001_0003  # ID and version of the extended capability, the last in the chain
@@ -102,8 +103,11 @@ class VfioPci(PciFunction[VfioPciState]):
         "a passed-through device cannot be migrated: unplug it, or make it the primary of a failover pair"
     )
 
-    def __init__(self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor) -> None:
-        """Raises HostError, the device closed, where the guest cannot be given it."""
+    def __init__(self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor, *, rombar: bool = True) -> None:
+        """Without ``rombar`` the guest sees no expansion ROM.
+
+        Raises HostError, the device closed, where the guest cannot be given it.
+        """
         super().__init__(name, VfioPciState(), device.config.ids, pin=device.pin)
         self.device, self._io = device, io
         self.broken: str | None = None
@@ -112,12 +116,15 @@ class VfioPci(PciFunction[VfioPciState]):
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
         self._wanted_back = False  # by the host, which waits until it is closed
+        self._reset_until: float | None = None  # how long a system reset that has begun waits for ours
         self._used = False  # the guest may have changed it since its last reset
         self._irqs = Interrupts(name, device, self.intx)
         self._resetter = Resetter(name, device.reset)
         self._watched: list[EventFd] = []
         try:
             self._add_bars()
+            if rombar:
+                self._add_rom()
             self._add_capabilities(sink)
             self._map_bars()
             self._watch(abi.ERROR_IRQ, self._failed)
@@ -155,13 +162,27 @@ class VfioPci(PciFunction[VfioPciState]):
 
     # Its life
 
+    def begin_reset(self) -> bool:
+        with self.lock:
+            if self._reset_until is None:
+                self._quiesce()
+                self.broken = None
+                self._resetter.start()
+                self._reset_until = time.monotonic() + RESET_SECONDS
+            return self._resetter.is_over
+
+    def await_reset(self) -> None:
+        if (until := self._reset_until) is not None:
+            self._resetter.wait(max(until - time.monotonic(), 0))
+
     def reset(self) -> None:
         """A system reset: the device's too, no longer than RESET_SECONDS. No vCPU runs."""
-        self._quiesce()
-        self._resetter.start()
-        if not self._resetter.wait(RESET_SECONDS):
+        self.begin_reset()
+        self.await_reset()
+        self._reset_until = None
+        if not self._resetter.is_over:
             self._break(f"it has not come out of its reset in {RESET_SECONDS:.0f} seconds")
-        else:
+        elif self.broken is None:  # else the host has said meanwhile that it is
             self._come_back()
 
     def bus_reset(self) -> None:
@@ -212,6 +233,15 @@ class VfioPci(PciFunction[VfioPciState]):
                 raise HostError(f"{self.device.address}: BAR {index} cannot have {region.size:#x} bytes")
             self.add_bar(index, region.size, kind, BarTarget(self, region))
 
+    def _add_rom(self) -> None:
+        region = self.device.rom
+        if not region.size or not abi.REGION_READ & region.flags:
+            return
+        if region.size & region.size - 1 or region.size not in Rom.SIZES:
+            log.warning("%s: has no ROM for the guest: %#x bytes make no sense", self.name, region.size)
+            return
+        self.add_rom(region.size, BarTarget(self, region))
+
     def _add_capabilities(self, sink: MsiSink) -> None:
         assert self.express is not None
         self.express.preset(device_capability=self.express.device_capability & ~FLR)
@@ -244,8 +274,8 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def _map_bars(self) -> None:
         """Where a page cannot be mapped, the guest's accesses to it exit: slow, and right."""
-        for index, bar in self.bars.items():
-            region = self.device.bars[index]
+        for index, region in self.device.bars.items():
+            bar = self.bars[index]
             if bar.kind is BarKind.IO or not abi.REGION_READ & region.flags or not abi.REGION_WRITE & region.flags:
                 continue
             for piece in without(region.areas, self._trapped(index)):
@@ -320,7 +350,7 @@ class VfioPci(PciFunction[VfioPciState]):
     def _after_bus_reset(self) -> None:
         with self.lock:
             # Else another has begun since, or it broke meanwhile, or a system reset has seen to it.
-            if not self._resetter.is_over or self.broken is not None or self._answers:
+            if not self._resetter.is_over or self.broken is not None or self._answers or self._reset_until is not None:
                 return
             if self._wanted_back and isinstance(self._resetter.error, ResetRefused):
                 log.info(

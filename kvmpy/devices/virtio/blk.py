@@ -4,10 +4,10 @@ The disk takes its time, and neither the io thread nor a vCPU may wait for it. S
 passes them on; ``WORKERS`` threads carry them out without any lock, and take the device's lock for the moment it takes
 to give a request back. A queue bounds how many are under way: a driver that offers more breaks the device.
 
-`withdraw` has to leave nothing under way, and completions need the lock its caller holds. It waits on a condition of
-that very lock, which lets go of it meanwhile: the io thread and other vCPUs get on, and find a device that does not
-run and cannot be made to. A device that breaks does not wait, as it may be the io thread that finds it broken: what is
-under way then ends unheard, and `reset`, `pause` and `close` wait for it.
+A disk that hangs holds up nobody but its own guest (docs/adr/0013). `withdraw` waits for nothing: what is under way is
+given back as it comes, and before the last has the device does not run again. After a reset or a break it ends unheard,
+a generation too old, and what no worker has begun is not done at all. Only `pause` and `close` wait, on a condition of
+the device's lock, which lets go of it meanwhile.
 
 Writes are durable when the driver believes so (section 5.2.6.2): a flush is fdatasync, begun after it was asked for;
 and while the cache is "writethrough", each write is followed by one before the driver hears of it.
@@ -37,7 +37,7 @@ from kvmpy.devices.virtio.blk_request import (
 )
 from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice, VirtioDeviceState
 from kvmpy.devices.virtio.queue import Chain
-from kvmpy.errors import GuestError, HostError, errno_name
+from kvmpy.errors import GuestError, HostError, errno_name, refusal
 from kvmpy.host.image import SECTOR
 from kvmpy.memory import GuestMemory
 from kvmpy.trace import Tracepoint
@@ -83,11 +83,15 @@ class BlkState(VirtioDeviceState):
 
 
 class Job(NamedTuple):
-    """A chain of queue number ``queue``, for a worker. If it writes, and ``durable``, a flush comes before its end."""
+    """A chain of queue number ``queue``, for a worker. If it writes, and ``durable``, a flush comes before its end.
+
+    It is heard of while ``generation`` is the device's.
+    """
 
     queue: int
     chain: Chain
     durable: bool
+    generation: int
 
 
 class VirtioBlk(VirtioDevice[BlkState]):
@@ -121,7 +125,8 @@ class VirtioBlk(VirtioDevice[BlkState]):
         ]
         self._workers: list[threading.Thread] = []
         self._idle = threading.Condition(self.lock)
-        self._under_way = 0
+        self._under_way = 0  # of any generation
+        self._generation = 0
         self._counts: Counter[str] = Counter()
         self._reported: set[tuple[str, int]] = set()
 
@@ -162,22 +167,23 @@ class VirtioBlk(VirtioDevice[BlkState]):
         queue = self.queues[index]
         for taken, chain in enumerate(queue.chains(), 1):
             self._under_way += 1
-            self._jobs.put(Job(index, chain, durable=not self.writeback))
+            self._jobs.put(Job(index, chain, not self.writeback, self._generation))
             if taken == BATCH:
                 queue.kick.signal()
                 break
 
     # The life cycle: no request outlives what it belongs to
 
-    def withdraw(self) -> None:
-        super().withdraw()
-        if self.broken is None:
-            self._wait()
+    @property
+    def busy(self) -> bool:
+        return self._under_way > 0
 
-    def reset(self) -> None:
-        if not self.running:
-            self._wait()
-        super().reset()
+    def disown(self) -> None:
+        self._generation += 1
+
+    def begin_pause(self) -> bool:
+        super().pause()
+        return not self.busy
 
     def pause(self) -> None:
         super().pause()
@@ -198,8 +204,12 @@ class VirtioBlk(VirtioDevice[BlkState]):
             self._workers.pop().join()
 
     def hand_over(self) -> None:
-        if not self.disk.readonly:
-            self.disk.flush()
+        try:
+            if not self.disk.readonly:
+                self.disk.flush()
+        except OSError as e:
+            said = refusal(e.errno, "what was written may not be there for others")
+            raise HostError(f"{self.name}: {self.disk.path}: {said}") from e
         self.disk.unlock()
 
     def take_over(self) -> None:
@@ -253,14 +263,18 @@ class VirtioBlk(VirtioDevice[BlkState]):
         if (job := self._jobs.get()) is None:
             return False
         try:
-            request = Request.of(job.chain)
-            self._complete(job, request, self._carry_out(request, durable=job.durable))
+            if job.generation == self._generation:
+                request = Request.of(job.chain)
+                self._complete(job, request, self._carry_out(request, durable=job.durable))
         except GuestError as e:
             self.break_(f"{self.name}: {e}")
         finally:
             with self.lock:
                 self._under_way -= 1
-                self._idle.notify_all()
+                if not self._under_way:
+                    if not self.running:
+                        self.settled()
+                    self._idle.notify_all()
         return True
 
     def _carry_out(self, request: Request, *, durable: bool) -> Answer:
@@ -284,11 +298,14 @@ class VirtioBlk(VirtioDevice[BlkState]):
         with self.lock:
             self._counts[request.name] += 1
             self._counts["failed"] += answer is not Answer.OK
-            request.status[0] = answer
-            # All of it: a read that fails may have filled a part, and so has one whose device has broken meanwhile.
+            awaited = job.generation == self._generation
+            if awaited:
+                request.status[0] = answer
+            # All of it: a read that fails may have filled a part, and so has one whose device was reset or broke since.
             self.queues[job.queue].mark(job.chain)
-            self.queues[job.queue].push(job.chain, request.written(answer))
-            self.interrupt(job.queue)
+            if awaited:
+                self.queues[job.queue].push(job.chain, request.written(answer))
+                self.interrupt(job.queue)
 
     def _report(self, what: str, number: int) -> None:
         """Tell the operator once of each kind of error: the guest drives this, and hears of every one."""

@@ -139,7 +139,7 @@ class CommonConfig:
 
     @Register(0x14, 1)
     def device_status(self) -> int:
-        return self._device.virtio.status
+        return self._device.status
 
     @device_status.writer
     def _write_status(self, value: int) -> None:

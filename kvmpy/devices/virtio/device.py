@@ -14,7 +14,11 @@
 
 A device runs from DRIVER_OK until reset, with pauses: `serve` begins that, `withdraw` ends it. Both are called with the
 lock held, as is every handler, and a handler runs only while the device does. So once `withdraw` has returned nothing
-of the device touches a ring, and nothing that an event loop dispatched before comes too late.
+of the device takes from a ring, and nothing that an event loop dispatched before comes too late.
+
+Neither waits for the host. A device whose chains the host still works on then is `busy` (docs/adr/0013): it gives them
+back as they come, unless a reset or a break has come in between, and until the last has it does not run. A driver that
+resets it reads a status other than 0 until then (sections 2.4 and 4.1.4.3), so that it frees no buffer too early.
 
 What a driver may not do raises GuestError in a handler and breaks the device, as does a host that fails it: the status
 says DEVICE_NEEDS_RESET, `on_broken` is told, and a reset by the driver makes it work again. Nothing else stops. So does
@@ -162,9 +166,17 @@ class VirtioDevice(Device[V]):
                 self.watch_queue(index)
 
     def withdraw(self) -> None:
-        """Once this returns, the queues are not touched; each chain popped has been pushed or rewound."""
+        """Once this returns, nothing is popped; each chain popped has been pushed or rewound, or keeps us `busy`."""
         for index in tuple(self._watched):
             self.unwatch_queue(index)
+
+    @property
+    def busy(self) -> bool:
+        """The host still works on chains that were popped, and may touch the guest's memory; `settled` follows."""
+        return False
+
+    def disown(self) -> None:
+        """Those chains are not given back any more: the driver has reset the device, or has to."""
 
     def on_notify(self, index: int) -> None:
         """The driver kicked queue ``index``, which may have chains. May raise GuestError or HostError."""
@@ -226,6 +238,11 @@ class VirtioDevice(Device[V]):
             if self.virtio.status & Status.DRIVER_OK:
                 self.transport.interrupt_config()
 
+    def settled(self) -> None:
+        """It is not `busy` any more, nor running. With the lock."""
+        self._end_queues()
+        self._update()
+
     def failed(self, e: Exception) -> None:
         """`break_` because of ``e``; if neither guest nor host is to blame, it is logged as a bug. Any thread."""
         match e:
@@ -256,6 +273,11 @@ class VirtioDevice(Device[V]):
 
     # For the transport, with the lock held
 
+    @property
+    def status(self) -> int:
+        """The device status as the driver reads it."""
+        return Status.NEEDS_RESET if self._resetting else self.virtio.status
+
     def write_features(self, word: int, value: int) -> None:
         """The driver accepts 32 ``features`` bits; only until it has said that these are all, and of two words."""
         v = self.virtio
@@ -265,7 +287,7 @@ class VirtioDevice(Device[V]):
     def write_status(self, value: int) -> None:
         """The driver sets status bits, or resets the device with none."""
         v = self.virtio
-        if value:
+        if value and not self._resetting:
             for step in STEPS:
                 if not v.status & step:
                     if not value & step or v.status & Status.FAILED or not self._allows(step):
@@ -273,7 +295,7 @@ class VirtioDevice(Device[V]):
                     v.status |= step
             v.status |= value & Status.FAILED
             self._update()
-        else:
+        elif not value:
             self.reset()
         if trace_status:
             trace_status(self.name, value, self.virtio.status)
@@ -293,12 +315,15 @@ class VirtioDevice(Device[V]):
     def reset(self) -> None:
         """Back to power-on, by the driver or with the machine."""
         self._stop()
+        self.disown()
+        self._end_queues()
         self._close_doorbells()
         super().reset()
         self._moved = False
 
     def post_load(self) -> None:
         self._stop()
+        self._end_queues()
         self.broken = None
         self._adopt_queues()
         self._moved = True
@@ -318,6 +343,7 @@ class VirtioDevice(Device[V]):
         with self.lock:
             self._paused = True
             self._update()
+            self.disown()
             self._close_doorbells()
             for queue in self.queues:
                 queue.close()
@@ -354,6 +380,11 @@ class VirtioDevice(Device[V]):
             not features & ~self.features and self.acked(Feature.VERSION_1) and self.accepts(features)
         )
 
+    @property
+    def _resetting(self) -> bool:
+        """The driver has reset it, and may not believe that yet."""
+        return self.busy and not self.virtio.status
+
     def _adopt_queues(self) -> None:
         """Take the queues' states from ours. They come from elsewhere: too few or too many break the device."""
         v = self.virtio
@@ -371,7 +402,7 @@ class VirtioDevice(Device[V]):
             return  # whoever stops it looks again afterwards
         if self.running and not self._is_wanted():
             self._stop()
-        if not self.running and self._is_wanted():
+        if not self.running and not self.busy and self._is_wanted():
             self._start()
 
     def _is_wanted(self) -> bool:
@@ -406,7 +437,6 @@ class VirtioDevice(Device[V]):
 
     def _stop(self) -> None:
         if self.running:
-            # A withdraw that has to wait may let go of the lock meanwhile: nothing begins until it is done.
             self.running, self._stopping = False, True
             try:
                 self.withdraw()
@@ -414,6 +444,12 @@ class VirtioDevice(Device[V]):
                 self.failed(e)
             finally:
                 self._stopping = False
+        if self.broken is not None:
+            self.disown()
+        if self.broken is not None or not self.busy:
+            self._end_queues()
+
+    def _end_queues(self) -> None:
         for queue in self.queues:
             queue.stop()
 

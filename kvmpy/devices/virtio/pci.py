@@ -100,7 +100,8 @@ class VirtioPci(PciFunction[VirtioPciState]):
     for each queue and one more; 0 is no MSI-X.
     """
 
-    # Linux's driver resets a device that it loses, and waits for the status to read 0, whether it is there or not.
+    # Linux's driver resets a device that it loses, and waits for the status to read 0, whether it is there or not: then
+    # it frees its buffers.
     ZERO_WHEN_TORN_OUT = True
 
     def __init__(self, name: str, device: VirtioDevice[Any], sink: MsiSink, vectors: int | None = None) -> None:
@@ -198,6 +199,10 @@ class VirtioPci(PciFunction[VirtioPciState]):
         return self._bar.add_doorbell(NOTIFY + NOTIFY_MULTIPLIER * index, kick)
 
     # The life cycle
+
+    @property
+    def busy(self) -> bool:
+        return self.device.busy
 
     def on_bus_master(self, enabled: bool) -> None:
         self.device.set_bus_master(enabled=enabled)

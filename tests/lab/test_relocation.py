@@ -1,0 +1,54 @@
+"""All of a Linux guest's state but RAM goes through `save` and `load` into a second machine, and the guest goes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import pytest
+
+from scripts.lab.host import EmulatedHost
+from scripts.lab.kernels import CHECKOUT
+
+BLACKOUT: Final = 5
+# Seconds; the host is emulated, and a guest's line comes late by what its one processor does meanwhile.
+LATE: Final = 1.0
+PRECISE: Final = 0.25
+
+
+@pytest.fixture(scope="module")
+def moved(host: EmulatedHost) -> dict[str, Any]:
+    """What the guest said before and after."""
+    boot = CHECKOUT / ".lab/guest/cloud"
+    done = host.run(
+        [
+            *("python", "-m", "tests.lab.programs.relocate", "examples/demo.toml", str(BLACKOUT)),
+            *("machine.cpus=1", "machine.memory=256MiB"),
+            *(f"boot.kernel={boot}/vmlinux", f"boot.initrd={boot}/initrd.img"),
+            "boot.cmdline=console=ttyS0 quiet panic=-1 mitigations=off mode=shell",
+        ],
+        timeout=500,
+        check=True,
+    )
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def started(ticks: list[dict[str, float]]) -> float:
+    """When the guest was booted, by its uptime; of many lines, the one that came soonest."""
+    return min(tick["host"] - tick["uptime"] for tick in ticks)
+
+
+def test_the_guest_goes_on_and_the_machine_can_be_reset(moved: dict[str, Any]) -> None:
+    before, after = moved["before"], moved["after"]
+    assert moved["problems"] == []
+    assert moved["up"].endswith("clocksource=kvm-clock")
+    assert after[0]["uptime"] - before[-1]["uptime"] > BLACKOUT
+    assert moved["state"] == "running"
+
+
+def test_the_guests_clocks_have_gone_on_over_the_blackout(moved: dict[str, Any]) -> None:
+    before, after = moved["before"], moved["after"]
+    assert started(after) == pytest.approx(started(before), abs=PRECISE)
+    # `date` says whole seconds: the guest's time is between that and a second more
+    assert [tick for tick in after if not -PRECISE < tick["host"] - tick["date"] < 1 + LATE] == []

@@ -1,0 +1,109 @@
+"""When a guest is stopped for its switchover, and what is done about one that writes faster than it can be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from kvmpy.errors import MigrationError
+from kvmpy.machine.machine import Machine
+from kvmpy.migration.convergence import ALLOWANCE, MIB, Convergence
+from kvmpy.migration.parameters import OnNoConvergence, Parameters
+from kvmpy.migration.progress import Progress, Round
+
+FIXED = ALLOWANCE * 1000
+"""Milliseconds of the switchover of a machine that has no devices."""
+FAST = 10_000 * 1.0
+
+
+class Rig:
+    """A migration whose rounds sent 100 MiB a second."""
+
+    def __init__(self) -> None:
+        machine = SimpleNamespace(
+            board=SimpleNamespace(devices=(), vcpus=(0,)), threads=(), handoff=SimpleNamespace(rehearse=lambda: None)
+        )
+        self.progress = Progress(1 << 30)
+        self.said: list[str] = []
+        self.convergence = Convergence(cast(Machine, machine), self.progress, self.said.append)
+
+    def fits(self, left: int, *, pages: int = 25_600, rate: float = FAST, **parameters: Any) -> bool:
+        """After a round of so many pages, in which ``left`` bytes became dirty."""
+        self.progress.add(Round(1, 0, pages, 0, pages * 4096, pages * 4096 / (100 * MIB), rate))
+        return self.convergence.fits(left, rate, Parameters(**parameters))
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    with rig.convergence:
+        yield rig
+
+
+def test_a_guest_is_stopped_when_pages_and_switchover_fit_together(rig: Rig) -> None:
+    assert not rig.fits(30 * MIB, downtime_limit=300)  # 300 ms, and the switchover
+    assert rig.fits(25 * MIB, downtime_limit=300)
+    assert rig.progress.expected_downtime == pytest.approx(250 + FIXED, abs=5)
+
+
+def test_a_limit_shorter_than_the_switchover_alone_does_not_keep_a_guest_for_ever(rig: Rig) -> None:
+    assert not rig.fits(MIB, downtime_limit=10)
+    assert rig.fits(200 << 10, downtime_limit=10)  # 2 ms
+
+
+def test_no_guest_is_gone_in_no_time(rig: Rig) -> None:
+    assert not rig.fits(4096, downtime_limit=0)
+
+
+def test_a_small_round_says_nothing_of_the_bandwidth(rig: Rig) -> None:
+    rig.progress.add(Round(1, 0, 1, 0, 4096, 1.0, 1.0))
+    assert rig.convergence.fits(10 * MIB, 1.0, Parameters(downtime_limit=300))
+
+
+def test_two_rounds_of_which_half_is_written_again_are_too_many(rig: Rig) -> None:
+    for _ in range(2):
+        assert rig.said == []
+        assert not rig.fits(60 * MIB)
+    assert rig.said == [
+        "the guest writes 39.1 MiB/s, and 100.0 MiB/s can be sent; its vCPUs sleep 20 % of the time",
+    ]
+    assert rig.progress.not_converging == rig.said[0]
+
+
+def test_one_that_gets_smaller_is_let_be(rig: Rig) -> None:
+    for _ in range(10):
+        assert not rig.fits(45 * MIB)
+    assert rig.said == []
+
+
+def test_the_throttle_grows_to_its_limit(rig: Rig) -> None:
+    seen = []
+    for _ in range(12):
+        rig.fits(60 * MIB, cpu_throttle_initial=30, cpu_throttle_increment=25, max_cpu_throttle=70)
+        seen.append(rig.progress.throttle)
+    assert seen == [0, 30, 30, 55, 55, 70, 70, 70, 70, 70, 70, 70]
+
+
+def test_it_is_taken_off_when_all_is_over() -> None:
+    rig = Rig()
+    with rig.convergence:
+        for _ in range(2):
+            rig.fits(60 * MIB)
+        assert rig.progress.throttle == 20
+    assert rig.progress.throttle == 0
+
+
+def test_or_the_migration_ends(rig: Rig) -> None:
+    rig.fits(60 * MIB, x_on_no_convergence=OnNoConvergence.CANCEL)
+    with pytest.raises(MigrationError, match=r"does not converge: the guest writes 39\.1 MiB/s"):
+        rig.fits(60 * MIB, x_on_no_convergence=OnNoConvergence.CANCEL)
+
+
+def test_or_it_goes_on_and_that_is_said_once(rig: Rig) -> None:
+    for _ in range(10):
+        rig.fits(60 * MIB, x_on_no_convergence=OnNoConvergence.CONTINUE)
+    assert rig.said == ["the guest writes 39.1 MiB/s, and 100.0 MiB/s can be sent"]
+    assert rig.progress.throttle == 0
