@@ -28,7 +28,7 @@ CONFIG: Final = (
     + tables.rng("rng0", bus="rp2")
 )
 LEFT: Final = (
-    "ls -A /run/kvmpy 2>&1; ls -d /tmp/kvmpy-* 2>&1; ip -brief link | grep tap; busybox pgrep -fl 'kvmpy (run|receive)'"
+    "ls -A /run/kvmpy 2>&-; ls -d /tmp/kvmpy-* 2>&-; ip -brief link | grep tap; busybox pgrep -fl 'kvmpy (run|receive)'"
 )
 
 pytestmark = pytest.mark.timeout(1500)  # many guests' boots, on a busy machine

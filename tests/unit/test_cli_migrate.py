@@ -19,7 +19,8 @@ from kvmpy.cli.progress import Lines, figures, progress, share_done
 from tests.fakes.qmp import FakeMonitor, Refusal
 
 ANSWER: Final[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fakes" / "migration_answer.json").read_text())
-ACTIVE: Final[dict[str, Any]] = ANSWER | {"status": "active", "ram": ANSWER["ram"] | {"remaining": 134217728}}
+SOME: Final = {"remaining": 64 << 20, "dirty-sync-count": 2, "dirty-pages-rate": 8900, "mbps": 980.5}
+ACTIVE: Final[dict[str, Any]] = ANSWER | {"status": "active", "ram": ANSWER["ram"] | SOME, "expected-downtime": 110}
 URI: Final = "tcp:192.0.2.2:4444"
 
 
@@ -66,8 +67,8 @@ def test_a_migration_is_followed_to_its_end_and_the_source_ended(
     assert source.arguments("migrate") == {"uri": URI}
     assert source.commands()[-1] == "quit"
     shown = capsys.readouterr().err
-    assert "web1: active: round 5, 128.0 MiB to go, 116.9 MiB/s, dirtied 34.8 MiB/s, downtime would be 110 ms" in shown
-    assert "web1: migrated in 4.2 s; the guest stood still for 83.2 ms" in shown
+    assert "web1: active: round 2, 64.0 MiB to go, 116.9 MiB/s, dirtied 34.8 MiB/s, downtime would be 110 ms" in shown
+    assert "web1: migrated in 20.8 s; the guest stood still for 628.3 ms" in shown
 
 
 def test_the_source_is_kept_where_that_is_wanted(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
