@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.host.threads import begin
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
@@ -190,8 +191,7 @@ class Ingoing:
                     main.fail(Failed(reason=str(e)))
                     main.shutdown(str(e))
 
-        thread = threading.Thread(target=watch, name="migration-watch", daemon=True)
-        thread.start()
+        thread = begin("migration-watch", watch)
         try:
             yield
         except MigrationError as e:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvmpy.errors import MigrationError
+from kvmpy.host.threads import begin
 from kvmpy.migration.main_channel import MainChannel
-from kvmpy.migration.messages import Keepalive
 
 TIMES: Final = 8  # in each time that the other side waits: one that is late does no harm
 SHARE: Final = 4
@@ -23,18 +23,17 @@ def silence(timeout: float) -> float:
 
 @contextmanager
 def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
-    """Within, say so often enough for one who waits ``timeout`` seconds."""
+    """Within, say so often enough for one who waits ``timeout`` seconds. Raises HostError."""
     over = threading.Event()
 
     def tell() -> None:
         try:
             while not over.wait(timeout / TIMES):
-                main.tell(Keepalive())  # without a look at why it fails: that may be the answer another waits for
+                main.keep_alive()
         except MigrationError:  # whoever uses the channel hears of it too
             return
 
-    thread = threading.Thread(target=tell, name="keepalive", daemon=True)
-    thread.start()
+    thread = begin("keepalive", tell)
     try:
         yield
     finally:

@@ -36,8 +36,8 @@ BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
 class MainChannel:
     """Messages over ``channel``, in the stream's ``version``.
 
-    Nothing is read ahead: between two messages the channel can carry something else, such as page records. Any thread
-    may send.
+    Nothing is read ahead: between two messages the channel can carry something else, such as page records. One thread
+    sends and receives; any other may `keep_alive`, `fail` and `shutdown`.
     """
 
     def __init__(self, channel: Channel, version: int) -> None:
@@ -53,15 +53,21 @@ class MainChannel:
         return self.channel.can_answer
 
     def send_message(self, message: Message) -> None:
-        """Raises MigrationError where it is too large, or with what the other side said before it hung up."""
+        """Raises MigrationError where it is too large, or with what the other side said before it hung up.
+
+        By the thread that receives, for that is read then.
+        """
         try:
             self._send(message)
         except StreamError as e:
             raise self.explain(e) from e
 
-    def tell(self, message: Message) -> None:
-        """The same, but what the other side said is left for who receives. Raises StreamError."""
-        self._send(message)
+    def keep_alive(self) -> None:
+        """Say that we are at work. Any thread: nothing is read, for what comes is another's, who hears why it is over.
+
+        Raises MigrationError.
+        """
+        self._send(Keepalive())
 
     def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
         """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.

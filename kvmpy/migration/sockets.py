@@ -6,12 +6,12 @@ import errno
 import os
 import select
 import socket
-import threading
 from contextlib import suppress
 from typing import Any, Final
 
-from kvmpy.errors import MigrationError, StreamError, refusal
+from kvmpy.errors import HostError, MigrationError, StreamError, refusal
 from kvmpy.host.stream import ROOT, listen_at, peer_uid
+from kvmpy.host.threads import begin
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.uri import Tcp, Unix
 from kvmpy.migration.wire import CHANNELS_MAX
@@ -90,8 +90,12 @@ def resolve(uri: str, address: Tcp, stop: Stop, deadline: Deadline, *, passive: 
             except OSError as e:
                 found.append(e)
 
-    threading.Thread(target=ask, name="resolver", daemon=True).start()
     with ours:
+        try:
+            begin("resolver", ask)
+        except HostError as e:
+            theirs.close()
+            raise MigrationError(f"{uri}: {e}") from e
         stop.wait(ours.fileno(), select.POLLIN, deadline, f"{uri}: no name server has said who that is")
     if isinstance(answer := found[0], OSError):
         raise MigrationError(f"{uri}: {answer.strerror}: write its address, or mend the name") from answer

@@ -86,6 +86,7 @@ def goes_on_as_before(journey: Journey, source: Stop, there: Stop) -> None:
     source.wait_for_count()
     there.machine.close()
     assert there.said == b"", "it never ran there"
+    source.migrations.set_parameters(x_timeout=BOUND)  # nobody does any harm to this one
     here = journey.move(source, x_timeout=BOUND)
     here.wait_for_count()
     journey.check()
@@ -125,6 +126,7 @@ def test_when_started_is_lost_the_destination_alone_runs(journey: Journey, harm:
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     assert UNKNOWN in str(source.error)
+    there.migrations.set_parameters(x_timeout=BOUND)
     here = journey.move(there, x_timeout=BOUND)
     here.wait_for_count()
     journey.check()

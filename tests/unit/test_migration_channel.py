@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import struct
+import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
 from kvmpy.migration.channel import PIECE, Channel, FileChannel, SocketChannel
+from kvmpy.migration.keepalive import keepalive
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import (
     SECTIONS_MAX,
@@ -350,6 +352,16 @@ def test_keepalives_keep_a_wait_alive_and_never_for_longer_than_its_limit() -> N
         stop.set()
         chatting.result()
         stop.close()
+
+
+def test_who_keeps_the_other_side_waiting_does_not_take_its_last_words_from_who_waits_for_them() -> None:
+    with main_pair() as (here, there):
+        there.send_message(Started(first_run_ns=7))
+        there.close()
+        with keepalive(here, 0.01):
+            while any(thread.name == "keepalive" for thread in threading.enumerate()):
+                here.channel.stop.wait_any({}, deadline=soon(0.01))
+        assert here.receive_message(Started, Refused) == Started(first_run_ns=7)
 
 
 def test_silence_ends_a_wait_before_its_limit() -> None:
