@@ -82,7 +82,7 @@ def journey(pair: HostPair, here: int, uri: str, *options: str) -> dict[str, flo
     source, destination, watcher = pair.hosts[here], pair.hosts[1 - here], pair.first
     seen: list[Pings] = []
     with pinged(watcher, GUEST, seen, netns=STATION):
-        # A longer limit than the default: what a busy machine needs to converge without slowing the guest down for long.
+        # Longer than the default: a busy machine converges without slowing the guest down for long.
         reports = "--report", "/run/journey.json", "--report", "/run/journey.svg"
         migrate(source, uri, *reports, "--downtime-limit", "1500", *options)
         # Frames to it go where it is now.
