@@ -88,9 +88,12 @@ class Pings:
 
     @property
     def gap(self) -> float:
-        """The longest time, in seconds, between two answers."""
-        moments = sorted(answered for _, answered in self.entries if answered is not None)
-        return max(later - earlier for earlier, later in pairwise(moments))
+        """The longest time, in seconds, from a ping that was answered to the next one that was, with losses between.
+
+        By when they were sent: a guest whose vCPUs are slowed down answers late, and has lost nothing.
+        """
+        moments = [(number, sent) for number, (sent, answered) in enumerate(self.entries) if answered is not None]
+        return max((b - a for (i, a), (j, b) in pairwise(moments) if j > i + 1), default=0.0)
 
     @property
     def lost(self) -> list[int]:

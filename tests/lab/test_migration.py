@@ -99,7 +99,7 @@ def go(yard: Yard, name: str, to: Guest) -> dict[str, float]:
     seen: list[Pings] = []
     path = f"/run/{name}.json"
     with pinged(yard.host, GUEST, seen):
-        code, said = yard.migrate(name, "--report", path)
+        code, said = yard.migrate(name, "--report", path, "--downtime-limit", "1500")
         assert code == 0, said
         assert to.type("echo here", SLOW) == "here"
     figures = report(yard.host, path) | {"gap-ms": seen[0].gap * 1000, "lost": len(seen[0].lost)}
