@@ -107,6 +107,10 @@ class Outgoing:
             pages.cancel()
         return True
 
+    def discard(self) -> None:
+        """It does not even begin."""
+        self._stop.close()
+
     @property
     def cancelled_for(self) -> str | None:
         """Why everything was to be taken back, if `cancel` was in time."""
@@ -251,7 +255,8 @@ class Outgoing:
             stats = self._pages.send_round(self._dirty, number)
         except MigrationError as e:
             self._stop.check()
-            raise main.explain(e) from e
+            main.explain(e)
+            raise
         progress.add(
             RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
         )
