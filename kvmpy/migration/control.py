@@ -21,6 +21,7 @@ from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import NOTHING, Offer, Take
 from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.handover import Source
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
@@ -95,6 +96,8 @@ class Migrations:
             self._cancelled = True
             if not outgoing.cancel("cancelled"):
                 self._cancelled = False
+                if outgoing.phase is Source.KEPT:
+                    return  # it has failed, and is about to say so
                 raise CommandError("it is too late: the guest has been handed over to the destination")
         progress.cancelling()
 
@@ -175,7 +178,7 @@ class Migrations:
         if (stop := self._incoming_stop) is not None:
             stop.set("the machine has ended")
         if (outgoing := self._outgoing) is not None:
-            outgoing.cancel("the machine has ended")
+            outgoing.abandon("the machine has ended")
         if (thread := self._thread) is not None:
             thread.join()
 

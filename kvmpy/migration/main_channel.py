@@ -37,7 +37,7 @@ class MainChannel:
     """Messages over ``channel``, in the stream's ``version``.
 
     Nothing is read ahead: between two messages the channel can carry something else, such as page records. One thread
-    sends and receives; any other may `keep_alive`, `fail` and `shutdown`.
+    sends and receives; any other may `say`, `fail` and `shutdown`.
     """
 
     def __init__(self, channel: Channel, version: int) -> None:
@@ -63,12 +63,9 @@ class MainChannel:
             self.explain(e)
             raise
 
-    def keep_alive(self) -> None:
-        """Say that we are at work. Any thread: nothing is read, for what comes is another's, who hears why it is over.
-
-        Raises MigrationError.
-        """
-        self._send(Keepalive())
+    def say(self, message: Message) -> None:
+        """Send, by any thread: nothing is read, so who receives hears why it is over. Raises MigrationError."""
+        self._send(message)
 
     def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
         """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.
