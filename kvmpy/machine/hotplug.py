@@ -74,8 +74,8 @@ class Runs(Protocol):
     def in_turn(self, call: Callable[[], object]) -> None:
         """The same, after the changes of the run state that are under way."""
 
-    def require_alive(self) -> None:
-        """Raises CommandError unless the machine runs or is paused."""
+    def require_changeable(self) -> None:
+        """Raises CommandError unless the machine runs or is paused, and is not being migrated."""
 
     def let_accesses_end(self) -> None:
         """By the control thread: wait until no vCPU is in an access that it has begun before."""
@@ -195,7 +195,7 @@ class HotPlug:
 
     def _plug(self, plugged: Plugged) -> None:
         machine = self._machine
-        machine.require_alive()
+        machine.require_changeable()  # a migration may have begun while the host was at work
         port = self._ports[str(plugged.table.bus)]
         self._inventory.add(plugged)
         try:
@@ -208,7 +208,7 @@ class HotPlug:
             raise
 
     def _ask(self, name: str, *, force: bool) -> None:
-        self._machine.require_alive()
+        self._machine.require_changeable()
         port = self._port_of(name)
         if force:
             port.tear_out()

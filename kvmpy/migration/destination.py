@@ -195,7 +195,9 @@ class Ingoing:
         try:
             yield
         except MigrationError as e:
-            raise (failures[0] if failures else e) from e
+            if failures:
+                raise failures.pop() from e
+            raise
         finally:
             over.set()
             for channel in channels:  # or its thread would notice the end of it only by and by

@@ -10,6 +10,7 @@ from typing import Final
 from kvmpy.errors import MigrationError
 from kvmpy.host.threads import begin
 from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.messages import Keepalive
 
 TIMES: Final = 8  # in each time that the other side waits: one that is late does no harm
 SHARE: Final = 4
@@ -23,13 +24,16 @@ def silence(timeout: float) -> float:
 
 @contextmanager
 def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
-    """Within, say so often enough for one who waits ``timeout`` seconds. Raises HostError."""
+    """Within, say so often enough for one who waits ``timeout`` seconds, or LEAST. Raises HostError.
+
+    The other side's patience is its own operator's choice, and may be less than ours.
+    """
     over = threading.Event()
 
     def tell() -> None:
         try:
-            while not over.wait(timeout / TIMES):
-                main.keep_alive()
+            while not over.wait(min(timeout, LEAST) / TIMES):
+                main.say(Keepalive())
         except MigrationError:  # whoever uses the channel hears of it too
             return
 

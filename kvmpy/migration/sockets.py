@@ -45,7 +45,10 @@ def dial(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> socke
         else:
             tune(connection, deadline.seconds)
             return connection
-    raise failed[-1]
+    try:
+        raise failed[-1]
+    finally:
+        failed.clear()  # or the list and the traceback hold each other
 
 
 def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> socket.socket:

@@ -133,6 +133,7 @@ def test_a_signal_cancels_and_waits_until_the_guest_runs_here_again(
     source: Source, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
     states = ["running", "finish-migrate", "finish-migrate", "running"]
+    before = signal.signal(number, signal.default_int_handler)  # one that is ignored stays so, as in the background
 
     def migration(arguments: dict[str, Any]) -> dict[str, Any]:
         if not source.is_asked("migrate_cancel"):
@@ -144,7 +145,10 @@ def test_a_signal_cancels_and_waits_until_the_guest_runs_here_again(
     source.answers = [ACTIVE]
     source.handlers["query-migrate"] = migration
     source.handlers["query-status"] = lambda _: {"status": states.pop(0)}
-    assert main(["migrate", "web1", URI]) == CANCELLED
+    try:
+        assert main(["migrate", "web1", URI]) == CANCELLED
+    finally:
+        signal.signal(number, before)
     assert states == []
     assert source.commands().count("migrate_cancel") == 1
     assert "cancelled; the guest is here, and running" in capsys.readouterr().err

@@ -358,10 +358,15 @@ def test_who_keeps_the_other_side_waiting_does_not_take_its_last_words_from_who_
     with main_pair() as (here, there):
         there.send_message(Started(first_run_ns=7))
         there.close()
-        with keepalive(here, 0.01):
+        with keepalive(here, BOUND):
             while any(thread.name == "keepalive" for thread in threading.enumerate()):
                 here.channel.stop.wait_any({}, deadline=soon(0.01))
         assert here.receive_message(Started, Refused) == Started(first_run_ns=7)
+
+
+def test_a_patient_side_keeps_an_impatient_one_waiting() -> None:
+    with main_pair() as (here, there), keepalive(here, 3600):
+        assert there.next_message(Keepalive) == Keepalive()
 
 
 def test_silence_ends_a_wait_before_its_limit() -> None:
@@ -382,11 +387,12 @@ def test_error_of_a_page_channel_is_explained_by_the_main_channel() -> None:
     with main_pair() as (here, there):
         there.send_message(Keepalive())
         there.fail(Failed(reason="ENOMEM: no memory"))
-        assert str(here.explain(error)) == "the other side says: ENOMEM: no memory"
+        with pytest.raises(MigrationError, match=r"^the other side says: ENOMEM: no memory$") as raised:
+            here.explain(error)
+        assert raised.value.__cause__ is error
         there.close()
-        assert here.explain(error) is error
-        cancelled = MigrationCancelled("by hand")
-        assert here.explain(cancelled) is cancelled
+        here.explain(error)
+        here.explain(MigrationCancelled("by hand"))
 
 
 def test_telling_why_it_is_over_neither_fails_nor_lasts() -> None:
