@@ -77,7 +77,10 @@ def save(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.file}: is there already; remove it, or choose another name")
     with Client(find(args.name)) as client:
         set_parameters(client, args)
-        return move(client, args, f"file:{os.path.abspath(args.file)}")
+        code = move(client, args, f"file:{os.path.abspath(args.file)}")
+    if code == 0:
+        tell(f"kvmpy: {args.name}: is in {printable(args.file)}; to go on: kvmpy run CONFIG --incoming file:FILE")
+    return code
 
 
 def absolute(uri: str) -> str:
