@@ -44,7 +44,7 @@ string that would be something else has quotes of its own, kept from the shell: 
 is relative to the file's directory here too.
 
 **In this version** `failover`, `failover_pair_id` and `machine.dirty_ring` are checked, and then refused by `check` and
-`run`: there is no migration yet.
+`run`: there are no failover pairs yet, and dirty pages are logged in the bitmap only.
 
 ## An example
 

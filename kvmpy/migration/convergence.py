@@ -2,7 +2,7 @@
 
 The guest stands still while the last pages are sent and while its state is saved, sent, loaded and answered. The first
 is what is left over the bandwidth; the second is measured as far as it can be while the guest runs (saving all devices
-and a vCPU, which stops it for a moment), taken for as many times as both sides need, and the rest of it is an allowance.
+and a vCPU, which stops it for a moment), taken as many times as both sides need, and the rest of it is an allowance.
 
 A guest that writes more than half of what is sent, twice in a row, does not converge (QEMU's throttle-trigger).
 """

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Final
 
 from kvmpy._native import ffi, lib
-from kvmpy.errors import HostError, MigrationError, StreamError
+from kvmpy.errors import HostError, MigrationCancelled, MigrationError, StreamError
 from kvmpy.memory import GuestMemory
 from kvmpy.migration.records import (
     DATA,
@@ -25,7 +25,6 @@ from kvmpy.migration.records import (
     RECORD,
     ZERO,
     ZSTD,
-    Cancelled,
     Flow,
     PageChannel,
     failure,
@@ -87,7 +86,7 @@ class PageReceiver:
         with self._changed:
             self._changed.wait_for(lambda: self._cancelled or self._verdict(number) is not None, timeout)
             if self._cancelled:
-                raise Cancelled("cancelled")
+                raise MigrationCancelled("cancelled")
             verdict = self._verdict(number)
             if isinstance(verdict, Exception):
                 raise verdict
@@ -105,7 +104,7 @@ class PageReceiver:
         return self._inline.receive_round(milliseconds(channel.timeout))
 
     def cancel(self) -> None:
-        """Whoever receives or waits ends with Cancelled, at once. Any thread."""
+        """Whoever receives or waits ends with MigrationCancelled, at once. Any thread."""
         with self._changed:
             self._cancelled = True
             self._changed.notify_all()

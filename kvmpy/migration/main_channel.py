@@ -59,6 +59,10 @@ class MainChannel:
         except StreamError as e:
             raise self.explain(e) from e
 
+    def tell(self, message: Message) -> None:
+        """The same, but what the other side said is left for who receives. Raises StreamError."""
+        self._send(message)
+
     def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
         """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from kvmpy._native import ffi, lib
-from kvmpy.errors import HostError, IoctlError
+from kvmpy.errors import HostError, IoctlError, MigrationCancelled
 from kvmpy.migration.dirty import BlockPages, DirtyPages
 from kvmpy.migration.records import (
     BATCH,
@@ -26,7 +26,6 @@ from kvmpy.migration.records import (
     MOST_CHANNELS,
     RECORD,
     ZSTD,
-    Cancelled,
     Flow,
     PageChannel,
     failure,
@@ -104,7 +103,7 @@ class PageSender:
         return stats
 
     def cancel(self) -> None:
-        """End a round under way, and every later one, with Cancelled; at once, whatever it waits for. Any thread."""
+        """End a round under way, and every later one, at once, with MigrationCancelled. Any thread."""
         self._is_cancelled = True
         self._stop()
 
@@ -116,7 +115,7 @@ class PageSender:
     def _fail(self, e: Exception) -> Exception:
         """One lane has failed: the others need not go on. What is to be told of it."""
         self._stop()
-        return Cancelled("cancelled") if self._is_cancelled else e
+        return MigrationCancelled("cancelled") if self._is_cancelled else e
 
 
 class _Lane:

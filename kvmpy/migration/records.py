@@ -23,7 +23,7 @@ import struct
 from typing import Any, Final, Protocol
 
 from kvmpy._native import ffi, lib
-from kvmpy.errors import MigrationError, errno_name
+from kvmpy.errors import MigrationCancelled, MigrationError, errno_name
 
 RECORD: Final = struct.Struct("<QII")
 DATA: Final[int] = lib.KVMPY_PAGE_DATA
@@ -64,10 +64,6 @@ class PageChannel(Protocol):
         """Whoever waits on it fails now. Any thread."""
 
 
-class Cancelled(MigrationError):
-    """We ended it ourselves."""
-
-
 class Flow:
     """What all channels of one side share: the bandwidth limit, and whether it is over. Any thread."""
 
@@ -99,7 +95,7 @@ class Flow:
 def failure(name: str, result: int, timeout: float) -> MigrationError:
     """What the ``result`` of a native call for the channel ``name`` means, a negative errno."""
     if result == -errno.ECANCELED:
-        return Cancelled(f"{name}: cancelled")
+        return MigrationCancelled(f"{name}: cancelled")
     if result == -errno.ETIMEDOUT:
         return MigrationError(f"{name}: nothing passed for {timeout:g} s: the other side hangs, or the network between")
     return MigrationError(f"{name}: {errno_name(-result)}: {_PLAIN_TEXT.get(-result, 'the connection failed')}")

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy.errors import IoctlError, MigrationError
+from kvmpy.errors import IoctlError, MigrationCancelled, MigrationError
 from kvmpy.host.memory import Mapping
 from kvmpy.kvm.dirty import ToClear
 from kvmpy.memory import GuestMemory, Ram
@@ -24,7 +24,7 @@ from kvmpy.migration.checksum import CHUNK, checksums, compare
 from kvmpy.migration.dirty import BlockPages, DirtyPages
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.pages import PageSender, RoundStats
-from kvmpy.migration.records import BATCH, DATA, END, MOST_BATCH, MOST_PAGES, RECORD, ZERO, ZSTD, Cancelled
+from kvmpy.migration.records import BATCH, DATA, END, MOST_BATCH, MOST_PAGES, RECORD, ZERO, ZSTD
 from kvmpy.pagebits import PAGE
 from tests.counts import count
 from tests.fakes.page_channel import FakeChannel, channel_pairs
@@ -404,8 +404,8 @@ def test_round_that_nobody_reads_ends_when_it_is_cancelled(channels: int, sealed
             assert select.select([channel.socket], [], [], BOUND)[0]
         sender.cancel()
         thread.join(BOUND)
-        assert [type(e) for e in raised] == [Cancelled]
-        with pytest.raises(Cancelled):
+        assert [type(e) for e in raised] == [MigrationCancelled]
+        with pytest.raises(MigrationCancelled):
             sender.send_round(dirty, 1)
 
 
@@ -417,7 +417,7 @@ def test_receiver_that_gets_nothing_ends_when_it_is_closed(sealed: bool) -> None
         thread, raised = started(lambda: receiver.wait_round(1, 1000.0))
         receiver.close()
         thread.join(BOUND)
-        assert [type(e) for e in raised] == [Cancelled]
+        assert [type(e) for e in raised] == [MigrationCancelled]
 
 
 def test_other_side_that_reads_nothing_is_found_by_its_silence() -> None:
@@ -510,7 +510,7 @@ def test_cancelling_does_not_wait_for_the_limit() -> None:
         wait_until(lambda: it.sender.sent[2] > 0)
         it.sender.cancel()
         thread.join(BOUND)
-        assert [type(e) for e in raised] == [Cancelled]
+        assert [type(e) for e in raised] == [MigrationCancelled]
 
 
 def test_kvm_that_does_not_clear_its_log_is_named_and_not_the_network() -> None:
