@@ -126,7 +126,10 @@ def _addresses(host: bytes | None, port: int, passive: bool, flags: int) -> Addr
 
 
 def _connect(uri: str, family: int, place: Any, stop: Stop, deadline: Deadline) -> socket.socket:
-    connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as e:
+        raise MigrationError(f"{uri}: {refusal(e.errno, 'no socket can be made')}") from e
     try:
         number = connection.connect_ex(place)
         if number == errno.EINPROGRESS:

@@ -174,7 +174,11 @@ class Outgoing:
         with progress.phase("page channels"):
             if token is None:
                 return connector.main, []
-            return connector.main, connector.open_page_channels(self._channels(connector), token)
+            try:
+                return connector.main, connector.open_page_channels(self._channels(connector), token)
+            except MigrationError as e:
+                connector.main.explain(e)
+                raise
 
     def _channels(self, connector: Connector) -> int:
         return self.parameters.multifd_channels if connector.has_page_channels else 0
