@@ -7,11 +7,12 @@ import os
 import select
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
-from kvmpy.errors import HostError, MigrationError, StreamError, refusal
+from kvmpy.errors import MigrationError, StreamError, refusal
 from kvmpy.host.stream import ROOT, listen_at, peer_uid
-from kvmpy.host.threads import begin
+from kvmpy.migration.aside import aside
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.uri import Tcp, Unix
 from kvmpy.migration.wire import CHANNELS_MAX
@@ -83,26 +84,11 @@ def resolve(uri: str, address: Tcp, stop: Stop, deadline: Deadline, *, passive: 
         raise MigrationError(f"{uri}: a host's name is ASCII; write xn--... for one that is not") from e
     except socket.gaierror:
         pass
-    ours, theirs = socket.socketpair()
-    found: list[Addresses | OSError] = []
-
-    def ask() -> None:
-        with theirs:
-            try:
-                found.append(_addresses(host, address.port, passive, 0))
-            except OSError as e:
-                found.append(e)
-
-    with ours:
-        try:
-            begin("resolver", ask)
-        except HostError as e:
-            theirs.close()
-            raise MigrationError(f"{uri}: {e}") from e
-        stop.wait(ours.fileno(), select.POLLIN, deadline, f"{uri}: no name server has said who that is")
-    if isinstance(answer := found[0], OSError):
-        raise MigrationError(f"{uri}: {answer.strerror}: write its address, or mend the name") from answer
-    return answer
+    ask = partial(_addresses, host, address.port, passive, 0)
+    try:
+        return aside("resolver", ask, stop, deadline, f"{uri}: no name server has said who that is")
+    except OSError as e:
+        raise MigrationError(f"{uri}: {e.strerror}: write its address, or mend the name") from e
 
 
 def peer(connection: socket.socket) -> str:
