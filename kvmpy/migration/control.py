@@ -22,6 +22,7 @@ from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import NOTHING, Offer, Take
 from kvmpy.migration.destination import Ingoing
 from kvmpy.migration.handover import Source
+from kvmpy.migration.main_channel import printable
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
@@ -198,7 +199,7 @@ class Migrations:
         if failure is None:
             log.info("migration: the guest runs at the destination")
         elif not self._cancelled:
-            log.error("migration: %s", failure.said)
+            log.error("migration: %s", printable("; ".join(failure.said.splitlines())))
         self._end(outgoing, failure)
 
     def _carry_out(self, outgoing: Outgoing) -> Failure | None:
@@ -256,7 +257,7 @@ class Migrations:
                 except MigrationError as e:
                     if not incoming.has_page_channels:
                         raise
-                    log.warning("migration: turned away: %s", e)
+                    log.warning("migration: turned away: %s", printable(str(e)))
                     continue
                 if header is not None:
                     progress.become(Status.SETUP)
@@ -273,7 +274,7 @@ class Migrations:
         try:
             self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
         except CommandError:  # it has ended already
-            log.info("incoming migration: %s", error)
+            log.info("incoming migration: %s", printable(str(error)))
 
     # Within
 

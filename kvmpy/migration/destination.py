@@ -24,7 +24,7 @@ from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.keepalive import keepalive, silence
-from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
     BlockChecksums,
@@ -85,9 +85,9 @@ class Ingoing:
         if header.check_only:
             self._accept(main, bytes(16))
             return None
-        log.info("migration: %s comes", said)
+        log.info("migration: %s comes", printable(said))
         for warning in findings.warnings:
-            log.warning("warning: %s", warning)
+            log.warning("warning: %s", printable(warning))
         self._cpu = processor(source)
         return header
 

@@ -22,6 +22,7 @@ ADVICE: Final = {
     errno.EISDIR: "it is a directory",
     errno.ENXIO: "nobody reads from that FIFO; start who does first",
 }
+READING: Final = ADVICE | {errno.ENOENT: "give the file that kvmpy save has written"}
 
 
 class SavedFile(FileChannel):
@@ -47,7 +48,7 @@ class SavedFile(FileChannel):
                 os.close(fd)
                 raise
         except OSError as e:
-            said = refusal(e.errno, "cannot be opened", ADVICE.get(e.errno or 0, ""))
+            said = refusal(e.errno, "cannot be opened", (READING if reading else ADVICE).get(e.errno or 0, ""))
             raise MigrationError(f"{name}: {said}") from e
         super().__init__(name, stop, fd)
 

@@ -26,6 +26,7 @@ ADVICE: Final = {
     errno.EADDRNOTAVAIL: "this host has no such address",
     errno.EACCES: "run as its owner or as root",
 }
+LISTENING: Final = ADVICE | {errno.ENOENT: "make the directory of the socket first"}
 PROBES: Final = 3  # of a connection on which nothing moves
 # getaddrinfo, of each address: family, type, protocol, canonical name, address.
 Addresses = list[tuple[Any, ...]]
@@ -62,7 +63,9 @@ def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> soc
         family, _, _, _, place = resolve(uri, address, stop, deadline, passive=True)[0]
         return _listen_tcp(family, place)
     except OSError as e:
-        raise MigrationError(f"{uri}: {refusal(e.errno, 'cannot listen there', ADVICE.get(e.errno or 0, ''))}") from e
+        raise MigrationError(
+            f"{uri}: {refusal(e.errno, 'cannot listen there', LISTENING.get(e.errno or 0, ''))}"
+        ) from e
 
 
 def tune(connection: socket.socket, seconds: float) -> None:

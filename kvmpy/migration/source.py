@@ -70,7 +70,7 @@ OnPass = Callable[[int], object]
 
 
 class Outgoing:
-    """One migration of ``machine`` to ``uri``. Its thread calls `migrate`; any other `cancel`, once or more.
+    """One migration of ``machine``, by what ``open_connector`` opens. Its thread calls `migrate`; any other `cancel`.
 
     ``on_pass`` is told the number of each round, ``on_stall`` in words of a guest that writes too fast.
     """
@@ -209,7 +209,7 @@ class Outgoing:
         assert isinstance(answer, Accept)
         self.progress.warnings = list(answer.warnings)
         for warning in answer.warnings:
-            log.warning("warning: %s", warning)
+            log.warning("warning: %s", printable(warning))
         return answer.token
 
     # Rounds, while the guest runs
