@@ -119,11 +119,14 @@ class Device(Generic[S]):
     def resume(self) -> None:
         """Go on after `pause`, or begin: a device is made paused. By the control thread, before the vCPUs run."""
 
-    def hand_over(self) -> None:
-        """The guest, paused, is about to run on another host: make durable and unlock what both may reach.
+    def make_durable(self) -> None:
+        """The guest, paused, is about to run on another host: what it has written must be there. May wait for ever.
 
-        Raises HostError, and OSError where what was written may be lost.
+        Raises HostError where it may not be.
         """
+
+    def hand_over(self) -> None:
+        """After `make_durable`: unlock what both may reach. Does not wait."""
 
     def take_over(self) -> None:
         """The guest is to run here, before `resume`: lock what `hand_over` unlocks. Raises HostError if it cannot."""

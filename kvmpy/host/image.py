@@ -178,7 +178,7 @@ def _queue_limit(device: int, name: str) -> int:
     base = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
     for queue in (f"{base}/queue", f"{base}/../queue"):
         try:
-            with open(f"{queue}/{name}", encoding="ascii") as file:
+            with open(f"{queue}/{name}", "rb") as file:
                 return int(file.read())
         except (OSError, ValueError):
             continue

@@ -133,8 +133,16 @@ class Handoff:
         # What a vCPU asked for before it stopped is carried out between these two changes.
         return stopped_ns if self._change(self._settle()) else None
 
+    def make_durable(self) -> None:
+        """Once stopped: all that was written is there for whoever runs the guest next. Waits for disks, maybe for ever.
+
+        Raises HostError.
+        """
+        for device in self._machine.board.devices:
+            device.make_durable()
+
     def give(self) -> None:
-        """Once stopped: leave durably, and unlocked, what of the host belongs to whoever runs the guest."""
+        """After that: unlock what of the host belongs to whoever runs the guest."""
         for device in self._machine.board.devices:
             self._given.append(device)
             device.hand_over()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationError
+from kvmpy.errors import CommandError, HostError, IncompatibleError, KvmpyError, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
@@ -110,7 +110,7 @@ class Migrations:
         with closing(fds):
             try:
                 return self._outgoing_to(uri, fds, Progress(self._machine.board.memory.size)).check()
-            except MigrationError as e:
+            except (MigrationError, HostError) as e:
                 raise CommandError(str(e)) from e
 
     def incoming(self, uri: str, fds: Offer = NOTHING) -> None:
@@ -138,7 +138,7 @@ class Migrations:
                     fds=fds,
                     insecure=parameters.x_insecure,
                 )
-            except MigrationError as e:
+            except (MigrationError, HostError) as e:
                 stop.close()
                 raise CommandError(str(e)) from e
             self._incoming_stop, self.progress = stop, self._new_progress(other="source")

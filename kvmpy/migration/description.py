@@ -18,7 +18,7 @@ from msgspec import Meta
 from kvmpy import __version__
 from kvmpy.boot.source import CHUNK, Source
 from kvmpy.config.schema import Cache
-from kvmpy.errors import IncompatibleError
+from kvmpy.errors import HostError, IncompatibleError, refusal
 from kvmpy.kvm.cpu_model import CpuDescription, differences
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, mmio64
@@ -221,5 +221,8 @@ def _plain(value: object) -> str | int:
 
 
 def _boot_id() -> str:
-    with open(BOOT_ID, encoding="ascii") as file:
-        return file.read().strip()
+    try:
+        with open(BOOT_ID, "rb") as file:  # as text it would import a codec
+            return file.read().decode("ascii").strip()
+    except OSError as e:
+        raise HostError(f"{BOOT_ID}: {refusal(e.errno, 'cannot be read')}") from e

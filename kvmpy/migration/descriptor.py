@@ -64,9 +64,11 @@ def open_descriptor(uri: str, name: str, stop: Stop, take: Take) -> Channel:
 def _number(uri: str, name: str) -> int:
     try:
         fd = int(name[:10])
-        os.fstat(fd)
+        inherited = os.get_inheritable(fd)
     except (OSError, OverflowError) as e:
         raise MigrationError(f"{uri}: EBADF: no such descriptor is open here") from e
+    if not inherited:  # as all are that we have opened: a disk, say
+        raise MigrationError(f"{uri}: kvmpy's own, or in use already; give one that kvmpy was started with, or getfd's")
     return fd
 
 

@@ -6,7 +6,7 @@ import threading
 from contextlib import suppress
 from typing import Final, TypeVar
 
-from kvmpy.errors import MigrationError, StreamError
+from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
 from kvmpy.migration.channel import Channel
 from kvmpy.migration.messages import (
     KINDS,
@@ -114,7 +114,7 @@ class MainChannel:
 
         Also for the error of a page channel: the reason, if there is one, is here.
         """
-        if not isinstance(error, StreamError) or not self.channel.can_answer:
+        if isinstance(error, MigrationCancelled) or not self.channel.can_answer:
             return
         deadline = Deadline(LAST_WORDS)
         try:

@@ -7,11 +7,12 @@ import os
 import select
 import socket
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
-from kvmpy.errors import HostError, MigrationError, StreamError, refusal
+from kvmpy.errors import MigrationError, StreamError, refusal
 from kvmpy.host.stream import ROOT, listen_at, peer_uid
-from kvmpy.host.threads import begin
+from kvmpy.migration.aside import aside
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.uri import Tcp, Unix
 from kvmpy.migration.wire import CHANNELS_MAX
@@ -86,26 +87,11 @@ def resolve(uri: str, address: Tcp, stop: Stop, deadline: Deadline, *, passive: 
         raise MigrationError(f"{uri}: a host's name is ASCII; write xn--... for one that is not") from e
     except socket.gaierror:
         pass
-    ours, theirs = socket.socketpair()
-    found: list[Addresses | OSError] = []
-
-    def ask() -> None:
-        with theirs:
-            try:
-                found.append(_addresses(host, address.port, passive, 0))
-            except OSError as e:
-                found.append(e)
-
-    with ours:
-        try:
-            begin("resolver", ask)
-        except HostError as e:
-            theirs.close()
-            raise MigrationError(f"{uri}: {e}") from e
-        stop.wait(ours.fileno(), select.POLLIN, deadline, f"{uri}: no name server has said who that is")
-    if isinstance(answer := found[0], OSError):
-        raise MigrationError(f"{uri}: {answer.strerror}: write its address, or mend the name") from answer
-    return answer
+    ask = partial(_addresses, host, address.port, passive, 0)
+    try:
+        return aside("resolver", ask, stop, deadline, f"{uri}: no name server has said who that is")
+    except OSError as e:
+        raise MigrationError(f"{uri}: {e.strerror}: write its address, or mend the name") from e
 
 
 def peer(connection: socket.socket) -> str:
@@ -129,7 +115,10 @@ def _addresses(host: bytes | None, port: int, passive: bool, flags: int) -> Addr
 
 
 def _connect(uri: str, family: int, place: Any, stop: Stop, deadline: Deadline) -> socket.socket:
-    connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        connection = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    except OSError as e:
+        raise MigrationError(f"{uri}: {refusal(e.errno, 'no socket can be made')}") from e
     try:
         number = connection.connect_ex(place)
         if number == errno.EINPROGRESS:

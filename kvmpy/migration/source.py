@@ -19,6 +19,7 @@ from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamErr
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
+from kvmpy.migration.aside import aside
 from kvmpy.migration.channel import Channel
 from kvmpy.migration.convergence import Convergence
 from kvmpy.migration.description import Findings, describe, to_json
@@ -174,7 +175,11 @@ class Outgoing:
         with progress.phase("page channels"):
             if token is None:
                 return connector.main, []
-            return connector.main, connector.open_page_channels(self._channels(connector), token)
+            try:
+                return connector.main, connector.open_page_channels(self._channels(connector), token)
+            except MigrationError as e:
+                connector.main.explain(e)
+                raise
 
     def _channels(self, connector: Connector) -> int:
         return self.parameters.multifd_channels if connector.has_page_channels else 0
@@ -309,6 +314,7 @@ class Outgoing:
             self._send_state(main, sections)
         self._on(Event.SENT)
         with progress.phase("disks"):
+            self._make_durable()
             self._machine.handoff.give()
         with progress.phase("await READY"):
             if main.can_answer:
@@ -317,6 +323,11 @@ class Outgoing:
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)
+
+    def _make_durable(self) -> None:
+        """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
+        late = "a disk does not answer: what the guest has written is not on it"
+        aside("flush", self._machine.handoff.make_durable, self._stop, Deadline(self.parameters.x_timeout), late)
 
     def _send_checksums(self, main: MainChannel) -> None:
         memory = self._machine.board.memory

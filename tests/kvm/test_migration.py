@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from kvmpy.errors import CommandError, IncompatibleError
+from kvmpy.errors import CommandError, IncompatibleError, MigrationError
 from kvmpy.kvm.system import System
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.parameters import Compression, OnNoConvergence
 from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
 from kvmpy.migration.status import Status
@@ -249,6 +250,20 @@ def test_a_cancel_of_one_that_has_just_failed_is_not_too_late(journey: Journey) 
     source.migrations.migrate("exec:head -c 100000 > /dev/null")
     source.wait(Status.FAILED)
     assert "EPIPE" in str(source.error)
+    assert source.runs
+
+
+def test_a_destination_that_cannot_have_page_channels_says_why(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise MigrationError("a connection: EMFILE: cannot be accepted")
+
+    monkeypatch.setattr(Incoming, "accept_pages", refuse)
+    source, there = journey.begin(), journey.wait_at()
+    source.migrations.migrate(there.uri)
+    source.wait(Status.FAILED)
+    assert source.error == "the other side says: a connection: EMFILE: cannot be accepted"
     assert source.runs
 
 

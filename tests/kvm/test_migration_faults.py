@@ -214,6 +214,29 @@ def test_a_source_whose_destination_hangs_after_go_can_be_closed_at_once(journey
     assert str(source.error).startswith(UNKNOWN)
 
 
+@pytest.mark.parametrize("cancel", [False, True], ids=["patience ends", "somebody cancels"])
+def test_a_disk_that_cannot_be_flushed_keeps_the_guest_for_no_longer_than_anything_else(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch, cancel: bool
+) -> None:
+    answers, asked = threading.Event(), threading.Event()
+
+    def flush(_: Disk) -> None:
+        asked.set()
+        answers.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Disk, "flush", flush)
+        source, there = set_out(journey, patience=3600 if cancel else PATIENCE)
+        assert asked.wait(BOUND)
+        if cancel:
+            source.migrations.cancel()
+        source.wait(Status.CANCELLED if cancel else Status.FAILED)
+        assert cancel or "a disk does not answer" in str(source.error)
+        assert source.runs
+        answers.set()
+    goes_on_as_before(journey, source, there)
+
+
 def test_a_limit_that_is_set_while_the_guest_stands_still_does_not_keep_it_so(
     journey: Journey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -383,7 +383,7 @@ def test_what_the_other_side_said_before_it_hung_up_is_the_error_of_sending() ->
 
 
 def test_error_of_a_page_channel_is_explained_by_the_main_channel() -> None:
-    error = StreamError("tcp:a:1 channel 2: EPIPE: the other side has gone")
+    error = MigrationError("page channel 2: EPIPE: the other side has closed it")
     with main_pair() as (here, there):
         there.send_message(Keepalive())
         there.fail(Failed(reason="ENOMEM: no memory"))

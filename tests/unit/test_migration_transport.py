@@ -631,6 +631,7 @@ def test_socket_that_was_given_carries_answers_too(stop: Stop) -> None:
     before = open_descriptors()
     here, there = socket.socketpair()
     fds = {"migrate": here.detach()}
+    there.set_inheritable(True)  # as one that kvmpy was started with
     with Incoming(f"fd:{there.detach()}", stop=stop) as incoming:
         accepting = Thread(incoming.accept)
         with connect("fd:migrate", stop=stop, fds=named(fds)) as source, accepting.result() as destination:
@@ -673,6 +674,27 @@ def test_descriptor_that_can_carry_no_stream_is_refused_and_one_that_was_named_i
 
 def test_descriptor_of_our_own_that_can_carry_no_stream_stays_open(stop: Stop) -> None:
     fd = os.eventfd(0)
+    os.set_inheritable(fd, True)
     with pytest.raises(MigrationError, match=f"^fd:{fd}: neither a socket nor a pipe or file"):
         connect(f"fd:{fd}", stop=stop)
     os.close(fd)
+
+
+def test_descriptor_that_we_have_opened_is_no_way_to_go_by_its_number(stop: Stop, tmp_path: Path) -> None:
+    """Such as a guest's disk, or what has got the number of one that was used up."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"precious")
+    fd = os.open(disk, os.O_RDWR)
+    with pytest.raises(MigrationError, match=f"^fd:{fd}: kvmpy's own, or in use already; give one that"):
+        connect(f"fd:{fd}", stop=stop)
+    assert os.read(fd, 8) == b"precious"
+    os.close(fd)
+
+
+def test_host_without_sockets_says_what_to_do(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> socket.socket:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+    with pytest.raises(MigrationError, match=r"^unix:/x: EMFILE: no socket can be made; raise the limit of open files"):
+        connect("unix:/x", stop=stop)

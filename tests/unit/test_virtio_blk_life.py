@@ -338,6 +338,7 @@ def test_under_random_pauses_and_resets_every_write_is_done_once(tmp_path: Path)
 
 def test_a_disk_is_durable_before_it_is_unlocked(rig: BlkRig, disk: FakeDisk) -> None:
     rig.device.pause()
+    rig.device.make_durable()
     rig.device.hand_over()
     assert disk.calls == ["flush", "unlock"]
     rig.device.take_over()
@@ -348,5 +349,5 @@ def test_a_disk_whose_writes_may_be_lost_stays_locked(rig: BlkRig, disk: FakeDis
     disk.fails["flush"] = OSError(errno.EIO, "I/O error")
     rig.device.pause()
     with pytest.raises(HostError, match=r"disk\.raw: EIO: what was written may not be there for others"):
-        rig.device.hand_over()
+        rig.device.make_durable()
     assert "unlock" not in disk.calls

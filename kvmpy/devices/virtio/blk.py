@@ -203,13 +203,15 @@ class VirtioBlk(VirtioDevice[BlkState]):
         while self._workers:
             self._workers.pop().join()
 
-    def hand_over(self) -> None:
+    def make_durable(self) -> None:
         try:
             if not self.disk.readonly:
                 self.disk.flush()
         except OSError as e:
             said = refusal(e.errno, "what was written may not be there for others")
             raise HostError(f"{self.name}: {self.disk.path}: {said}") from e
+
+    def hand_over(self) -> None:
         self.disk.unlock()
 
     def take_over(self) -> None:
