@@ -65,6 +65,8 @@ def migrate(args: argparse.Namespace) -> int:
         parse(args.uri)
     except MigrationError as e:
         raise ConfigError(f"URI: {e}; or ssh://HOST") from e
+    if option := "--remote-config" if args.remote_config else "--set" if args.set else "":
+        raise ConfigError(f"{option}: only with ssh://; elsewhere the destination's kvmpy run says what it has")
     uri = absolute(args.uri)
     with Client(find(args.name), CHECK_PATIENCE) as client:
         set_parameters(client, args)
