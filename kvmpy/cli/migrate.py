@@ -81,7 +81,7 @@ def save(args: argparse.Namespace) -> int:
         set_parameters(client, args)
         code = move(client, args, f"file:{os.path.abspath(args.file)}")
     if code == 0:
-        tell(f"kvmpy: {args.name}: is in {printable(args.file)}; to go on: kvmpy run CONFIG --incoming file:FILE")
+        tell(f"kvmpy: {args.name}: to go on from there: kvmpy run CONFIG --incoming file:{printable(args.file)}")
     return code
 
 
