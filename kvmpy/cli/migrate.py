@@ -65,6 +65,8 @@ def migrate(args: argparse.Namespace) -> int:
         parse(args.uri)
     except MigrationError as e:
         raise ConfigError(f"URI: {e}; or ssh://HOST") from e
+    if option := "--remote-config" if args.remote_config else "--set" if args.set else "":
+        raise ConfigError(f"{option}: only with ssh://; elsewhere the destination's kvmpy run says what it has")
     uri = absolute(args.uri)
     with Client(find(args.name), CHECK_PATIENCE) as client:
         set_parameters(client, args)
@@ -79,7 +81,7 @@ def save(args: argparse.Namespace) -> int:
         set_parameters(client, args)
         code = move(client, args, f"file:{os.path.abspath(args.file)}")
     if code == 0:
-        tell(f"kvmpy: {args.name}: is in {printable(args.file)}; to go on: kvmpy run CONFIG --incoming file:FILE")
+        tell(f"kvmpy: {args.name}: to go on from there: kvmpy run CONFIG --incoming file:{printable(args.file)}")
     return code
 
 

@@ -217,9 +217,10 @@ CONFIG_MISTAKES: Final = (
         (["run", "m.toml", "--incoming", "tcp:host"], "--incoming tcp:host: expected tcp:HOST:PORT"),
         (["migrate", "m", "foo:1"], "URI: foo:1: expected tcp:HOST:PORT, unix:PATH, "),
         (["migrate", "m"], "URI: where to? Such as ssh://HOST"),
+        (["migrate", "m", "unix:/x", "--set", "machine.cpus=2"], "--set: only with ssh://"),
     ],
 )
-def test_uri_of_a_migration_that_is_none_is_the_command_lines_mistake(argv: list[str], said: str, kvmpy: Kvmpy) -> None:
+def test_migration_that_is_said_wrongly_is_the_command_lines_mistake(argv: list[str], said: str, kvmpy: Kvmpy) -> None:
     code, _, err = kvmpy(*argv)
     assert code == 2
     assert err.startswith(f"kvmpy: {said}")

@@ -225,8 +225,11 @@ def test_a_path_is_meant_from_where_the_command_is_typed(
     assert source.arguments("migrate") == {"uri": f"unix:{tmp_path}/there.sock"}
 
 
-def test_a_machine_is_saved_into_a_new_file_and_ended(source: Source, tmp_path: Path) -> None:
+def test_a_machine_is_saved_into_a_new_file_and_ended(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["save", "web1", str(tmp_path / "web1.state")]) == 0
+    assert f"to go on from there: kvmpy run CONFIG --incoming file:{tmp_path}/web1.state" in capsys.readouterr().err
     assert source.arguments("migrate") == {"uri": f"file:{tmp_path}/web1.state"}
     assert source.is_asked("quit")
 
