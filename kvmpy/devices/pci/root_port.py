@@ -46,9 +46,10 @@ class RootPort(PortRegisters):
 
     ``behind`` is the function in the slot; ``forwards`` what reaches it, for any thread to read. The callbacks are
     made under the locks of root and port, and may only post: ``on_used(function)`` once the guest uses a function that
-    came while it ran, ``on_released(function)`` once one is out of the machine, ``on_refused(function)`` when the guest keeps one that it was asked for, ``on_failed(function, reason)``
-    when it cannot use one. ``timer`` and ``now``, in seconds, are the host's. Without a power controller a card has
-    power while it is in the slot, and the guest lets it go a second sooner.
+    came while it ran, ``on_released(function)`` once one is out of the machine, ``on_refused(function)`` when the guest
+    keeps one that it was asked for, ``on_failed(function, reason)`` when it cannot use one. ``timer`` and ``now``, in
+    seconds, are the host's. Without a power controller a card has power while it is in the slot, and the guest lets it
+    go a second sooner.
     """
 
     def __init__(

@@ -7,8 +7,8 @@ What both ways must obey is left to the tap, so it holds for both: the driver's 
 many pairs it uses. While no driver is there, or the link is down, the tap's filter lets nothing pass: frames that
 nobody will take are dropped in the kernel, at no cost, and no guest begins with those that were for the one before.
 
-With ``standby`` it is one half of a failover pair (section 5.1.3, VIRTIO_NET_F_STANDBY): a driver that takes that feature
-will use a second NIC with the same address in its place, so that one is kept from any other driver
+With ``standby`` it is one half of a failover pair (section 5.1.3, VIRTIO_NET_F_STANDBY): a driver that takes that
+feature will use a second NIC with the same address in its place, so that one is kept from any other driver
 (`kvmpy.devices.failover`). All else here is as ever.
 
 VLANs are noted and migrate, and are not filtered: vhost would not, and a driver must bear more than it asked for.
