@@ -290,7 +290,8 @@ def _failover(config: Config) -> Iterator[tuple[Path, Message]]:
             if standby.failover and primary.mac and not config.machine.failover_compat:
                 yield from _macs(index, primary, other, standby)
         elif isinstance(standby, Device):
-            yield (*path, "failover_pair_id"), f"'{standby.id}' is not a virtio-net-pci device"
+            key = "failover_pair_id" if index >= other else "id"
+            yield ("device", max(index, other), key), f"'{standby.id}' is not a virtio-net-pci device"
 
 
 def _macs(index: int, primary: VfioPci, other: int, standby: VirtioNetPci) -> Iterator[tuple[Path, Message]]:

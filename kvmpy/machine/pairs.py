@@ -154,11 +154,15 @@ class Pairing:
 
     def plugged(self) -> None:
         """The guest has taken the primary into use."""
-        self._tell("FAILOVER_PRIMARY_PLUGGED")
+        self._machine.report(
+            "FAILOVER_PRIMARY_PLUGGED", **{"device-id": str(self.primary_id), "standby-id": self.standby_id}
+        )
 
     def released(self) -> None:
         """It is out of its slot."""
-        self._tell("FAILOVER_PRIMARY_RELEASED")
+        self._machine.report(
+            "FAILOVER_PRIMARY_RELEASED", **{"device-id": str(self.primary_id), "standby-id": self.standby_id}
+        )
 
     def failed(self, reason: str) -> None:
         """It cannot be used."""
@@ -179,13 +183,12 @@ class Pairing:
             primary.steering.mac = None if self.standby is None else self.standby.mac
         self.port.insert(primary.function)
 
-    def _tell(self, event: str, **more: str) -> None:
-        data = {"device-id": str(self.primary_id), "standby-id": self.standby_id}
-        self._machine.report(event, **data, **more)
-
     def _tell_failed(self, reason: str) -> None:
         log.warning("%s: failover primary of %s: %s", self.primary_id, self.standby_id, reason)
-        self._tell("FAILOVER_PRIMARY_FAILED", reason=reason)
+        self._machine.report(
+            "FAILOVER_PRIMARY_FAILED",
+            **{"device-id": str(self.primary_id), "standby-id": self.standby_id, "reason": reason},
+        )
 
     def post(self, call: Callable[[], object]) -> None:
         """Have the control thread do it, unless the machine is being closed."""
