@@ -85,6 +85,9 @@ class Claim:
         self.taken = True
         return self
 
+    def assign(self, network: object, *, mac: str | None = None, vlan: int | None = None) -> None:
+        raise AssertionError("nothing of it is in the configuration")
+
     def carry(self, network: object, mac: str | None) -> None:
         self.carried.append(mac)
 
