@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 NOT_RESET: Final = "it has not come out of its reset; see the log, and plug it in anew (device_del, device_add)"
 
 
+MOST_WARNINGS: Final = 20
+
+
 class Tells(Protocol):
     """The machine, as far as a pair needs it."""
 
@@ -63,6 +66,7 @@ class Pairing:
         self.driven = False
         self.problem = ""  # with the primary's address
         self.acks = 0
+        self._said: set[str] = set()
         self.pair = Pair(self, held=held)
 
     @property
@@ -147,10 +151,7 @@ class Pairing:
         """A driver has taken STANDBY."""
         self._machine.report("FAILOVER_NEGOTIATED", **{"device-id": self.standby_id})
         if not primary:
-            log.warning(
-                "%s: the guest waits for a failover primary, and there is none; give one the key failover_pair_id",
-                self.standby_id,
-            )
+            self._warn("the guest waits for a failover primary, and there is none; give one the key failover_pair_id")
 
     def plugged(self) -> None:
         """The guest has taken the primary into use."""
@@ -183,8 +184,14 @@ class Pairing:
             primary.steering.mac = None if self.standby is None else self.standby.mac
         self.port.insert(primary.function)
 
+    def _warn(self, text: str) -> None:
+        """Once each, and not for ever: a guest can bring it about again and again."""
+        if text not in self._said and len(self._said) < MOST_WARNINGS:
+            self._said.add(text)
+            log.warning("%s: %s", self.standby_id, text)
+
     def _tell_failed(self, reason: str) -> None:
-        log.warning("%s: failover primary of %s: %s", self.primary_id, self.standby_id, reason)
+        self._warn(f"its primary {self.primary_id}: {reason}")
         self._machine.report(
             "FAILOVER_PRIMARY_FAILED",
             **{"device-id": str(self.primary_id), "standby-id": self.standby_id, "reason": reason},

@@ -41,7 +41,7 @@ class Steering:
         self.mac: str | None = None
         self.on_change: Changed = lambda driven, problem: None
         self._lock = threading.Lock()
-        self._driven = self._closed = False
+        self._driven = self._closed = self._failed = False
         self._working: threading.Thread | None = None
         self._waiting: list[Callable[[], object]] = []
 
@@ -89,10 +89,11 @@ class Steering:
         try:
             self._carry(self.mac if driven else None)
         except HostError as e:
-            log.error("%s: %s", self._name, e)
             return e
         except Exception as e:
-            log.exception("%s: its address could not be moved", self._name)
+            if not self._failed:
+                log.exception("%s: its address could not be moved", self._name)
+            self._failed = True
             return HostError(f"{self._name}: {e!r}")
         return None
 
