@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import permutations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kvmpy.devices.failover import PairState
+from kvmpy.devices.failover import IN_SLOT, PairState
 from kvmpy.devices.pci.config import Command
 from kvmpy.errors import CommandError, HostError
+from tests.counts import count
 from tests.fakes.failover_rig import ALONE, PAIRING, FailoverRig
 
 STANDBY = """
@@ -234,7 +238,7 @@ def test_r7_a_primary_without_its_standby_waits_unseen_with_a_warning(
     assert (empty.visible(), empty.state()) == (set(), PairState.WAITING)
 
 
-STEPS = {
+STEPS: dict[str, Callable[[FailoverRig], object]] = {
     "standby": lambda rig: rig.add_standby(),
     "ack": lambda rig: rig.acks(),
     "primary": lambda rig: rig.add_primary(),
@@ -456,3 +460,44 @@ def test_r49_an_address_that_cannot_be_moved_is_an_event_and_the_pairs_error(plu
     drive(plugged)
     assert plugged.told() == [("FAILOVER_PRIMARY_FAILED", "primary0")]
     assert (plugged.pair().path, plugged.pair().error) == ("standby", "0000:5e:00.0: EBUSY: the PF is being reset")
+
+
+# Whatever happens
+
+OPERATIONS: dict[str, Callable[[FailoverRig], object]] = {
+    "ack": lambda rig: rig.acks(),
+    "ack without standby": lambda rig: rig.acks(features=ALONE),
+    "unload": lambda rig: rig.driver_leaves(),
+    "reset": lambda rig: rig.reset(),
+    "add standby": lambda rig: rig.add_standby(),
+    "del standby": lambda rig: rig.remove("standby0"),
+    "tear out standby": lambda rig: rig.remove("standby0", force=True),
+    "add primary": lambda rig: rig.add_primary(),
+    "del primary": lambda rig: rig.remove("primary0"),
+    "tear out primary": lambda rig: rig.remove("primary0", force=True),
+    "drive": drive,
+    "a moment": lambda rig: rig.pass_(0.5),
+    "time": lambda rig: rig.pass_(),
+}
+
+
+@settings(max_examples=count(60, 3000), deadline=None)
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=25))
+def test_r8_r9_r12_r49_whatever_happens_the_guest_has_it_only_after_an_ack(names: list[str]) -> None:
+    with TemporaryDirectory() as here, made(Path(here)) as rig:
+        asked = False  # for by a driver, since the reset
+        for name in names:
+            if "ack" in name or name == "unload":
+                asked = asked or (name == "ack" and "standby0" in rig.board.inventory.plugged)
+            with suppress(CommandError, KeyError):  # refused, or there is no such device
+                OPERATIONS[name](rig)
+            asked = asked and name != "reset"
+            card = rig.ports["root2"].card
+            assert asked or card is None
+            for facts in rig.hotplug.pairs.facts():
+                assert (facts.state in IN_SLOT) == (card is not None)
+                assert facts.path == "standby" or card is not None
+            addresses = rig.addresses.get("primary0") or [None]
+            assert card is not None or addresses[-1] is None
+        rig.pass_(60)
+        assert {facts.state for facts in rig.hotplug.pairs.facts()} <= set(PairState) - {PairState.LEAVING}
