@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from kvmpy.config.values import Backend, Name
+from kvmpy.config.schema import Boot, Config
+from kvmpy.config.values import Backend, HostPath, Name
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.announce import Rounds
@@ -62,8 +63,8 @@ class FakeMachine:
             drive=(),
         )
 
-    def current_config(self) -> Any:
-        return self.config
+    def current_config(self) -> Config:
+        return Config(name=self.name, boot=Boot(kernel=HostPath("/boot/vmlinuz")))
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):

@@ -160,6 +160,15 @@ def test_r12_after_a_reboot_names_and_roles_are_those_of_the_first_boot(lab: Lab
     assert lab.pings() == ALL_HEARD
 
 
+def test_a_driver_that_is_unloaded_leaves_the_guest_its_primary(lab: Lab) -> None:
+    lab.guest.type("rmmod virtio_net", SLOW)
+    assert lab.guest.type(PICTURE, SLOW).splitlines() == [f"eth2 {MAC} igbvf"]
+    assert (lab.pair()["state"], lab.pair()["negotiated"]) == ("plugged", False)
+    lab.guest.type(f"ip addr add {ADDRESS}/24 dev eth2; ip link set eth2 up")
+    lab.wait_heard()
+    assert lab.pings() == ALL_HEARD
+
+
 def test_r9_a_guest_without_virtio_net_never_sees_the_primary(igb_host: NicHost, lab_images: Images) -> None:
     function = igb_host.functions[1]
     config = pair(function).replace("tap-pair", "tap-old").replace(MAC, "52:54:00:6f:55:cd")
