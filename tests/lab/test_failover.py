@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pytest
 
-from scripts.lab.hardware import STATION_ADDRESS
+from scripts.lab.hardware import NIC_MACS, STATION_ADDRESS
 from scripts.lab.images import Images
 from scripts.lab.process import Process
 from tests.lab import tables
@@ -182,3 +182,30 @@ def test_r9_a_guest_without_virtio_net_never_sees_the_primary(igb_host: NicHost,
         assert NO_MAC in shown[shown.index("vf 1 ") :], "nothing is delivered to a function that nobody drives"
         guest.process.send("poweroff -f\n")
         assert guest.wait_end() == 0
+
+
+def test_r6_a_whole_nic_is_a_primary_too_if_its_standby_has_its_address(
+    e1000e_host: NicHost, lab_images: Images
+) -> None:
+    function, mac = e1000e_host.functions[1], NIC_MACS[1]
+    config = pair(function).replace("tap-pair", "tap-whole")
+    with Guest(e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_net,e1000e") as guest:
+        guest.process.expect(f"has the address {mac}, and its standby '{STANDBY}' {MAC}", SLOW)
+        assert guest.wait_end() == 1
+    assert e1000e_host.driver(function) == "e1000e"
+    config = config.replace(MAC, mac)
+    with Guest(e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_net,e1000e") as guest:
+        guest.wait_shell()
+        guest.type(
+            "n=0; until [ -e /sys/class/net/eth2/master ] || [ $n = 300 ]; do sleep 0.1; n=$((n + 1)); done", SLOW
+        )
+        shown = [line.replace(MAC, mac).replace("igbvf", "e1000e") for line in TRIO]
+        assert guest.type(PICTURE, SLOW).splitlines() == shown
+        (found,) = guest.status()["failover"]
+        assert (found["state"], found["path"], found["primary-mac"]) == ("plugged", "primary", mac)
+        guest.type("ip addr add 10.77.0.21/24 dev eth0; ip link set eth0 up")
+        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 30 ]; do n=$((n + 1)); done"
+        assert guest.type(f"{heard}; [ $n != 30 ]; echo $?", SLOW) == "0"
+        guest.process.send("poweroff -f\n")
+        assert guest.wait_end() == 0
+    assert e1000e_host.driver(function) == "e1000e"
