@@ -189,12 +189,16 @@ def test_r6_a_whole_nic_is_a_primary_too_if_its_standby_has_its_address(
 ) -> None:
     function, mac = e1000e_host.functions[1], NIC_MACS[1]
     config = pair(function).replace("tap-pair", "tap-whole")
-    with Guest(e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_net,e1000e") as guest:
+    with Guest(
+        e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_pci,virtio_net,e1000e"
+    ) as guest:
         guest.process.expect(f"has the address {mac}, and its standby '{STANDBY}' {MAC}", SLOW)
         assert guest.wait_end() == 1
     assert e1000e_host.driver(function) == "e1000e"
     config = config.replace(MAC, mac)
-    with Guest(e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_net,e1000e") as guest:
+    with Guest(
+        e1000e_host, "whole", kernel="generic", tables=config, words="modules=virtio_pci,virtio_net,e1000e"
+    ) as guest:
         guest.wait_shell()
         guest.type(
             "n=0; until [ -e /sys/class/net/eth2/master ] || [ $n = 300 ]; do sleep 0.1; n=$((n + 1)); done", SLOW
