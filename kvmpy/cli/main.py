@@ -137,7 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
     ):
         _command(commands, name, f"control:{name}", text).add_argument("name", help="the machine")
 
-    resume = _command(commands, "resume", "control:resume", "let them run on")
+    resume = _command(commands, "resume", "control:resume", "let a paused machine run on")
     resume.add_argument("name", help="the machine")
     resume.add_argument(
         "--force", action="store_true", help="though the guest went elsewhere: it must not run there, or both do"
@@ -190,10 +190,10 @@ def _migration_arguments(parser: argparse.ArgumentParser) -> None:
     add("--report", action="append", default=[], metavar="FILE", help="write a timeline: .html, .svg or .json")
     add("--keep", action="store_true", help="leave the source's process, paused, where the guest has left it")
     add("--plain", action="store_true", help="lines instead of a progress bar")
-    add("--max-bandwidth", type=size, metavar="SIZE", help="a second's most, such as 100MiB")
+    add("--max-bandwidth", type=size, metavar="SIZE", help="send at most so much a second, such as 100MiB")
     add("--downtime-limit", type=milliseconds, metavar="MS", help="how long the guest may stand still (default 300)")
     add("--channels", type=int, metavar="N", help="connections for memory beside the main one")
-    add("--compression", choices=("none", "zstd"), help="of memory on its way")
+    add("--compression", choices=("none", "zstd"), help="of memory on its way (default none)")
     add("--tls-creds", metavar="DIR", help="the directory of the certificates, here")
     add("--tls-hostname", metavar="NAME", help="what the destination's certificate is for, where that is not HOST")
     add("--insecure", action="store_true", help="tcp: without TLS")
@@ -201,7 +201,7 @@ def _migration_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--on-no-convergence",
         choices=("throttle", "cancel", "continue"),
-        help="where the guest writes faster than its memory can be sent",
+        help="what to do where the guest writes faster than its memory can be sent (default throttle)",
     )
 
 

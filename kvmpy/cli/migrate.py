@@ -19,8 +19,9 @@ from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import printable, tell
 from kvmpy.cli.progress import Progress, progress
 from kvmpy.cli.reports import Reports
-from kvmpy.errors import ConfigError, HostError
+from kvmpy.errors import ConfigError, HostError, MigrationError
 from kvmpy.host.terminal import heeded
+from kvmpy.migration.uri import parse
 
 # Exit codes beyond those that all commands have (docs/exit-codes.md)
 BLOCKED: Final = 4
@@ -48,7 +49,11 @@ class Settled(Enum):
 def migrate(args: argparse.Namespace) -> int:
     """Send ``args.name`` to ``args.uri``; or ask whether that would work, or cancel what is under way."""
     if (args.uri is None) != args.cancel:
-        raise ConfigError("--cancel: takes no URI" if args.cancel else "URI: where to? or --cancel")
+        raise ConfigError(
+            "--cancel: takes no URI"
+            if args.cancel
+            else "URI: where to? Such as ssh://HOST or tcp:HOST:PORT; or --cancel"
+        )
     if args.cancel:
         with Client(find(args.name)) as client:
             return cancel(client, args.name)
@@ -56,6 +61,10 @@ def migrate(args: argparse.Namespace) -> int:
         from kvmpy.cli import migrate_ssh
 
         return migrate_ssh.migrate(args)
+    try:
+        parse(args.uri)
+    except MigrationError as e:
+        raise ConfigError(f"URI: {e}; or ssh://HOST") from e
     uri = absolute(args.uri)
     with Client(find(args.name), CHECK_PATIENCE) as client:
         set_parameters(client, args)
@@ -68,7 +77,10 @@ def save(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.file}: is there already; remove it, or choose another name")
     with Client(find(args.name)) as client:
         set_parameters(client, args)
-        return move(client, args, f"file:{os.path.abspath(args.file)}")
+        code = move(client, args, f"file:{os.path.abspath(args.file)}")
+    if code == 0:
+        tell(f"kvmpy: {args.name}: is in {printable(args.file)}; to go on: kvmpy run CONFIG --incoming file:FILE")
+    return code
 
 
 def absolute(uri: str) -> str:

@@ -39,6 +39,7 @@ ENDED: Final = "ended"
 INCOMING: Final = "inmigrate"  # the run state of a machine whose guest is still to come
 LINE_MOST: Final = 4 << 20
 ORPHAN_SECONDS: Final = 30.0
+ENDING_SECONDS: Final = 20.0
 POLL_SECONDS: Final = 0.2
 
 
@@ -160,16 +161,17 @@ class Incoming:
         self._process = os.pidfd_open(self._running.pid)
 
     def _status(self) -> str:
-        """What it is doing. Raises HostError where it does not say."""
-        if self._running is None or self._has_ended():
-            return ENDED
-        try:
-            with Client(self._running) as client:
-                return str(client("query-status")["status"])
-        except HostError:
-            if self._has_ended():
-                return ENDED
-            raise
+        """What it is doing. Raises HostError where it does not say, nor end, for too long: it may be about to end."""
+        patience = time.monotonic() + ENDING_SECONDS
+        while self._running is not None and not self._has_ended():
+            try:
+                with Client(self._running) as client:
+                    return str(client("query-status")["status"])
+            except HostError:
+                if time.monotonic() > patience:
+                    raise
+            self._pause()
+        return ENDED
 
     def _has_ended(self) -> bool:
         return bool(select.select([self._process], [], [], 0)[0])

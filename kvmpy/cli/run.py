@@ -21,7 +21,7 @@ from kvmpy import trace
 from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
 from kvmpy.config.values import Backend
-from kvmpy.errors import CommandError, ConfigError, HostError
+from kvmpy.errors import CommandError, ConfigError, HostError, MigrationError
 from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
 from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
         if not trace.enable(glob, tell):
             raise ConfigError(f"--trace {glob}: matches none of {', '.join(trace.names())}")
     config = load(args.config, args.set, name=args.name)
+    if args.incoming not in (None, DEFER):
+        _check_uri(args.incoming)
     for warning in warnings(config):
         log.warning("warning: %s", printable(warning))
     if not args.detach:
@@ -209,6 +211,16 @@ class _Signals:
                     limit,
                 )
             self._served += 1
+
+
+def _check_uri(where: str) -> None:
+    """Raises ConfigError before there is a machine, rather than MigrationError after."""
+    from kvmpy.migration import uri
+
+    try:
+        uri.parse(where)
+    except MigrationError as e:
+        raise ConfigError(f"--incoming {e}") from e
 
 
 def _without_terminal(config: Config) -> Config:

@@ -20,7 +20,7 @@ SECTOR: Final = 512
 # Where nobody says how O_DIRECT wants offsets aligned, these are tried.
 ALIGNMENTS: Final = (512, 1024, 2048, 4096)
 ADVICE: Final = {
-    errno.ENOENT: "make it first, such as with `truncate -s 8G`",
+    errno.ENOENT: "attach the storage that it is on, or make a new disk, such as with `truncate -s 8G`",
     errno.EACCES: "run as a user who may open it",
     errno.EPERM: "run as a user who may open it",
     errno.EROFS: "set readonly = true",

@@ -18,6 +18,7 @@ from typing import Any, Final, Protocol, TypeVar, cast
 from kvmpy.devices.base import Device
 from kvmpy.errors import CommandError, HostError, KvmpyError
 from kvmpy.kvm.cpu_model import CpuDescription, adopt, describe_guest
+from kvmpy.kvm.vcpu_state import save
 from kvmpy.machine.build import Board
 from kvmpy.machine.changes import Change, Steps, at_once
 from kvmpy.machine.runstate import RunState
@@ -107,6 +108,11 @@ class Handoff:
             vcpu = self._machine.board.vcpus[0]
             self._cpu = self._machine.in_control(lambda: self._machine.while_parked(lambda: describe_guest(vcpu)))
         return self._cpu
+
+    def rehearse(self) -> None:
+        """Stop the vCPUs for a moment, save one, and let them go on: so that it is known how long that takes here."""
+        vcpu = self._machine.board.vcpus[0]
+        self._machine.in_control(lambda: self._machine.while_parked(lambda: save(vcpu)))
 
     # The source
 

@@ -78,8 +78,8 @@ class Runs(Protocol):
     def in_turn(self, call: Callable[[], object]) -> None:
         """The same, after the changes of the run state that are under way."""
 
-    def require_alive(self) -> None:
-        """Raises CommandError unless the machine runs or is paused."""
+    def require_changeable(self) -> None:
+        """Raises CommandError unless the machine runs or is paused, and is not being migrated."""
 
     def let_accesses_end(self) -> None:
         """By the control thread: wait until no vCPU is in an access that it has begun before."""
@@ -202,7 +202,7 @@ class HotPlug:
 
     def _plug(self, plugged: Plugged) -> None:
         machine = self._machine
-        machine.require_alive()
+        machine.require_changeable()  # a migration may have begun while the host was at work
         port = self._ports[str(plugged.table.bus)]
         self._inventory.add(plugged)
         try:
@@ -216,7 +216,7 @@ class HotPlug:
             raise
 
     def _ask(self, name: str, *, force: bool) -> None:
-        self._machine.require_alive()
+        self._machine.require_changeable()
         plugged = self._inventory.plugged.get(name)
         if plugged is not None and self.pairs.is_hidden(plugged):  # no guest has it
             self._released(plugged.function)

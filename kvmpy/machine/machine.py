@@ -336,6 +336,11 @@ class Machine:
         """The vCPUs run; asked by the control thread."""
         return self.state is RunState.RUNNING
 
+    def require_changeable(self) -> None:
+        """By the control thread: raises CommandError unless the machine is alive, and is not being migrated."""
+        self.require_alive()
+        self.handoff.require_idle()
+
     def let_accesses_end(self) -> None:
         """By the control thread: wait until no vCPU is in an access that it has begun before."""
         if self.state is RunState.RUNNING:

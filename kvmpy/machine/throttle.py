@@ -10,6 +10,8 @@ import threading
 from collections.abc import Sequence
 from typing import Final
 
+from kvmpy.errors import HostError
+from kvmpy.host.threads import begin
 from kvmpy.machine.vcpu import VcpuThread
 
 RUN: Final = 0.010
@@ -32,12 +34,15 @@ class Throttle:
         return self._percentage
 
     def set(self, percentage: int) -> None:
-        """Change it. Any thread."""
+        """Change it. Any thread. Raises HostError, and then it is full speed."""
         with self._changed:
             self._percentage = max(0, min(percentage, MOST))
             if self._percentage and self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="throttle", daemon=True)
-                self._thread.start()
+                try:
+                    self._thread = begin("throttle", self._work)
+                except HostError:
+                    self._percentage = 0
+                    raise
             self._changed.notify_all()
 
     def stop(self) -> None:

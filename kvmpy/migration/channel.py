@@ -120,6 +120,10 @@ class Channel:
     def finish(self) -> None:
         """After the last byte: see to it that it has got where it can stay. Raises StreamError where it has not."""
 
+    def withdraw(self) -> bool:
+        """Whether all that was sent is gone for certain, with nobody who could have read it."""
+        return False
+
     def shutdown(self, reason: str = "the channel was shut down") -> None:
         """Wake whoever waits for this channel, here and, where it is a connection, on the other side. Any thread.
 

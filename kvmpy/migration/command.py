@@ -34,7 +34,13 @@ class CommandChannel(FileChannel):
                 os.close(theirs)
         except OSError as e:
             raise MigrationError(f"{name}: {refusal(e.errno, f'{SHELL} cannot be started')}") from e
-        self._pidfd = os.pidfd_open(self._pid)
+        try:
+            self._pidfd = os.pidfd_open(self._pid)
+        except OSError as e:
+            os.close(ours)
+            _kill(self._pid)
+            os.waitpid(self._pid, 0)
+            raise MigrationError(f"{name}: {refusal(e.errno, 'its process cannot be watched')}") from e
         self._reading = reading
         self._status: int | None = None
         super().__init__(name, stop, ours)
@@ -56,8 +62,7 @@ class CommandChannel(FileChannel):
         if self._pidfd < 0:
             return
         if self._status is None:
-            with suppress(ProcessLookupError):
-                os.killpg(self._pid, signal.SIGKILL)
+            _kill(self._pid)
             self._reap()
         os.close(self._pidfd)
         self._pidfd = -1
@@ -82,6 +87,12 @@ class CommandChannel(FileChannel):
 
     def _reap(self) -> None:
         self._status = os.waitstatus_to_exitcode(os.waitpid(self._pid, 0)[1])
+
+
+def _kill(pid: int) -> None:
+    """With all that it has started in its session's process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _spawn(command: str, pipe: int, number: int) -> int:

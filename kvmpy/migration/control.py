@@ -9,18 +9,20 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Final
+from contextlib import ExitStack, closing, suppress
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationCancelled, MigrationError
+from kvmpy.errors import CommandError, IncompatibleError, KvmpyError, MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.description import Findings
-from kvmpy.migration.descriptor import Take, nobody
+from kvmpy.migration.descriptor import NOTHING, Offer, Take
 from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.handover import Source
+from kvmpy.migration.main_channel import printable
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
@@ -35,6 +37,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
+
+
+class Failure(NamedTuple):
+    """Why a migration came to nothing. Not the exception, which holds the frames of all who have it: a circle, and
+    nobody collects those while vCPUs run.
+    """
+
+    said: str
+    problems: tuple[str, ...] = ()
 
 
 class Migrations:
@@ -54,30 +65,26 @@ class Migrations:
 
     # What an operator asks
 
-    def migrate(self, uri: str, fds: Take = nobody) -> None:
-        """Begin to move the machine to ``uri``. `progress` says what comes of it. Raises CommandError."""
-        self._parse(uri)
-        parameters, progress = self._effective(), self._new_progress()
-        outgoing = Outgoing(
-            self._machine,
-            lambda stop: self._connect(uri, parameters, stop, fds),
-            parameters,
-            progress,
-            on_pass=self._on_pass,
-            on_stall=self._on_stall,
-        )
-        self._machine.handoff.begin(
-            BUSY, lambda reason: self._abort(outgoing, reason)
-        )  # from here on it is the only one
-        with self._lock:
-            self.progress, self._outgoing, self._cancelled = progress, outgoing, False
-            progress.become(Status.SETUP)
-        try:
-            self._start(lambda: self._send(outgoing))
-        except CommandError as e:
-            self._machine.handoff.end()
-            progress.fail(Status.FAILED, str(e))
-            raise
+    def migrate(self, uri: str, fds: Offer = NOTHING) -> None:
+        """Begin to move the machine to ``uri``. `progress` says what comes of it. Raises CommandError.
+
+        ``fds`` is closed when it is over, if not before.
+        """
+        with ExitStack() as undo:
+            undo.callback(fds.close)
+            outgoing = self._outgoing_to(uri, fds, self._new_progress())
+            undo.callback(outgoing.discard)
+            self._machine.handoff.begin(BUSY, lambda reason: self._abort(outgoing, reason))
+            # from here on it is the only one
+            with self._lock:
+                self.progress, self._outgoing, self._cancelled = outgoing.progress, outgoing, False
+                outgoing.progress.become(Status.SETUP)
+            try:
+                self._start(lambda: self._send(outgoing, fds))
+            except CommandError as e:
+                self._end(outgoing, Failure(str(e)))
+                raise
+            undo.pop_all()
 
     def cancel(self) -> None:
         """End the one that goes on; nothing happens where there is none. Raises CommandError where it is too late."""
@@ -90,30 +97,32 @@ class Migrations:
             self._cancelled = True
             if not outgoing.cancel("cancelled"):
                 self._cancelled = False
+                if outgoing.phase is Source.KEPT:
+                    return  # it has failed, and is about to say so
                 raise CommandError("it is too late: the guest has been handed over to the destination")
         progress.cancelling()
 
-    def check(self, uri: str, fds: Take = nobody) -> Findings:
+    def check(self, uri: str, fds: Offer = NOTHING) -> Findings:
         """Why the machine cannot be moved to ``uri`` now: all that either side says. Raises CommandError.
 
         Waits for the destination, so not by the control thread.
         """
-        self._parse(uri)
-        parameters = self._effective()
-        outgoing = Outgoing(
-            self._machine,
-            lambda stop: self._connect(uri, parameters, stop, fds),
-            parameters,
-            Progress(self._machine.board.memory.size),
-        )
-        try:
-            return outgoing.check()
-        except MigrationError as e:
-            raise CommandError(str(e)) from e
+        with closing(fds):
+            try:
+                return self._outgoing_to(uri, fds, Progress(self._machine.board.memory.size)).check()
+            except MigrationError as e:
+                raise CommandError(str(e)) from e
 
-    def incoming(self, uri: str, fds: Take = nobody) -> None:
+    def incoming(self, uri: str, fds: Offer = NOTHING) -> None:
         """Wait at ``uri`` for a machine that comes. Raises CommandError, also where nobody can listen there."""
-        self._parse(uri)
+        with ExitStack() as undo:
+            undo.callback(fds.close)
+            self._parse(uri)
+            self._wait_at(uri, fds)
+            undo.pop_all()
+        log.info("migration: waiting for the guest at %s", uri)
+
+    def _wait_at(self, uri: str, fds: Offer) -> None:
         with self._lock:
             if self._machine.state not in (RunState.PRELAUNCH, RunState.INMIGRATE) or not self._machine.is_incoming:
                 raise CommandError("'-incoming' was not specified on the command line")
@@ -133,8 +142,12 @@ class Migrations:
                 stop.close()
                 raise CommandError(str(e)) from e
             self._incoming_stop, self.progress = stop, self._new_progress(other="source")
-            self._start(lambda: self._take_in(incoming, stop))
-        log.info("migration: waiting for the guest at %s", uri)
+            try:
+                self._start(lambda: self._take_in(incoming, stop, fds))
+            except CommandError:
+                incoming.close()
+                stop.close()
+                raise
 
     def set_parameters(self, **changes: Any) -> None:
         """Change some; what goes on goes on with them, as far as that can be. Raises CommandError."""
@@ -166,7 +179,7 @@ class Migrations:
         if (stop := self._incoming_stop) is not None:
             stop.set("the machine has ended")
         if (outgoing := self._outgoing) is not None:
-            outgoing.cancel("the machine has ended")
+            outgoing.abandon("the machine has ended")
         if (thread := self._thread) is not None:
             thread.join()
 
@@ -180,32 +193,45 @@ class Migrations:
             raise CommandError("EAGAIN: no thread to migrate with; raise the limit of processes (ulimit -u)") from e
         self._thread = thread
 
-    def _send(self, outgoing: Outgoing) -> None:
-        error: KvmpyError | None = None
+    def _send(self, outgoing: Outgoing, fds: Offer) -> None:
+        failure = self._carry_out(outgoing)
+        fds.close()
+        if failure is None:
+            log.info("migration: the guest runs at the destination")
+        elif not self._cancelled:
+            log.error("migration: %s", printable("; ".join(failure.said.splitlines())))
+        self._end(outgoing, failure)
+
+    def _carry_out(self, outgoing: Outgoing) -> Failure | None:
         try:
             outgoing.migrate()
+        except IncompatibleError as e:
+            return Failure(str(e), e.problems)
         except KvmpyError as e:
             # What follows from a cancel or from the machine's end may be found before it is heard of.
-            error = e if outgoing.cancelled_for is None else MigrationCancelled(outgoing.cancelled_for)
+            return Failure(outgoing.cancelled_for or str(e))
         except Exception as e:
             log.exception("migration failed")
-            error = MigrationError(f"kvmpy's own mistake: {e!r}")
-        self._machine.handoff.end()
-        if error is None:
-            log.info("migration: the guest runs at the destination")
-            outgoing.progress.become(Status.COMPLETED)
-        elif self._cancelled:
-            outgoing.progress.cancelling()
-            outgoing.progress.fail(Status.CANCELLED, str(error))
-        else:
-            log.error("migration: %s", error)
-            if isinstance(error, IncompatibleError):
-                outgoing.progress.problems = list(error.problems)
-            outgoing.progress.fail(Status.FAILED, str(error))
+            return Failure(f"kvmpy's own mistake: {e!r}")
+        return None
 
-    def _take_in(self, incoming: Incoming, stop: Stop) -> None:
+    def _end(self, outgoing: Outgoing, failure: Failure | None) -> None:
+        """It is over. Under the lock, or the next one could begin before what came of this one is known."""
+        progress = outgoing.progress
+        with self._lock:
+            self._machine.handoff.end()
+            if failure is None:
+                progress.become(Status.COMPLETED)
+            elif self._cancelled:
+                progress.cancelling()
+                progress.fail(Status.CANCELLED, failure.said)
+            else:
+                progress.problems = list(failure.problems)
+                progress.fail(Status.FAILED, failure.said)
+
+    def _take_in(self, incoming: Incoming, stop: Stop, fds: Offer) -> None:
         try:
-            with stop, incoming:
+            with closing(fds), stop, incoming:
                 self._receive(incoming)
         except KvmpyError as e:
             self._refused(e)
@@ -231,7 +257,7 @@ class Migrations:
                 except MigrationError as e:
                     if not incoming.has_page_channels:
                         raise
-                    log.warning("migration: turned away: %s", e)
+                    log.warning("migration: turned away: %s", printable(str(e)))
                     continue
                 if header is not None:
                     progress.become(Status.SETUP)
@@ -248,7 +274,7 @@ class Migrations:
         try:
             self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
         except CommandError:  # it has ended already
-            log.info("incoming migration: %s", error)
+            log.info("incoming migration: %s", printable(str(error)))
 
     # Within
 
@@ -259,6 +285,18 @@ class Migrations:
         if self.capabilities[Capability.MULTIFD]:
             return self.parameters
         return msgspec.structs.replace(self.parameters, multifd_channels=1)
+
+    def _outgoing_to(self, uri: str, fds: Take, progress: Progress) -> Outgoing:
+        self._parse(uri)
+        parameters = self._effective()
+        return Outgoing(
+            self._machine,
+            lambda stop: self._connect(uri, parameters, stop, fds),
+            parameters,
+            progress,
+            on_pass=self._on_pass,
+            on_stall=self._on_stall,
+        )
 
     def _connect(self, uri: str, parameters: Parameters, stop: Stop, fds: Take) -> Connector:
         return connect(

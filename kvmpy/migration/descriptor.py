@@ -6,6 +6,7 @@ import os
 import socket
 import stat
 from collections.abc import Callable
+from typing import Final
 
 from kvmpy.errors import MigrationError, errno_name
 from kvmpy.migration.channel import Channel, FileChannel, SocketChannel
@@ -18,6 +19,29 @@ Take = Callable[[str], int]
 def nobody(name: str) -> int:
     """Where there are no names."""
     raise KeyError(name)
+
+
+class Offer:
+    """A descriptor for one migration, which takes it once, under whatever name. `close` closes what was not taken."""
+
+    def __init__(self, fd: int = -1) -> None:
+        self._fd = fd
+
+    def __call__(self, name: str) -> int:
+        """Raises KeyError where there is none, or none any more."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            raise KeyError(name)
+        return fd
+
+    def close(self) -> None:
+        """Twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+NOTHING: Final = Offer()
 
 
 def open_descriptor(uri: str, name: str, stop: Stop, take: Take) -> Channel:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, closing, contextmanager
 from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.host.threads import begin
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
@@ -23,7 +24,7 @@ from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.keepalive import keepalive, silence
-from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
     BlockChecksums,
@@ -84,9 +85,9 @@ class Ingoing:
         if header.check_only:
             self._accept(main, bytes(16))
             return None
-        log.info("migration: %s comes", said)
+        log.info("migration: %s comes", printable(said))
         for warning in findings.warnings:
-            log.warning("warning: %s", warning)
+            log.warning("warning: %s", printable(warning))
         self._cpu = processor(source)
         return header
 
@@ -190,12 +191,13 @@ class Ingoing:
                     main.fail(Failed(reason=str(e)))
                     main.shutdown(str(e))
 
-        thread = threading.Thread(target=watch, name="migration-watch", daemon=True)
-        thread.start()
+        thread = begin("migration-watch", watch)
         try:
             yield
         except MigrationError as e:
-            raise (failures[0] if failures else e) from e
+            if failures:
+                raise failures.pop() from e
+            raise
         finally:
             over.set()
             for channel in channels:  # or its thread would notice the end of it only by and by

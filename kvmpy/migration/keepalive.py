@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from kvmpy.errors import MigrationError
+from kvmpy.host.threads import begin
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import Keepalive
 
@@ -23,18 +24,20 @@ def silence(timeout: float) -> float:
 
 @contextmanager
 def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
-    """Within, say so often enough for one who waits ``timeout`` seconds."""
+    """Within, say so often enough for one who waits ``timeout`` seconds, or LEAST. Raises HostError.
+
+    The other side's patience is its own operator's choice, and may be less than ours.
+    """
     over = threading.Event()
 
     def tell() -> None:
         try:
-            while not over.wait(timeout / TIMES):
-                main.send_message(Keepalive())
+            while not over.wait(min(timeout, LEAST) / TIMES):
+                main.say(Keepalive())
         except MigrationError:  # whoever uses the channel hears of it too
             return
 
-    thread = threading.Thread(target=tell, name="keepalive", daemon=True)
-    thread.start()
+    thread = begin("keepalive", tell)
     try:
         yield
     finally:

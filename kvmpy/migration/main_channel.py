@@ -36,8 +36,8 @@ BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
 class MainChannel:
     """Messages over ``channel``, in the stream's ``version``.
 
-    Nothing is read ahead: between two messages the channel can carry something else, such as page records. Any thread
-    may send.
+    Nothing is read ahead: between two messages the channel can carry something else, such as page records. One thread
+    sends and receives; any other may `say`, `fail` and `shutdown`.
     """
 
     def __init__(self, channel: Channel, version: int) -> None:
@@ -53,11 +53,19 @@ class MainChannel:
         return self.channel.can_answer
 
     def send_message(self, message: Message) -> None:
-        """Raises MigrationError where it is too large, or with what the other side said before it hung up."""
+        """Raises MigrationError where it is too large, or with what the other side said before it hung up.
+
+        By the thread that receives, for that is read then.
+        """
         try:
             self._send(message)
         except StreamError as e:
-            raise self.explain(e) from e
+            self.explain(e)
+            raise
+
+    def say(self, message: Message) -> None:
+        """Send, by any thread: nothing is read, so who receives hears why it is over. Raises MigrationError."""
+        self._send(message)
 
     def receive_message(self, *kinds: type[M], timeout: float | None = None, limit: float | None = None) -> M:
         """The next message, one of ``kinds``. A KEEPALIVE begins the ``timeout`` again, but never the ``limit``.
@@ -90,7 +98,9 @@ class MainChannel:
             message = decode(header.kind, payload, self.version)
             self._count(message, header.length)
         except StreamError as e:
-            raise self._located(e, start) from e
+            if str(e).startswith(channel.name):
+                raise
+            raise StreamError(f"{channel.name}: byte {start}: {e}") from e
         return message
 
     def fail(self, message: Reasoned | Refuse) -> None:
@@ -99,20 +109,20 @@ class MainChannel:
             with suppress(MigrationError):
                 self._send(message, LAST_WORDS)
 
-    def explain(self, error: MigrationError) -> MigrationError:
-        """What the other side said before it hung up, where ``error`` is that it did; else ``error`` itself.
+    def explain(self, error: MigrationError) -> None:
+        """Raise what the other side said before it hung up, where ``error`` is that it did; else it explains itself.
 
         Also for the error of a page channel: the reason, if there is one, is here.
         """
         if not isinstance(error, StreamError) or not self.channel.can_answer:
-            return error
+            return
         deadline = Deadline(LAST_WORDS)
         try:
             while not isinstance(message := self.next_message(timeout=deadline.left), BAD_NEWS):
                 continue
         except MigrationError:
-            return error
-        return _as_error(message)
+            return
+        raise _as_error(message) from error
 
     def finish(self) -> None:
         """After the last message: what the channel must do for it to stay. Raises StreamError."""
@@ -133,10 +143,6 @@ class MainChannel:
             self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
         finally:
             self._sending.release()
-
-    def _located(self, e: StreamError, start: int) -> StreamError:
-        text = str(e)
-        return e if text.startswith(self.channel.name) else StreamError(f"{self.channel.name}: byte {start}: {text}")
 
     def _count(self, message: Message, length: int) -> None:
         kind = type(message)

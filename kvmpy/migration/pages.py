@@ -237,4 +237,9 @@ def _together(calls: Sequence[tuple[str, Callable[[], None]]], failed: Callable[
     for thread in threads[:started]:
         thread.join()
     if failures:
-        raise failures[0]
+        failure = failures[0]
+        failures.clear()  # or the list and the traceback hold each other
+        try:
+            raise failure
+        finally:
+            del failure

@@ -197,7 +197,7 @@ class Label:
         width = len(text) * CHARACTER
         if width + 6 <= end - begin:
             return cls(begin, end, text, "middle", (begin + end) / 2, "#ffffff", title)
-        if end + width + 5 <= WIDTH:
+        if end + width + 5 <= RIGHT:
             return cls(begin, end, text, "start", end + 4, INK, title)
         return cls(begin, end, text, "end", begin - 4, INK, title)
 

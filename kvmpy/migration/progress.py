@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 from kvmpy.migration.status import LEGAL, OVER, Status
 
@@ -49,6 +49,23 @@ class Said(NamedTuple):
     ns: int
 
 
+class Counts(NamedTuple):
+    """So many pages have been moved, zero pages among them, in so many bytes; so many bytes are left."""
+
+    pages: int
+    zero_pages: int
+    size: int
+    remaining: int
+
+
+class Sends(Protocol):
+    """Who sends pages."""
+
+    @property
+    def sent(self) -> tuple[int, int, int]:
+        """(pages, zero pages among them, bytes) so far."""
+
+
 class Progress:
     """One migration, of one side; ``other`` is what the other one is. ``total`` is the bytes of RAM.
 
@@ -81,6 +98,7 @@ class Progress:
         self.began_ns = time.time_ns()
         self.active: int | None = None
         self.ended: int | None = None
+        self._sent: Callable[[], tuple[int, int, int]] | None = None
         self._on_status = on_status
         self._lock = threading.Lock()
 
@@ -133,12 +151,22 @@ class Progress:
         """One more round is over."""
         with self._lock:
             self.rounds.append(made)
+        self.remaining = 0
         self.pages += made.pages
         self.zero_pages += made.zero_pages
         self.size += made.size
         if self.stopped is not None:
             self.downtime_size += made.size
-        self.remaining = 0
+
+    @contextmanager
+    def following(self, pages: Sends) -> Iterator[None]:
+        """Within, it is told what has been sent by now, and not only in the rounds that are over."""
+        self._sent = lambda: pages.sent
+        try:
+            yield
+        finally:
+            self.pages, self.zero_pages, self.size = pages.sent
+            self.remaining, self._sent = self._counts().remaining, None
 
     def note_round(self, number: int, remaining: int, received: tuple[int, int, int]) -> None:
         """At the destination: round ``number`` begins, and so much has come: pages, zero pages, bytes."""
@@ -191,27 +219,34 @@ class Progress:
 
     def _ram(self) -> dict[str, Any]:
         last = self.rounds[-1] if self.rounds else None
-        normal = self.pages - self.zero_pages
+        sent = self._counts()
+        normal = sent.pages - sent.zero_pages
         seconds = last.seconds if last is not None and last.seconds else 0.0
         return {
-            "transferred": self.size,
-            "remaining": self.remaining,
+            "transferred": sent.size,
+            "remaining": sent.remaining,
             "total": self.total,
-            "duplicate": self.zero_pages,
+            "duplicate": sent.zero_pages,
             "normal": normal,
             "normal-bytes": normal * 4096,
             "dirty-pages-rate": int(last.dirty_rate) if last is not None else 0,
             "mbps": last.size * 8 / seconds / 1e6 if last is not None and seconds else 0.0,
             "dirty-sync-count": self.passes,
             "page-size": 4096,
-            "multifd-bytes": self.size,
+            "multifd-bytes": sent.size,
             "pages-per-second": int(last.pages / seconds) if last is not None and seconds else 0,
-            "precopy-bytes": self.size - self.downtime_size,
+            "precopy-bytes": sent.size - self.downtime_size,
             "downtime-bytes": self.downtime_size,
             "postcopy-requests": 0,
             "postcopy-bytes": 0,
             "dirty-sync-missed-zero-copy": 0,
         }
+
+    def _counts(self) -> Counts:
+        """What has been moved by now."""
+        before, sent = self.pages, self._sent
+        pages, zero_pages, size = (before, self.zero_pages, self.size) if sent is None else sent()
+        return Counts(pages, zero_pages, size, max(0, self.remaining - (pages - before) * 4096))
 
     def _phase(self, name: str, start: int, end: int) -> dict[str, Any]:
         return {"name": name, "start-ms": (start - self.began) / MS, "ms": (end - start) / MS}

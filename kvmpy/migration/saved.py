@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from contextlib import suppress
 from typing import Final
 
 from kvmpy.errors import MigrationError, StreamError, errno_name, refusal
-from kvmpy.migration.channel import FileChannel
+from kvmpy.migration.channel import WRITE, FileChannel
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.uri import File
 
@@ -23,6 +22,7 @@ ADVICE: Final = {
     errno.EISDIR: "it is a directory",
     errno.ENXIO: "nobody reads from that FIFO; start who does first",
 }
+READING: Final = ADVICE | {errno.ENOENT: "give the file that kvmpy save has written"}
 
 
 class SavedFile(FileChannel):
@@ -48,7 +48,7 @@ class SavedFile(FileChannel):
                 os.close(fd)
                 raise
         except OSError as e:
-            said = refusal(e.errno, "cannot be opened", ADVICE.get(e.errno or 0, ""))
+            said = refusal(e.errno, "cannot be opened", (READING if reading else ADVICE).get(e.errno or 0, ""))
             raise MigrationError(f"{name}: {said}") from e
         super().__init__(name, stop, fd)
 
@@ -68,20 +68,28 @@ class SavedFile(FileChannel):
             said = refusal(e.errno, "it may not be on the disk", ADVICE.get(e.errno or 0, ""))
             raise StreamError(f"{self.name}: {said}") from e
 
+    def withdraw(self) -> bool:
+        if not self._temporary:
+            return False
+        try:
+            os.unlink(self._temporary)
+        except OSError:
+            return False
+        self._temporary = ""
+        return True
+
     def close(self) -> None:
         """What is not finished is removed."""
         super().close()
-        if self._temporary:
-            with suppress(OSError):
-                os.unlink(self._temporary)
-            self._temporary = ""
+        self.withdraw()
 
     def ended(self, missing: int) -> str:
         return f"{self.name}: the file ends after byte {self.received}; {missing} more were due"
 
     def _broken(self, e: OSError, events: int) -> str:
         if advice := ADVICE.get(e.errno or 0):
-            return f"{self.name}: {errno_name(e.errno or 0)}: no more can be written after byte {self.sent}; {advice}"
+            verb, at = ("written", self.sent) if events == WRITE else ("read", self.received)
+            return f"{self.name}: {errno_name(e.errno or 0)}: no more can be {verb} after byte {at}; {advice}"
         return super()._broken(e, events)
 
 

@@ -6,12 +6,12 @@ import errno
 import os
 import select
 import socket
-import threading
 from contextlib import suppress
 from typing import Any, Final
 
-from kvmpy.errors import MigrationError, StreamError, refusal
+from kvmpy.errors import HostError, MigrationError, StreamError, refusal
 from kvmpy.host.stream import ROOT, listen_at, peer_uid
+from kvmpy.host.threads import begin
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.uri import Tcp, Unix
 from kvmpy.migration.wire import CHANNELS_MAX
@@ -25,6 +25,7 @@ ADVICE: Final = {
     errno.EADDRNOTAVAIL: "this host has no such address",
     errno.EACCES: "run as its owner or as root",
 }
+LISTENING: Final = ADVICE | {errno.ENOENT: "make the directory of the socket first"}
 PROBES: Final = 3  # of a connection on which nothing moves
 # getaddrinfo, of each address: family, type, protocol, canonical name, address.
 Addresses = list[tuple[Any, ...]]
@@ -45,7 +46,10 @@ def dial(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> socke
         else:
             tune(connection, deadline.seconds)
             return connection
-    raise failed[-1]
+    try:
+        raise failed[-1]
+    finally:
+        failed.clear()  # or the list and the traceback hold each other
 
 
 def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> socket.socket:
@@ -58,7 +62,9 @@ def listen(uri: str, address: Tcp | Unix, stop: Stop, deadline: Deadline) -> soc
         family, _, _, _, place = resolve(uri, address, stop, deadline, passive=True)[0]
         return _listen_tcp(family, place)
     except OSError as e:
-        raise MigrationError(f"{uri}: {refusal(e.errno, 'cannot listen there', ADVICE.get(e.errno or 0, ''))}") from e
+        raise MigrationError(
+            f"{uri}: {refusal(e.errno, 'cannot listen there', LISTENING.get(e.errno or 0, ''))}"
+        ) from e
 
 
 def tune(connection: socket.socket, seconds: float) -> None:
@@ -90,8 +96,12 @@ def resolve(uri: str, address: Tcp, stop: Stop, deadline: Deadline, *, passive: 
             except OSError as e:
                 found.append(e)
 
-    threading.Thread(target=ask, name="resolver", daemon=True).start()
     with ours:
+        try:
+            begin("resolver", ask)
+        except HostError as e:
+            theirs.close()
+            raise MigrationError(f"{uri}: {e}") from e
         stop.wait(ours.fileno(), select.POLLIN, deadline, f"{uri}: no name server has said who that is")
     if isinstance(answer := found[0], OSError):
         raise MigrationError(f"{uri}: {answer.strerror}: write its address, or mend the name") from answer

@@ -11,11 +11,11 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, MigrationError
+from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -25,7 +25,7 @@ from kvmpy.migration.description import Findings, describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
 from kvmpy.migration.keepalive import keepalive, silence
-from kvmpy.migration.main_channel import MainChannel
+from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
     BlockChecksums,
@@ -33,6 +33,7 @@ from kvmpy.migration.messages import (
     Checksums,
     Compression,
     EndOfState,
+    Failed,
     Go,
     Header,
     Message,
@@ -68,7 +69,7 @@ OnPass = Callable[[int], object]
 
 
 class Outgoing:
-    """One migration of ``machine`` to ``uri``. Its thread calls `migrate`; any other `cancel`, once or more.
+    """One migration of ``machine``, by what ``open_connector`` opens. Its thread calls `migrate`; any other `cancel`.
 
     ``on_pass`` is told the number of each round, ``on_stall`` in words of a guest that writes too fast.
     """
@@ -85,11 +86,13 @@ class Outgoing:
     ) -> None:
         self._machine, self._open, self.progress = machine, open_connector, progress
         self.parameters = parameters
+        self._compression = parameters.multifd_compression.value  # as the destination is told
         self._on_pass, self._on_stall = on_pass, on_stall
         self._stop = Stop()
         self._lock = threading.Lock()
         self._handover: Handover[Source] = handover.source()
         self._pages: PageSender | None = None
+        self._stands_still = False
         self._page_channels: list[Channel] = []
 
     @property
@@ -107,16 +110,26 @@ class Outgoing:
             pages.cancel()
         return True
 
+    def discard(self) -> None:
+        """It does not even begin."""
+        self._stop.close()
+
     @property
     def cancelled_for(self) -> str | None:
         """Why everything was to be taken back, if `cancel` was in time."""
-        return self._stop.reason
+        return None if self.phase is Source.UNKNOWN else self._stop.reason
+
+    def abandon(self, reason: str) -> None:
+        """Wait for nothing any more, not even for the answer to GO: the machine is going. Any thread."""
+        if not self.cancel(reason):
+            self._stop.set(reason)
 
     def limit(self, parameters: Parameters) -> None:
-        """Go on with other parameters, as far as that can be."""
-        self.parameters = parameters
-        if (pages := self._pages) is not None:
-            pages.max_bandwidth = parameters.max_bandwidth
+        """Go on with other parameters, as far as that can be: nothing slows down a guest that stands still."""
+        with self._lock:
+            self.parameters = parameters
+            if self._pages is not None and not self._stands_still:
+                self._pages.max_bandwidth = parameters.max_bandwidth
 
     def forced(self) -> None:
         """Somebody who can know says that the destination does not run the guest."""
@@ -177,7 +190,7 @@ class Outgoing:
             Header(
                 description=to_json(description),
                 channels=self._channels(connector),
-                compression=Compression(self.parameters.multifd_compression.value),
+                compression=Compression(self._compression),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
@@ -191,25 +204,27 @@ class Outgoing:
         assert isinstance(answer, Accept)
         self.progress.warnings = list(answer.warnings)
         for warning in answer.warnings:
-            log.warning("warning: %s", warning)
+            log.warning("warning: %s", printable(warning))
         return answer.token
 
     # Rounds, while the guest runs
 
     def _start(self, main: MainChannel, undo: ExitStack) -> None:
         """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
-        machine, parameters = self._machine, self.parameters
+        machine = self._machine
         self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
         with self.progress.phase("start dirty log"):
             self._log = DirtyLog(machine.board.vm, machine.board.memory)
             undo.callback(self._log.stop)
             self._log.start()
         self._dirty = DirtyPages(machine.board.memory)
-        self._pages = PageSender(
-            self._page_channels or [main.channel],
-            max_bandwidth=parameters.max_bandwidth,
-            compression=parameters.multifd_compression.value,
-        )
+        with self._lock:
+            self._pages = PageSender(
+                self._page_channels or [main.channel],
+                max_bandwidth=self.parameters.max_bandwidth,
+                compression=self._compression,
+            )
+        undo.enter_context(self.progress.following(self._pages))
         self._stop.check()  # or a cancel that came before there was a sender would be lost on it
 
     def _precopy(self, main: MainChannel) -> None:
@@ -251,7 +266,8 @@ class Outgoing:
             stats = self._pages.send_round(self._dirty, number)
         except MigrationError as e:
             self._stop.check()
-            raise main.explain(e) from e
+            main.explain(e)
+            raise
         progress.add(
             RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
         )
@@ -281,7 +297,8 @@ class Outgoing:
             sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
         with progress.phase("last pages"):
             assert self._pages is not None
-            self._pages.max_bandwidth = 0
+            with self._lock:
+                self._stands_still, self._pages.max_bandwidth = True, 0
             self._log.collect(self._dirty)  # after the last of KVM's own writes, which saving a vCPU may cause
             self._send_round(main)
             if not self._page_channels and main.can_answer:
@@ -325,23 +342,32 @@ class Outgoing:
             self._handover.on(Event.GO)
         self.progress.went = time.monotonic_ns()
         try:
-            main.send_message(Go())
-            if not main.can_answer:
-                main.finish()
-                self._on(Event.STARTED)
-                return
-            answer: Message = main.receive_message(Started, Refused)
+            answer = self._say_go(main)
         except BaseException:
-            self._on(Event.FAILED)
+            self._on(Event.REFUSED if main.channel.withdraw() else Event.FAILED)
             raise
+        if answer is None:
+            self._on(Event.STARTED)
+            return
         self.progress.heard = time.monotonic_ns()
-        if isinstance(answer, Refused):
+        if not isinstance(answer, Started):
             self._on(Event.REFUSED)
-            raise MigrationError(f"the destination could not run the guest: {answer.reason}")
-        assert isinstance(answer, Started)
+            raise MigrationError(f"the destination could not run the guest: {printable(answer.reason)}")
         self._on(Event.STARTED)
         self.progress.first_run_ns = answer.first_run_ns
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in answer.phases]
+
+    def _say_go(self, main: MainChannel) -> Started | Refused | Failed | None:
+        """The answer; None where nobody answers."""
+        if not main.can_answer:
+            main.send_message(Go())
+            main.finish()
+            return None
+        with suppress(StreamError):  # it may have given up before, and said so: that is proof, too
+            main.say(Go())
+        answer: Message = main.receive_message(Started, Refused, Failed)
+        assert isinstance(answer, Started | Refused | Failed)
+        return answer
 
     def _on(self, event: Event) -> None:
         with self._lock:

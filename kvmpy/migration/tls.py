@@ -44,6 +44,7 @@ REASONS: Final = {
     "UNSUPPORTED_PROTOCOL": "the other side does not speak TLS 1.3",
     "TLSV1_ALERT_PROTOCOL_VERSION": "the other side does not speak TLS 1.3",
 }
+OTHER_NAME: Final = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, and that of an IP address
 Side = Literal["client", "server"]
 SMALL: Final = 256
 RECORD: Final = 16 << 10
@@ -197,7 +198,8 @@ def _no_password() -> str:
 def _reason(e: Exception) -> str:
     """What went wrong in TLS, and what to do, in words."""
     if isinstance(e, ssl.SSLCertVerificationError):
-        return f"the other side's certificate is refused: {e.verify_message}"
+        advice = "; give tls-hostname, or the host's name in its certificate" if e.verify_code in OTHER_NAME else ""
+        return f"the other side's certificate is refused: {e.verify_message.rstrip('.')}{advice}"
     if isinstance(e, ssl.SSLEOFError):
         return "the other side has hung up in the TLS handshake; its log says why"
     if isinstance(e, ssl.SSLError):

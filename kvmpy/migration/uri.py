@@ -17,7 +17,7 @@ from kvmpy.config.toml_lines import plain
 from kvmpy.config.values import SOCKET_PATH_MAX
 from kvmpy.errors import MigrationError
 
-FORMS: Final = "tcp:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or file:PATH"
+FORMS: Final = "tcp:HOST:PORT, unix:PATH, fd:NAME, fd:NUMBER, exec:COMMAND, file:PATH"
 
 
 class Tcp(NamedTuple):

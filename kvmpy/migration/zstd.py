@@ -22,7 +22,7 @@ def _module() -> Any:
             from backports import zstd
         except ImportError as e:
             raise HostError(
-                "compression zstd: this Python has no zstd; pip install 'kvmpy[zstd]', or choose none"
+                "compression zstd: this Python has no zstd; pip install backports.zstd, or choose none"
             ) from e
     return zstd
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
 from kvmpy.errors import CommandError
+from kvmpy.migration.descriptor import NOTHING, Offer
 from kvmpy.migration.parameters import (
     CAPABILITIES,
     Capability,
@@ -21,9 +22,6 @@ from kvmpy.migration.parameters import (
 )
 from kvmpy.migration.status import Status
 from kvmpy.monitor.table import Arguments, Caller, NoArguments, Nothing, Reply, command
-
-if TYPE_CHECKING:
-    from kvmpy.migration.descriptor import Take
 
 Uri = Annotated[str, Meta(max_length=8192)]
 
@@ -278,20 +276,15 @@ def query_migrate_capabilities(caller: Caller, _: NoArguments) -> list[Migration
     return [MigrationCapabilityStatus(capability=each, state=state) for each, state in capabilities.items()]
 
 
-def _nobody(name: str) -> int:
-    raise KeyError(name)
-
-
-def _taken(caller: Caller, uri: str) -> Take:
-    """What gives a migration its descriptor: it is the migration's from now on, even if the session ends.
+def _taken(caller: Caller, uri: str) -> Offer:
+    """The descriptor that a migration needs: it is the migration's from now on, even if the session ends.
 
     Raises CommandError where the session has no such.
     """
     kind, _, name = uri.partition(":")
     if kind != "fd" or name.isdecimal():
-        return _nobody
+        return NOTHING
     try:
-        fd = caller.descriptors.take(name)
+        return Offer(caller.descriptors.take(name))
     except KeyError as e:
         raise CommandError(f"File descriptor named '{name}' has not been found") from e
-    return lambda _: fd

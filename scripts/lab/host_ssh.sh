@@ -23,6 +23,7 @@ PasswordAuthentication no
 UsePAM no
 StrictModes no
 PidFile $keys/sshd.pid
+Subsystem sftp internal-sftp
 SetEnv PATH=$path
 END
 

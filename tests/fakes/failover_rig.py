@@ -121,7 +121,7 @@ class FailoverRig:
     def in_turn(self, call: Callable[[], object]) -> None:
         call()
 
-    def require_alive(self) -> None:
+    def require_changeable(self) -> None:
         """It is."""
 
     def let_accesses_end(self) -> None:

@@ -18,7 +18,7 @@ from tests.fakes.counting_guest import COUNTS, NEEDS, gap
 from tests.fakes.loop import BOUND
 from tests.fakes.pvh_kernel import pvh_kernel
 
-PATIENCE = 1.0
+PATIENCE = 3.0
 """Seconds that each side gives the other, in tests of one that does not answer."""
 
 
@@ -105,7 +105,7 @@ class Journey:
         """A whole migration; returns where the guest is now."""
         there = self.wait_at(**parameters)
         source.migrations.migrate(uri or there.uri)
-        source.wait(Status.COMPLETED)
+        assert source.migrations.wait(BOUND) is Status.COMPLETED, (source.error, there.error, there.machine.error)
         there.wait(Status.COMPLETED)
         assert source.machine.state is RunState.POSTMIGRATE
         assert there.machine.state is RunState.RUNNING

@@ -12,6 +12,7 @@ from typing import Final
 
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.wire import FRAME_SIZE, MAIN, PREAMBLE_SIZE, FrameHeader, Preamble
+from tests.fakes.loop import BOUND
 
 PIECE: Final = 1 << 16
 
@@ -43,6 +44,7 @@ class Middle:
     ) -> None:
         self._there, self._at, self._harm, self._hooks = there, at, harm, dict(hooks or {})
         self._sockets: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
         self._hung = self._cut = False
         self.seen: list[Kind] = []
         self._listener = socket.socket(socket.AF_UNIX)
@@ -52,8 +54,14 @@ class Middle:
         self._start(self._accept)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who accepts
         self._listener.close()
         self.cut()
+        for thread in self._threads:
+            thread.join(BOUND)
+        for each in self._sockets:
+            each.close()
 
     def cut(self) -> None:
         """End everything, both ways."""
@@ -69,8 +77,9 @@ class Middle:
             except OSError:
                 return
             destination = socket.socket(socket.AF_UNIX)
-            destination.connect(self._there)
             self._sockets += [source, destination]
+            with contextlib.suppress(OSError):  # it has been killed: who passes on finds out
+                destination.connect(self._there)
             if self._cut:
                 self.cut()
             self._start(lambda s=source, d=destination: self._pass(s, d))  # type: ignore[misc]
@@ -115,7 +124,9 @@ class Middle:
                 to.sendall(header + payload)
 
     def _start(self, call: Callable[[], object]) -> None:
-        threading.Thread(target=call, name="middle", daemon=True).start()
+        thread = threading.Thread(target=call, name="middle", daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
 
 def _exactly(source: socket.socket, size: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import time
@@ -48,6 +49,9 @@ driver = "virtio-serial-pci"
 id = "hvc0"
 bus = "root2"
 """
+
+
+ENDLESS = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
 
 
 @pytest.fixture
@@ -195,8 +199,7 @@ def test_force_does_not_take_a_disk_that_the_destination_has(tmp_path: Path, sta
 
 
 def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) -> None:
-    endless = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
-    source, there = journey.begin(**endless), journey.wait_at()
+    source, there = journey.begin(**ENDLESS), journey.wait_at()
     source.migrations.migrate(there.uri)
     for change in (
         source.machine.pause,
@@ -211,6 +214,42 @@ def test_what_would_change_the_machine_is_refused_meanwhile(journey: Journey) ->
     source.migrations.cancel()
     source.wait(Status.CANCELLED)
     source.machine.pause()
+
+
+def test_a_device_whose_plugging_began_before_the_migration_is_refused_meanwhile(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journey = Journey(tmp_path, stack, extra='[[root_port]]\nid = "root1"\n')
+    source, there = journey.begin(**ENDLESS), journey.wait_at()
+    plugger = source.machine.board.plugger
+    make = plugger.make
+
+    def make_slowly(*arguments: Any) -> Any:
+        made = make(*arguments)
+        source.migrations.migrate(there.uri)
+        return made
+
+    monkeypatch.setattr(plugger, "make", make_slowly)
+    with pytest.raises(CommandError, match="is being migrated"):
+        source.machine.device_add({"driver": "virtio-rng-pci", "id": "rng0", "bus": "root1"})
+    source.migrations.set_parameters(downtime_limit=10_000)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+
+
+def test_a_cancel_of_one_that_has_just_failed_is_not_too_late(journey: Journey) -> None:
+    source = journey.begin()
+    keep = source.machine.handoff.keep
+
+    def cancel_and_keep() -> None:
+        source.migrations.cancel()
+        keep()
+
+    source.machine.handoff.keep = cancel_and_keep  # type: ignore[method-assign]
+    source.migrations.migrate("exec:head -c 100000 > /dev/null")
+    source.wait(Status.FAILED)
+    assert "EPIPE" in str(source.error)
+    assert source.runs
 
 
 def test_differences_are_all_named_before_anything_moves(journey: Journey) -> None:
@@ -263,6 +302,45 @@ def test_a_saved_machine_is_restored_from_its_file(journey: Journey, tmp_path: P
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_a_disk_that_fills_up_at_the_very_end_leaves_the_guest_here(
+    journey: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can have read the file, so nobody runs the guest."""
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    source = journey.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("kvmpy.migration.saved._sync", full)
+        source.migrations.migrate(f"file:{tmp_path / 'saved'}")
+        source.wait(Status.FAILED)
+    assert "ENOSPC: it may not be on the disk; make room" in str(source.error)
+    assert source.runs
+    assert not list(tmp_path.glob("saved*"))
+    source.wait_for_count()
+    journey.move(source)
+    journey.check()
+
+
+def test_what_has_been_sent_is_told_while_a_round_goes_on(journey: Journey) -> None:
+    source, there = journey.begin(max_bandwidth=100_000, multifd_channels=1), journey.wait_at()
+    source.migrations.migrate(there.uri)
+    seen: list[dict[str, int]] = []
+    end = time.monotonic() + BOUND
+    while len(seen) < 3:
+        assert time.monotonic() < end
+        ram = source.migrations.progress.info().get("ram", {})
+        if ram.get("transferred") and (not seen or ram["transferred"] > seen[-1]["transferred"]):
+            seen.append(ram)
+        os.sched_yield()
+    assert source.migrations.progress.passes == 1
+    assert seen[0]["remaining"] >= seen[1]["remaining"] >= seen[2]["remaining"]
+    source.migrations.cancel()
+    source.wait(Status.CANCELLED)
+    assert source.migrations.progress.info()["ram"]["transferred"] >= seen[-1]["transferred"]
 
 
 def test_a_command_can_keep_a_machine_and_bring_it_back(journey: Journey, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ source's and goes on there as if nothing had been; once GO is on its way nobody 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
@@ -18,6 +19,7 @@ from kvmpy.errors import CommandError, HostError
 from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.source import UNKNOWN
 from kvmpy.migration.status import Status
@@ -52,9 +54,10 @@ def set_out(
     harm: Harm | None = None,
     hooks: Mapping[Kind, Callable[[], object]] | None = None,
     patience: float = PATIENCE,
+    here: float | None = None,
 ) -> tuple[Stop, Stop]:
-    """A migration that meets with ``harm``; returns source and destination."""
-    source = journey.begin(x_timeout=patience)
+    """A migration that meets with ``harm``; returns source and destination. ``here`` is the source's own patience."""
+    source = journey.begin(x_timeout=patience if here is None else here)
     source.wait_for_count()
     there = journey.wait_at(x_timeout=patience)
     middle = Middle(journey.socket("middle"), there.uri.removeprefix("unix:"), at, harm, hooks=hooks)
@@ -86,6 +89,7 @@ def goes_on_as_before(journey: Journey, source: Stop, there: Stop) -> None:
     source.wait_for_count()
     there.machine.close()
     assert there.said == b"", "it never ran there"
+    source.migrations.set_parameters(x_timeout=BOUND)  # nobody does any harm to this one
     here = journey.move(source, x_timeout=BOUND)
     here.wait_for_count()
     journey.check()
@@ -99,7 +103,7 @@ def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> No
     goes_on_as_before(journey, source, there)
 
 
-@pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
+@pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG])
 def test_when_go_is_lost_nobody_runs_until_force(journey: Journey, harm: Harm) -> None:
     source, there = set_out(journey, Kind.GO, harm)
     source.wait(Status.FAILED)
@@ -125,6 +129,7 @@ def test_when_started_is_lost_the_destination_alone_runs(journey: Journey, harm:
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     assert UNKNOWN in str(source.error)
+    there.migrations.set_parameters(x_timeout=BOUND)
     here = journey.move(there, x_timeout=BOUND)
     here.wait_for_count()
     journey.check()
@@ -181,6 +186,47 @@ def test_a_cancel_that_comes_with_go_is_refused(journey: Journey) -> None:
     there.wait_for_count()
     assert "too late" in str(refused[0])
     journey.check()
+
+
+@pytest.mark.parametrize("harm", [Harm.DEAF, Harm.GARBAGE])
+def test_when_go_is_lost_and_the_destination_says_that_it_gave_up_the_guest_goes_on_here(
+    journey: Journey, harm: Harm
+) -> None:
+    source, there = set_out(journey, Kind.GO, harm, here=BOUND)
+    source.wait(Status.FAILED)
+    assert str(source.error).startswith("the destination could not run the guest: ")
+    goes_on_as_before(journey, source, there)
+
+
+def test_a_destination_that_gave_up_before_go_could_reach_it_is_proof_that_it_never_ran(journey: Journey) -> None:
+    """As when all of the source is stopped for longer than the destination waits."""
+    source, there = set_out(journey, hooks={Kind.READY: lambda: journey.stops[1].machine.stop()}, patience=BOUND)
+    source.wait(Status.FAILED)
+    assert UNKNOWN not in str(source.error)
+    goes_on_as_before(journey, source, there)
+
+
+def test_a_source_whose_destination_hangs_after_go_can_be_closed_at_once(journey: Journey) -> None:
+    go = threading.Event()
+    source, _ = set_out(journey, Kind.GO, Harm.HANG, {Kind.GO: go.set}, patience=3600)
+    assert go.wait(BOUND)
+    source.machine.close()
+    assert str(source.error).startswith(UNKNOWN)
+
+
+def test_a_limit_that_is_set_while_the_guest_stands_still_does_not_keep_it_so(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = DirtyLog.collect
+
+    def limit_and_collect(log: DirtyLog, into: DirtyPages) -> None:
+        if journey.stops[0].machine.state is RunState.FINISH_MIGRATE:
+            journey.stops[0].migrations.set_parameters(max_bandwidth=1)
+        collect(log, into)
+
+    monkeypatch.setattr(DirtyLog, "collect", limit_and_collect)
+    source, _ = set_out(journey, patience=BOUND)
+    source.wait(Status.COMPLETED)
 
 
 # The guest itself

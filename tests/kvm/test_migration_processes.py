@@ -131,8 +131,13 @@ class Processes:
         return process
 
     def incoming(self) -> tuple[Process, str]:
-        uri = f"unix:{self._directory / f'in{len(self.all)}'}"
-        return self("--incoming", uri), uri
+        """One that waits, and where."""
+        path = self._directory / f"in{len(self.all)}"
+        process, end = self("--incoming", f"unix:{path}"), time.monotonic() + LONG
+        while not path.exists():  # its monitor is there before
+            assert time.monotonic() < end, process.log
+            time.sleep(0.02)
+        return process, f"unix:{path}"
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ CONFIG: Final = (
     + tables.rng("rng0", bus="rp2")
 )
 LEFT: Final = (
-    "ls -A /run/kvmpy 2>&1; ls -d /tmp/kvmpy-* 2>&1; ip -brief link | grep tap; busybox pgrep -fl 'kvmpy (run|receive)'"
+    "ls -A /run/kvmpy 2>&-; ls -d /tmp/kvmpy-* 2>&-; ip -brief link | grep tap; busybox pgrep -fl 'kvmpy (run|receive)'"
 )
 
 pytestmark = pytest.mark.timeout(1500)  # many guests' boots, on a busy machine
@@ -82,7 +82,9 @@ def journey(pair: HostPair, here: int, uri: str, *options: str) -> dict[str, flo
     source, destination, watcher = pair.hosts[here], pair.hosts[1 - here], pair.first
     seen: list[Pings] = []
     with pinged(watcher, GUEST, seen, netns=STATION):
-        migrate(source, uri, "--report", "/run/journey.json", "--report", "/run/journey.svg", *options)
+        # Longer than the default: a busy machine converges without slowing the guest down for long.
+        reports = "--report", "/run/journey.json", "--report", "/run/journey.svg"
+        migrate(source, uri, *reports, "--downtime-limit", "1500", *options)
         # Frames to it go where it is now.
         watcher.run([*station("busybox", "ping", "-q", "-c", "5", "-W", "20"), GUEST], timeout=SLOW, check=True)
     figures = report(source, "/run/journey.json") | {"gap-ms": seen[0].gap * 1000, "lost": float(len(seen[0].lost))}
@@ -90,7 +92,7 @@ def journey(pair: HostPair, here: int, uri: str, *options: str) -> dict[str, flo
     print(figures)
     assert abs(figures["blackout-there-ms"] - figures["blackout-ms"]) < 1000, "the two sides do not agree"
     assert seen[0].longest_loss == len(seen[0].lost), "pings were lost in more than one place"
-    assert figures["gap-ms"] + 200 > figures["blackout-ms"], "the guest answered while it is said to have stood still"
+    assert figures["gap-ms"] + 500 > figures["blackout-ms"], "the guest answered while it is said to have stood still"
     assert figures["gap-ms"] < figures["blackout-ms"] + 5000, "it was deaf for much longer than it stood still"
     return figures
 

@@ -200,6 +200,21 @@ CONFIG_MISTAKES: Final = (
 )
 
 
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["run", "m.toml", "--incoming", "foo:1"], "--incoming foo:1: expected tcp:HOST:PORT, unix:PATH, "),
+        (["run", "m.toml", "--incoming", "tcp:host"], "--incoming tcp:host: expected tcp:HOST:PORT"),
+        (["migrate", "m", "foo:1"], "URI: foo:1: expected tcp:HOST:PORT, unix:PATH, "),
+        (["migrate", "m"], "URI: where to? Such as ssh://HOST"),
+    ],
+)
+def test_uri_of_a_migration_that_is_none_is_the_command_lines_mistake(argv: list[str], said: str, kvmpy: Kvmpy) -> None:
+    code, _, err = kvmpy(*argv)
+    assert code == 2
+    assert err.startswith(f"kvmpy: {said}")
+
+
 @pytest.mark.parametrize("command", ["check", "run"])
 @pytest.mark.parametrize(("text", "problems"), CONFIG_MISTAKES)
 def test_each_mistake_is_a_line_with_its_place_and_the_exit_code_is_2(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,6 +94,14 @@ def test_one_that_ended_by_itself_is_said_to_have(started: Incoming, destination
     destination.end()
     assert started.outcome(60) == "ended"
     assert not (tmp_path / "stream").exists()
+
+
+def test_one_that_is_about_to_end_is_waited_for(started: Incoming, destination: Destination, tmp_path: Path) -> None:
+    (tmp_path / "run" / "web1" / "qmp.sock").unlink()  # the first thing that goes
+    ending = threading.Timer(0.1, destination.end)
+    ending.start()
+    assert started.end() == "ended"
+    ending.join()
 
 
 def test_one_that_neither_has_its_guest_nor_ends_is_still_waiting(started: Incoming) -> None:

@@ -67,7 +67,9 @@ def source_steps(w: World) -> Iterator[World]:
         yield source_on(w, Event.FORCED)._replace(forced=True)
     if w.back:
         heard, rest = w.back[0], w.back[1:]
-        event = {"ready": Event.READY, "started": Event.STARTED, "refused": Event.REFUSED}[heard]
+        event = {"ready": Event.READY, "started": Event.STARTED, "refused": Event.REFUSED}.get(heard, Event.FAILED)
+        if heard == "failed" and w.source is Source.COMMITTED:
+            event = Event.REFUSED  # it gave up before GO could reach it
         if (w.source, event) in SOURCE:
             yield source_on(w._replace(back=rest), event)
 
@@ -85,6 +87,7 @@ def destination_steps(w: World) -> Iterator[World]:
         yield destination_on(w, Event.FAILED, "refused")
     elif (w.destination, Event.FAILED) in DESTINATION:
         yield destination_on(w, Event.FAILED)._replace(there=None, back=None)
+        yield destination_on(w, Event.FAILED, "failed")._replace(there=None)
 
 
 def misfortunes(w: World) -> Iterator[World]:

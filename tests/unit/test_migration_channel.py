@@ -7,6 +7,7 @@ import os
 import random
 import socket
 import struct
+import threading
 import tracemalloc
 from collections.abc import Callable
 from contextlib import closing
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
 from kvmpy.migration.channel import PIECE, Channel, FileChannel, SocketChannel
+from kvmpy.migration.keepalive import keepalive
 from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import (
     SECTIONS_MAX,
@@ -352,6 +354,21 @@ def test_keepalives_keep_a_wait_alive_and_never_for_longer_than_its_limit() -> N
         stop.close()
 
 
+def test_who_keeps_the_other_side_waiting_does_not_take_its_last_words_from_who_waits_for_them() -> None:
+    with main_pair() as (here, there):
+        there.send_message(Started(first_run_ns=7))
+        there.close()
+        with keepalive(here, BOUND):
+            while any(thread.name == "keepalive" for thread in threading.enumerate()):
+                here.channel.stop.wait_any({}, deadline=soon(0.01))
+        assert here.receive_message(Started, Refused) == Started(first_run_ns=7)
+
+
+def test_a_patient_side_keeps_an_impatient_one_waiting() -> None:
+    with main_pair() as (here, there), keepalive(here, 3600):
+        assert there.next_message(Keepalive) == Keepalive()
+
+
 def test_silence_ends_a_wait_before_its_limit() -> None:
     with main_pair() as (_, there), pytest.raises(StreamError, match=r"within 0.05 seconds"):
         there.receive_message(Go, timeout=SHORT, limit=BOUND)
@@ -370,11 +387,12 @@ def test_error_of_a_page_channel_is_explained_by_the_main_channel() -> None:
     with main_pair() as (here, there):
         there.send_message(Keepalive())
         there.fail(Failed(reason="ENOMEM: no memory"))
-        assert str(here.explain(error)) == "the other side says: ENOMEM: no memory"
+        with pytest.raises(MigrationError, match=r"^the other side says: ENOMEM: no memory$") as raised:
+            here.explain(error)
+        assert raised.value.__cause__ is error
         there.close()
-        assert here.explain(error) is error
-        cancelled = MigrationCancelled("by hand")
-        assert here.explain(cancelled) is cancelled
+        here.explain(error)
+        here.explain(MigrationCancelled("by hand"))
 
 
 def test_telling_why_it_is_over_neither_fails_nor_lasts() -> None:

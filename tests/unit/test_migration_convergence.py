@@ -10,11 +10,11 @@ import pytest
 
 from kvmpy.errors import MigrationError
 from kvmpy.machine.machine import Machine
-from kvmpy.migration.convergence import ALLOWANCE, MIB, PER_VCPU, Convergence
+from kvmpy.migration.convergence import ALLOWANCE, MIB, Convergence
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress, Round
 
-FIXED = (ALLOWANCE + PER_VCPU) * 1000
+FIXED = ALLOWANCE * 1000
 """Milliseconds of the switchover of a machine that has no devices."""
 FAST = 10_000 * 1.0
 
@@ -23,7 +23,9 @@ class Rig:
     """A migration whose rounds sent 100 MiB a second."""
 
     def __init__(self) -> None:
-        machine = SimpleNamespace(board=SimpleNamespace(devices=(), vcpus=(0,)), threads=())
+        machine = SimpleNamespace(
+            board=SimpleNamespace(devices=(), vcpus=(0,)), threads=(), handoff=SimpleNamespace(rehearse=lambda: None)
+        )
         self.progress = Progress(1 << 30)
         self.said: list[str] = []
         self.convergence = Convergence(cast(Machine, machine), self.progress, self.said.append)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import socket
@@ -448,6 +449,26 @@ def test_command_that_fails_after_the_stream_fails_the_migration(command: str, s
         source.main.send_message(Go())
         with pytest.raises(StreamError, match=said):
             source.main.finish()
+
+
+def test_command_that_cannot_be_watched_is_not_left_alone(stop: Stop, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_descriptors()
+
+    def refuse(_: int) -> int:
+        raise OSError(errno.EMFILE, "no more")
+
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    with pytest.raises(MigrationError, match="EMFILE: its process cannot be watched; raise the limit of open files"):
+        connect("exec:sleep 1000", stop=stop)
+    assert open_descriptors() == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_directory_is_no_stream_that_was_saved(stop: Stop, tmp_path: Path) -> None:
+    with Incoming(f"file:{tmp_path}", stop=stop) as incoming, pytest.raises(StreamError) as caught:
+        incoming.accept()
+    assert str(caught.value) == f"file:{tmp_path}: EISDIR: no more can be read after byte 0; it is a directory"
 
 
 def test_command_that_does_not_end_is_given_up_in_time_and_killed_with_its_children(tmp_path: Path, stop: Stop) -> None:
