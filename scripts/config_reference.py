@@ -43,8 +43,8 @@ read as TOML, so `2` is an integer and `true` a boolean; what is not TOML is a s
 string that would be something else has quotes of its own, kept from the shell: `--set 'drive.disk0.id="42"'`. A path
 is relative to the file's directory here too.
 
-**In this version** `failover`, `failover_pair_id` and `machine.dirty_ring` are checked, and then refused by `check` and
-`run`: there are no failover pairs yet, and dirty pages are logged in the bitmap only.
+**In this version** `machine.dirty_ring` is checked, and then refused by `check` and `run`: dirty pages are logged in
+the bitmap only. [Failover](failover.md) says what a pair does, and what it does not do yet.
 
 ## An example
 

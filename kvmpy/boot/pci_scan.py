@@ -84,7 +84,10 @@ class Space(Enum):
 
 @dataclass(eq=False)
 class Function:
-    """A function, and if it is a bridge what is behind it. ``turn`` is how far its pins are swizzled on the way up."""
+    """A function, and if it is a bridge what is behind it. ``turn`` is how far its pins are swizzled on the way up.
+
+    ``expected`` are the BARs, with their sizes, of what is to come behind it.
+    """
 
     config: ConfigAccess
     bus: int
@@ -96,6 +99,7 @@ class Function:
     forwards_io: bool = False
     one_device_below: bool = False
     hot_pluggable: bool = False
+    expected: Sequence[tuple[Space, int]] = ()
     decoders: int = 0
 
     def __str__(self) -> str:

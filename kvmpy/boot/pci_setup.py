@@ -8,11 +8,13 @@ enables bus mastering of what it has a driver for; bridges forward it from the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from kvmpy.boot.pci_scan import Bar, Function, Reg, Space, scan, walk
+from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.config import Command
 from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.devices.pci.ports import ConfigAccess
@@ -25,6 +27,9 @@ GIB: Final = 1 << 30
 GRANULARITY: Final = {Space.IO: 4 * KIB, Space.MEM32: MIB, Space.MEM64: MIB}  # of a bridge's window
 FOR_HOT_PLUG: Final = {Space.IO: 0, Space.MEM32: 16 * MIB, Space.MEM64: GIB}
 CLOSED: Final = {Space.IO: (0xF000, 0xFFF), Space.MEM32: (0xFFF0_0000, 0xF_FFFF), Space.MEM64: (0xFFF0_0000, 0xF_FFFF)}
+
+
+NOTHING: Final[Mapping[int, Sequence[tuple[Space, int]]]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +53,20 @@ class BridgeWindow:
             item.place(address + offset)
 
 
-def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int]) -> None:
+Expected = Mapping[int, Sequence[tuple[Space, int]]]
+
+
+def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int], expected: Expected = NOTHING) -> None:
     """Number the buses and place every BAR in ``windows``; ``irqs`` are the GSIs of device 0's INTA to INTD.
+
+    ``expected`` has, by the devfn of its port on bus 0, the BARs of what is to come and cannot be seen yet (R27).
 
     Starts from any state of the bus, as long as nothing else uses it. Raises HostError naming the function that does
     not fit.
     """
     functions = scan(config)
+    for function in functions:
+        function.expected = expected.get(function.devfn, ())
     for function in walk(functions):
         if function.is_bridge:
             for space in Space:
@@ -71,6 +83,16 @@ def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int]) -> No
         _enable(function, irqs)
 
 
+def space(kind: BarKind) -> Space:
+    """Where a BAR of that kind goes."""
+    match kind:
+        case BarKind.IO:
+            return Space.IO
+        case BarKind.MEM64_PREFETCHABLE:
+            return Space.MEM64
+    return Space.MEM32
+
+
 def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeWindow]:
     """What ``functions`` need of ``space`` on the bus they are on."""
     items: list[Bar | BridgeWindow] = [bar for function in functions for bar in function.bars if bar.space is space]
@@ -80,7 +102,7 @@ def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeW
 
 def _window(bridge: Function, space: Space) -> BridgeWindow:
     contents = _packed(_contents(bridge.below, space), 0)
-    at_least = FOR_HOT_PLUG[space] if bridge.hot_pluggable else 0
+    at_least = max(FOR_HOT_PLUG[space], _room(bridge.expected, space)) if bridge.hot_pluggable else 0
     granularity = GRANULARITY[space]
     end = max((offset + item.size for offset, item in contents), default=0)
     return BridgeWindow(
@@ -90,6 +112,12 @@ def _window(bridge: Function, space: Space) -> BridgeWindow:
         size=_aligned(max(end, at_least), granularity),
         alignment=max(granularity, at_least, *(item.alignment for _, item in contents)),
     )
+
+
+def _room(expected: Sequence[tuple[Space, int]], space: Space) -> int:
+    """A power of two in which those BARs find their places, and aligned to it the largest of them does."""
+    needed = sum(size for where, size in expected if where is space)
+    return 1 << (needed - 1).bit_length() if needed else 0
 
 
 def _packed(items: Sequence[Bar | BridgeWindow], start: int) -> Sequence[tuple[int, Bar | BridgeWindow]]:

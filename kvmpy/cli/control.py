@@ -19,12 +19,23 @@ PS_PATIENCE: Final = 2.0
 RATE_SECONDS: Final = 0.5
 # What goes on at a root port, in words
 STATES: Final = {
+    "hidden": "hidden until the guest's driver asks for it",
     "waiting": "shown to the guest when that is done with the one before",
     "off": "the guest does not use it",
     "working": "the guest is at work on it",
     "on": "in use",
     "asked": "the guest has been asked to let it go",
     "leaving": "out of the slot, the host is not done with it",
+}
+# What becomes of a failover primary, in words
+PRIMARIES: Final = {
+    "waiting-for-standby": "hidden: there is no such standby",
+    "hidden": "hidden: no driver has asked for it",
+    "plugging": "in its slot, not in use yet",
+    "plugged": "in use",
+    "unplug-requested": "the guest has been asked to let it go",
+    "released": "out of its slot",
+    "failed": "failed",
 }
 # Of a device, what has a place of its own in `status` or is for --json
 SAID_APART: Final = ("host", "id", "driver", "address", "kind", "status", "features", "queues", "broken")
@@ -65,6 +76,8 @@ def status(args: argparse.Namespace) -> int:
     for device in info["devices"]:
         _show(device)
     _show_ports(info["root-ports"], info["spare"])
+    for pair in info["failover"]:
+        _show_pair(pair)
     if info["device-faults"]:
         print(f"  device faults: {info['device-faults']} (see the machine's standard error)")
     return 0
@@ -141,6 +154,19 @@ def _show_ports(ports: list[dict[str, Any]], spare: dict[str, list[str]]) -> Non
     for kind, names in spare.items():
         if names:
             print(f"  {kind} that no device uses: {', '.join(names)}")
+
+
+def _show_pair(pair: dict[str, Any]) -> None:
+    """A failover pair: its devices, their addresses, and what is wrong."""
+    standby, address = pair["standby-id"], pair.get("standby-mac", "no such device")
+    if (primary := pair.get("primary-id")) is None:
+        print(f"  failover pair {standby} ({address}): no primary")
+    else:
+        own = pair.get("primary-mac", "no address now")
+        print(f"  failover pair {standby} ({address}), {primary} ({own}): {PRIMARIES[pair['state']]}")
+        print(f"    frames take the {pair['path']}")
+    if pair.get("error"):
+        print(f"    last error: {pair['error']}")
 
 
 def _driver_status(device: dict[str, Any]) -> str:

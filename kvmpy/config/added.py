@@ -93,6 +93,8 @@ def _read(config: Config, kind: type[Table], table: Mapping[str, Any], tag: str,
     for key in table:
         if key != tag and key not in fields:
             raise CommandError(f"{named(plain(key))} not found{did_you_mean(key, fields)}")
+    if "failover_pair_id" in table and "failover_pair_id" in fields and "id" not in table:
+        raise CommandError("Device with failover_pair_id needs to have id")
     for key, field in fields.items():
         if field.required and key not in table:
             raise CommandError(f"Parameter '{key}' is missing")

@@ -78,6 +78,7 @@ class Machine(Table, frozen=True, kw_only=True):
     reserve: bool = False  # take all RAM from the host at start
     shared: bool = False  # RAM in a memfd, for backends that map it
     dirty_ring: bool = False  # log dirty pages in rings instead of a bitmap
+    failover_compat: bool = False  # as QEMU: MACs of pairs are not compared, a primary without its standby is visible
 
 
 class Boot(Table, frozen=True, kw_only=True):
@@ -286,10 +287,22 @@ def _failover(config: Config) -> Iterator[tuple[Path, Message]]:
             if primary.bus and primary.bus == standby.bus:
                 message = f"a primary and its standby need two root ports: '{primary.id}', '{standby.id}'"
                 yield ("device", max(index, other), "bus"), message
-            if primary.mac and standby.mac and primary.mac != standby.mac:
-                yield (*path, "mac"), f"{primary.mac} is not that of the standby '{standby.id}', {standby.mac}"
+            if standby.failover and primary.mac and not config.machine.failover_compat:
+                yield from _macs(index, primary, other, standby)
         elif isinstance(standby, Device):
-            yield (*path, "failover_pair_id"), f"'{standby.id}' is not a virtio-net-pci device"
+            key = "failover_pair_id" if index >= other else "id"
+            yield ("device", max(index, other), key), f"'{standby.id}' is not a virtio-net-pci device"
+
+
+def _macs(index: int, primary: VfioPci, other: int, standby: VirtioNetPci) -> Iterator[tuple[Path, Message]]:
+    """A guest pairs by the address: the later of the two is to blame."""
+    if standby.mac is None:
+        message = f"the standby '{standby.id}' has no mac: give it {primary.mac}, or leave this one out"
+        yield ("device", index, "mac"), message
+    elif primary.mac != standby.mac and index > other:
+        yield ("device", index, "mac"), f"{primary.mac} is not that of the standby '{standby.id}', {standby.mac}"
+    elif primary.mac != standby.mac:
+        yield ("device", other, "mac"), f"{standby.mac} is not that of the primary '{primary.id}', {primary.mac}"
 
 
 def _repeated(config: Config) -> Iterator[tuple[Path, Message]]:
@@ -321,6 +334,15 @@ def _again(config: Config, tables: Sequence[str], key: str) -> Iterator[tuple[Pa
                 yield path, entry, *earlier
 
 
+def standby_of(config: Config, device: DeviceBase) -> Id | None:
+    """The standby of a failover primary, which need not be there yet; None where ``device`` is an ordinary device."""
+    if not isinstance(device, VfioPci) or device.failover_pair_id is None:
+        return None
+    standby = next((other for other in config.device if other.id == device.failover_pair_id), None)
+    ordinary = config.machine.failover_compat if standby is None else not getattr(standby, "failover", False)
+    return None if ordinary else device.failover_pair_id
+
+
 def _pairs(config: Config) -> Iterator[tuple[int, VfioPci, int, DeviceBase | None]]:
     """Each failover primary and the device it names, if there is one, with their indices."""
     places: dict[str, tuple[int, DeviceBase]] = {device.id: (i, device) for i, device in enumerate(config.device)}
@@ -334,13 +356,15 @@ def _odd_pairs(config: Config) -> Iterator[tuple[Path, Message]]:
     for index, primary, _, standby in _pairs(config):
         path = ("device", index, "failover_pair_id")
         if standby is None:
-            yield path, partial(_hidden, primary, ids)
+            yield path, partial(_hidden, primary, ids, compat=config.machine.failover_compat)
         elif isinstance(standby, VirtioNetPci) and not standby.failover:
             yield path, f"'{standby.id}' does not have failover = true, so the guest sees both devices"
 
 
-def _hidden(primary: VfioPci, ids: Iterable[str]) -> str:
+def _hidden(primary: VfioPci, ids: Iterable[str], *, compat: bool) -> str:
     missing = _no_such("device", primary.failover_pair_id or "", ids)
+    if compat:
+        return f"{missing}, so the guest sees '{primary.id}'"
     return f"{missing}, '{primary.id}' stays hidden until one is added"
 
 

@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 HOST: Final = Host()
 TAKEN: Final = Obstacle("a machine of kvmpy's has it", "stop that first (kvmpy ps)", passing=True)
+NO_MAC: Final = "00:00:00:00:00:00"
 # Seconds in which a process that was killed has closed what it had open; its guest's memory is unpinned first.
 RELEASE_LIMIT: Final = 5.0
 RELEASE_POLL: Final = 0.02
@@ -82,8 +83,7 @@ class HostFunction:
         Raises HostError, with everything as it was.
         """
         if self.vf is None or not self.vf.interface:
-            why = "its PF has no network interface here" if self.vf else "it is no virtual function"
-            raise HostError(f"{self.address}: MAC and VLAN cannot be set: {why}; leave them out")
+            raise HostError(f"{self.address}: MAC and VLAN cannot be set: {self._why_not}; leave them out")
         interface, number = self.vf.interface, self.vf.number
         self._network = network
         self.withdraw()
@@ -97,6 +97,29 @@ class HostFunction:
         except HostError as e:
             self._note(vf=None)
             raise HostError(f"{self.address}: {e}") from e
+
+    def carry(self, network: Network, mac: str | None) -> None:
+        """Have its PF deliver what is for ``mac`` to it, or with None nothing that is for one address, until `close`.
+
+        That puts back what there was before the first time. Raises HostError, with everything as it was.
+        """
+        if self.vf is None or not self.vf.interface:
+            raise HostError(f"{self.address}: its address cannot be set: {self._why_not}")
+        interface, number, earlier = self.vf.interface, self.vf.number, self._record.vf
+        self._network = network
+        try:
+            now = network.set_vf(interface, number).after
+            wanted = msgspec.structs.replace(now, mac=mac or NO_MAC)
+            before = earlier.change.before if earlier else now
+            self._note(vf=VfRecord(interface, number, VfChange(before=before, after=wanted)))
+            network.set_vf(interface, number, mac=wanted.mac)
+        except HostError as e:
+            self._note(vf=earlier)
+            raise HostError(f"{self.address}: {e}") from e
+
+    @property
+    def _why_not(self) -> str:
+        return "its PF has no network interface here" if self.vf else "it is no virtual function"
 
     def withdraw(self) -> None:
         """Undo `assign`, as far as nobody else has changed it since. Raises HostError."""

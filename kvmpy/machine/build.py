@@ -85,7 +85,20 @@ class Board:
     def set_up_pci(self) -> None:
         """Number the buses and place every BAR, as firmware does after power-on. Raises HostError."""
         with self.pci.lock:
-            pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS)
+            pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS, self._expected())
+
+    def _expected(self) -> pci_setup.Expected:
+        """The BARs of failover primaries that are in no slot yet."""
+        places = {
+            function.name: device << 3 | number for bus, device, number, function in self.pci.functions() if not bus
+        }
+        hidden = [plugged for plugged in self.inventory.plugged.values() if plugged.standby is not None]
+        return {
+            places[str(plugged.table.bus)]: [
+                (pci_setup.space(bar.kind), bar.size) for bar in plugged.function.bars.values()
+            ]
+            for plugged in hidden
+        }
 
 
 def build(
@@ -227,8 +240,10 @@ def _start_network(config: Config, resources: ExitStack) -> Network | None:
 
 
 def _is_assigned(table: DeviceTable) -> bool:
-    """Whether a device is a virtual function whose PF is told something."""
-    return isinstance(table, VfioPci) and (table.mac is not None or table.vlan is not None)
+    """Whether a device may be a virtual function whose PF is told something."""
+    return isinstance(table, VfioPci) and any(
+        value is not None for value in (table.mac, table.vlan, table.failover_pair_id)
+    )
 
 
 def _ram_sizes(config: Config) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Final
 
 from kvmpy.boot import acpi, pci_tables
 from kvmpy.boot.plan import BootPlan, plan
-from kvmpy.config.schema import Config, Device, VfioPci, VirtioNetPci
+from kvmpy.config.schema import Config
 from kvmpy.devices.acpi_pm import Reg as PmReg
 from kvmpy.devices.reset_register import RESET_VALUE
 from kvmpy.errors import ConfigError, HostError
@@ -73,9 +73,6 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
     """Key and problem."""
     if config.machine.dirty_ring:
         yield "machine.dirty_ring", "this version of kvmpy logs dirty pages in the bitmap only; leave it out"
-    for index, device in enumerate(config.device):
-        for name, problem in unbuildable(device):
-            yield f"device[{index}].{name}", problem
     on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)
     if on_root_bus > ROOT_BUS_SLOTS:
         yield (
@@ -83,14 +80,6 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
             f"{on_root_bus} root ports and devices without a bus, where the root bus has "
             f"{ROOT_BUS_SLOTS} places; plug devices into root ports",
         )
-
-
-def unbuildable(device: Device) -> Iterator[tuple[str, str]]:
-    """Key of the device's table, and problem."""
-    if isinstance(device, VfioPci) and device.failover_pair_id:
-        yield "failover_pair_id", "this version of kvmpy has no failover pairs yet; leave it out"
-    elif isinstance(device, VirtioNetPci) and device.failover:
-        yield "failover", "this version of kvmpy has no failover pairs yet; leave it out"
 
 
 def _acpi_description(config: Config) -> acpi.AcpiDescription:

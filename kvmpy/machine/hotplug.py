@@ -39,8 +39,8 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.errors import CommandError, HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.build import Board
-from kvmpy.machine.check import unbuildable
 from kvmpy.machine.inventory import Plugged
+from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.plug import give_back
 
 T = TypeVar("T")
@@ -59,6 +59,10 @@ class Runs(Protocol):
     config: Config
     board: Board
     control: Reactor
+
+    @property
+    def is_incoming(self) -> bool:
+        """It waits for another machine's state, or did."""
 
     @property
     def io(self) -> Reactor:
@@ -115,10 +119,15 @@ class HotPlug:
         self._plugging = threading.Lock()
         self._leaving: dict[str, Leaving] = {}
         self._closed = self._left_circles = False
+        self.pairs = Pairs(machine, self._ports, held=machine.is_incoming)
         for port in self._ports.values():
+            port.on_used = lambda function: self._post(lambda: self.pairs.used(function))
             port.on_released = lambda function: self._post(lambda: self._released(function))
             port.on_refused = self._refused
             port.on_failed = self._failed
+        for plugged in self._inventory.plugged.values():
+            self.pairs.came(plugged)
+        machine.board.plugger.on_unasked = lambda function: self._post(lambda: self._take_hidden(function))
 
     # What an operator asks; by any thread but control's
 
@@ -128,8 +137,6 @@ class HotPlug:
             self._forget_failed()
             config = self._config()
             device = read_device(config, table)
-            for key, problem in unbuildable(device):
-                raise CommandError(f"{key}: {problem}")
             self._left_circles = True
             try:
                 plugged = self._machine.board.plugger.make(device, config)
@@ -202,20 +209,34 @@ class HotPlug:
             if machine.is_running:
                 for part in plugged.parts:
                     part.resume()
-            port.insert(plugged.function)
+            if not self.pairs.came(plugged):
+                port.insert(plugged.function)
         except BaseException:
             self._inventory.remove(plugged)
             raise
 
     def _ask(self, name: str, *, force: bool) -> None:
         self._machine.require_changeable()
+        plugged = self._inventory.plugged.get(name)
+        if plugged is not None and self.pairs.is_hidden(plugged):  # no guest has it
+            self._released(plugged.function)
+            return
         port = self._port_of(name)
         if force:
             port.tear_out()
         elif port.is_releasing:
             raise CommandError(f"Device {name} is already in the process of unplug")
         else:
+            if port.card is not None:
+                self.pairs.asked(port.card)
             port.request()
+
+    def _take_hidden(self, function: PciFunction[Any]) -> None:
+        """The host wants a function back; if it is in no slot it can have it."""
+        for plugged in self._inventory.plugged.values():
+            if plugged.function is function and self.pairs.is_hidden(plugged):
+                self._released(function)
+                return
 
     def _port_of(self, name: str) -> RootPort:
         plugged = self._inventory.plugged.get(name)
@@ -236,6 +257,7 @@ class HotPlug:
         if plugged is None:
             return
         name = str(plugged.table.id)
+        self.pairs.left(plugged)
         last = [plugged]  # whoever takes it out has the last reference
         leaving = self._leaving[name] = Leaving(plugged.table, lambda: self._give_back(name, last))
         self._inventory.remove(plugged)
@@ -244,6 +266,7 @@ class HotPlug:
 
     def _forget(self, name: str) -> None:
         self._leaving.pop(name, None)
+        self.pairs.forgotten(name)
         self._machine.report("DEVICE_DELETED", device=name, path=PERIPHERAL + name)
 
     # By the thread that gives back
@@ -274,10 +297,12 @@ class HotPlug:
     def _refused(self, function: PciFunction[Any]) -> None:
         path = PERIPHERAL + function.name
         self._machine.report("DEVICE_UNPLUG_GUEST_ERROR", device=function.name, path=path, reason=REFUSED)
+        self._post(lambda: self.pairs.refused(function, REFUSED))
 
     def _failed(self, function: PciFunction[Any], reason: str) -> None:
         path = PERIPHERAL + function.name
         self._machine.report("DEVICE_PLUG_GUEST_ERROR", device=function.name, path=path, reason=reason)
+        self._post(lambda: self.pairs.failed(function, reason))
 
     def _post(self, call: Callable[[], object]) -> None:
         with contextlib.suppress(RuntimeError):  # the machine is being closed, and gives back all there is

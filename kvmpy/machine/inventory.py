@@ -17,19 +17,25 @@ from kvmpy.devices.pci.function import PciFunction
 
 if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
+    from kvmpy.machine.steering import Steering
 
 
 @dataclass(frozen=True, slots=True)
 class Plugged:
     """A device of the configuration: its table, its function, and what it has of the host.
 
-    ``device`` is what is behind the function: one that is all of the device is that itself.
+    ``device`` is what is behind the function: one that is all of the device is that itself. ``mac`` is a network
+    device's address, ``standby`` the id of the device that a failover primary is paired with, and ``steering`` what
+    gives such a one its address.
     """
 
     table: DeviceTable
     device: Device[Any]
     function: PciFunction[Any]
     resources: ExitStack = field(default_factory=ExitStack)
+    mac: str = ""
+    standby: str | None = None
+    steering: Steering | None = None
 
     @property
     def driver(self) -> str:

@@ -48,6 +48,7 @@ from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
     from kvmpy.machine.hotplug import HotPlug
+    from kvmpy.machine.pairs import PairFacts
 
 log = logging.getLogger(__name__)
 
@@ -326,6 +327,11 @@ class Machine:
         return self._io
 
     @property
+    def pairs(self) -> list[PairFacts]:
+        """The failover pairs. By the control thread."""
+        return [] if self._hotplug is None else self._hotplug.pairs.facts()
+
+    @property
     def is_running(self) -> bool:
         """The vCPUs run; asked by the control thread."""
         return self.state is RunState.RUNNING
@@ -435,6 +441,8 @@ class Machine:
     def _power_cycle(self) -> None:
         """All as it was when the machine was made, and the kernel loaded anew. Raises KvmpyError."""
         board = self.board
+        if self._hotplug is not None:
+            self._hotplug.pairs.reset()
         for port in board.ports.values():
             port.finish()
         load_interrupts(board.vm, self._power_on.interrupts)
@@ -543,6 +551,8 @@ class Machine:
             yield from self._end(Outcome.HOST_ERROR, error=e)
             return False
         self._gate.open()
+        if self._hotplug is not None:
+            self._hotplug.pairs.runs()
         return True
 
     def halt(self, seconds: float | None = None) -> Steps[None]:

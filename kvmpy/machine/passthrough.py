@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol
 
 from kvmpy.config.schema import VfioPci as VfioPciTable
 from kvmpy.devices.vfio.container import Container, GroupListener
@@ -15,12 +16,22 @@ from kvmpy.devices.vfio.device import VfioDevice
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
 from kvmpy.host.pci import HostFunction
+from kvmpy.host.pci_function import SysfsFunction
 from kvmpy.host.reactor import Reactor
+from kvmpy.host.tree import read
 from kvmpy.irq import MsiSink
+from kvmpy.machine.steering import Steering
 from kvmpy.memory import GuestMemory
 
 if TYPE_CHECKING:
     from kvmpy.host.network import Network
+
+
+ETHERNET: Final = 0x0200
+BLOCKS: Final = (
+    "is the primary of a failover pair, and this version of kvmpy does not have it leave for a migration: take it out "
+    "(device_del {name}), migrate when DEVICE_DELETED has come, and give the guest one on the other host (device_add)"
+)
 
 
 class Surroundings(Protocol):
@@ -48,7 +59,12 @@ class Claimed(Protocol):
     @property
     def group(self) -> int: ...
 
+    @property
+    def vf(self) -> object | None: ...
+
     def assign(self, network: Network, *, mac: str | None = None, vlan: int | None = None) -> None: ...
+
+    def carry(self, network: Network, mac: str | None) -> None: ...
 
     def close(self) -> None: ...
 
@@ -60,10 +76,14 @@ class Passthrough:
         """``claim`` takes a function from the host's driver, and notes in a directory how to give it back."""
         self._host, self._claim = host, claim
         self._container = Container(host.memory, host.groups)
+        self.steerings: dict[str, Steering] = {}
 
-    def make(self, table: VfioPciTable, resources: ExitStack, ask: Callable[[VfioPci], object]) -> VfioPci:
+    def make(
+        self, table: VfioPciTable, resources: ExitStack, ask: Callable[[VfioPci], object], standby: str | None = None
+    ) -> VfioPci:
         """The function of ``table``, reset, and all RAM mapped: seconds. By a thread that no vCPU waits for.
 
+        With ``standby``, the id of a device, it is that one's primary: `steering` has what gives it its address.
         ``ask`` asks the guest to let it go, when the host wants it back: by the io thread.
         `close` of it is the caller's; what ``resources`` gets is to be closed after that. Raises HostError, beginning
         with the key it concerns, with nothing left behind.
@@ -71,18 +91,30 @@ class Passthrough:
         name, host = str(table.id), self._host
         try:
             with ExitStack() as undo:
+                address = None if standby is None else self._address(str(table.host))
                 claimed = self._claim(str(table.host), host.directory)
                 undo.callback(claimed.close)
-                if table.mac is not None or table.vlan is not None:
-                    assert host.network is not None, "build.py makes one for this"
-                    claimed.assign(host.network, mac=table.mac and str(table.mac), vlan=table.vlan)
+                mac = None if standby is not None or table.mac is None else str(table.mac)
+                if mac is not None or table.vlan is not None:
+                    claimed.assign(self._network, mac=mac, vlan=table.vlan)
+                steering = None if standby is None else self._steer(name, claimed, address)
+                if steering is not None:
+                    undo.callback(steering.close)
                 device = VfioDevice(str(table.host), claimed.group, self._container)
                 with ExitStack() as failed:
                     failed.callback(device.close)
                     device.reset()
+                    if standby is not None and (kind := device.config.ids.class_code >> 8) != ETHERNET:
+                        raise HostError(
+                            f"is of class {kind:#06x}, and a failover primary is an Ethernet device, 0x0200"
+                        )
                     function = VfioPci(name, device, host.sink, host.io, rombar=table.rombar)
                     failed.pop_all()
                 resources.push(undo.pop_all())
+                if steering is not None:
+                    function.on_driven = steering.drive
+                    function.blocks_migration = BLOCKS.format(name=name)
+                    self.steerings[name] = steering
         except HostError as e:
             raise HostError(f"device.{name}.host: {e}") from e
         function.on_broken = lambda why: host.report("DEVICE_BROKEN", device=name, reason=why)
@@ -93,3 +125,23 @@ class Passthrough:
 
         function.on_wanted_back = wanted_back
         return function
+
+    @property
+    def _network(self) -> Network:
+        assert self._host.network is not None, "build.py makes one for this"
+        return self._host.network
+
+    @staticmethod
+    def _address(host: str) -> str | None:
+        """What a NIC has for an address, as long as the host's driver has it; None where it has none, or several."""
+        function = SysfsFunction(host)
+        ports = function.interfaces()
+        return read(f"{function.path}/net/{ports[0]}/address") or None if len(ports) == 1 else None
+
+    def _steer(self, name: str, claimed: Claimed, address: str | None) -> Steering:
+        """What gives a primary its address; a virtual function has none from here on (R49)."""
+        if claimed.vf is None:
+            return Steering(name, None, fixed=address)
+        network = self._network
+        claimed.carry(network, None)
+        return Steering(name, partial(claimed.carry, network))

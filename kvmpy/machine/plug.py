@@ -23,9 +23,9 @@ from kvmpy.config.schema import (
     VirtioNetPci,
     VirtioRngPci,
     VirtioSerialPci,
+    standby_of,
 )
 from kvmpy.config.schema import Device as DeviceTable
-from kvmpy.devices.base import Device
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from kvmpy.devices.virtio.rng import VirtioRng
     from kvmpy.host.network import Network
     from kvmpy.machine.passthrough import Passthrough
+    from kvmpy.machine.steering import Steering
 
 log = logging.getLogger(__name__)
 
@@ -97,10 +98,12 @@ class Plugger:
     """Makes the devices of ``config`` and plugs them into ``pci``, before the machine runs; later it only makes them.
 
     ``resources`` gives everything back, in reverse; ``inventory`` gets it all. ``ports`` are the root ports by id.
+    ``on_unasked`` is told, by the io thread, of a function that the host wants back and that is in no slot.
     """
 
     def __init__(self, config: Config, pci: PciRoot, host: Host, inventory: Inventory, resources: ExitStack) -> None:
         self.ports: dict[str, RootPort] = {}
+        self.on_unasked: Callable[[PciFunction[Any]], object] = lambda function: None
         self._config, self._pci, self._host, self._inventory, self._resources = config, pci, host, inventory, resources
         self._free = itertools.count()
         self._ending = False
@@ -128,7 +131,7 @@ class Plugger:
             self._inventory.add(plugged)
             if table.bus is None:
                 self._pci.add(plugged.function, next(self._free))
-            else:
+            elif plugged.standby is None:  # else it is hidden: kvmpy.machine.pairs plugs it in
                 self.ports[table.bus].plug(plugged.function)
 
     def make(self, table: DeviceTable, config: Config, *, locked: bool = True) -> Plugged:
@@ -138,12 +141,11 @@ class Plugger:
         """
         with ExitStack() as resources:
             if isinstance(table, VfioPci):
-                function: PciFunction[Any] = self._vfio(table, resources)
-                device: Device[Any] = function
-            else:
-                device, function = self._virtio_pci(table, config, resources, locked=locked)
+                return self._vfio(table, config, resources)
+            device, function = self._virtio_pci(table, config, resources, locked=locked)
             resources.callback(function.close)
-            return Plugged(table, device, function, resources.pop_all())
+            mac = self.mac_of(table) if isinstance(table, VirtioNetPci) else ""
+            return Plugged(table, device, function, resources.pop_all(), mac)
 
     def _virtio_pci(
         self, table: DeviceTable, config: Config, resources: ExitStack, *, locked: bool
@@ -156,14 +158,37 @@ class Plugger:
         with self._located(f"device.{table.id}"):
             return device, VirtioPci(table.id, device, self._host.sink)
 
-    def _vfio(self, table: VfioPci, resources: ExitStack) -> PciFunction[Any]:
+    def _vfio(self, table: VfioPci, config: Config, resources: ExitStack) -> Plugged:
         from kvmpy.machine.passthrough import Passthrough
 
         if self._passthrough is None:
             self._take_name()
             self._passthrough = Passthrough(self._host)
+        standby = standby_of(config, table)
         with self._located():
-            return self._passthrough.make(table, resources, lambda function: self._ask_for(function, table.bus))
+            function = self._passthrough.make(
+                table, resources, lambda function: self._ask_for(function, table.bus), standby
+            )
+        resources.callback(function.close)
+        steering = self._passthrough.steerings.pop(str(table.id), None)
+        partner = next((other for other in config.device if other.id == standby), None)
+        if isinstance(partner, VirtioNetPci) and steering is not None:
+            self._require_alike(config, partner, table, steering)
+        return Plugged(table, function, function, resources.pop_all(), "", standby, steering)
+
+    def mac_of(self, table: VirtioNetPci) -> str:
+        """Its address, as text."""
+        return str(table.mac) if table.mac else self._chosen_mac(table.id).hex(":")
+
+    def _require_alike(self, config: Config, standby: VirtioNetPci, primary: VfioPci, steering: Steering) -> None:
+        """R6, where the host knows the address that a NIC of its own has: raises HostError."""
+        if config.machine.failover_compat or steering.fixed in (None, mac := self.mac_of(standby)):
+            return
+        problem = (
+            f"has the address {steering.fixed}, and its standby '{standby.id}' {mac}: a guest pairs by the address"
+        )
+        with self._located(f"device.{primary.id}.host"):
+            raise HostError(f'{primary.host}: {problem}; give the standby mac = "{steering.fixed}"')
 
     def _take_name(self) -> None:
         """What a machine does to the host's functions is in a journal, which has one writer: who has the name.
@@ -184,7 +209,9 @@ class Plugger:
     def _ask_for(self, function: PciFunction[Any], bus: str | None) -> None:
         """The host wants ``function`` back: ask the guest for it, if it can be asked."""
         port = None if bus is None else self.ports[bus]
-        if port is not None and port.card is function and not port.is_releasing:
+        if port is not None and port.card is not function:
+            self.on_unasked(function)
+        elif port is not None and not port.is_releasing:
             port.request()
 
     def _make(self, table: DeviceTable, config: Config, resources: ExitStack, *, locked: bool) -> VirtioDevice[Any]:
@@ -207,6 +234,9 @@ class Plugger:
         from kvmpy.host.tap import Tap
         from kvmpy.host.visit import inside
 
+        for other in self._inventory.plugged.values():  # a primary that came first
+            if isinstance(other.table, VfioPci) and other.standby == table.id and other.steering is not None:
+                self._require_alike(config, table, other.table, other.steering)
         netdev = next(netdev for netdev in config.netdev if netdev.id == table.netdev)
         # Plain strings: the types of the configuration go no deeper.
         ifname, bridge, netns = (
@@ -228,10 +258,9 @@ class Plugger:
             resources.callback(self._detach, str(ifname), netns)
         with self._located(f"netdev.{netdev.id}.vhost"):
             vhost = self._vhost(netdev.id, netdev.vhost, netdev.queues, resources)
-        mac = bytes.fromhex(table.mac.replace(":", "")) if table.mac else self._chosen_mac(table.id)
-        return VirtioNet(
-            f"{table.id}/virtio-net", self._host.memory, self._host.io, tap, mac, mtu=table.host_mtu, vhost=vhost
-        )
+        mac = bytes.fromhex(self.mac_of(table).replace(":", ""))
+        name, mtu, standby = f"{table.id}/virtio-net", table.host_mtu, table.failover
+        return VirtioNet(name, self._host.memory, self._host.io, tap, mac, mtu=mtu, vhost=vhost, standby=standby)
 
     def _detach(self, ifname: str, netns: str | None) -> None:
         """Out of its bridge; at the machine's end the helper does that for all of them."""

@@ -56,6 +56,18 @@ class Gate:
         with self._changed:
             self._changed.notify_all()
 
+    def hold_back(self, thread: VcpuThread) -> None:
+        """Wait until ``thread`` may go on after what it has done, while open."""
+        with self._changed:
+            self._napping += 1
+            while not self.closed and (hold := thread.hold) is not None:
+                left = hold.until - time.monotonic()
+                if hold.is_over or left <= 0:
+                    thread.hold = None
+                else:
+                    self._changed.wait(left)
+            self._napping -= 1
+
     def nap(self, thread: VcpuThread) -> None:
         """Wait as long as ``thread`` is to nap, while open."""
         with self._changed:
@@ -94,6 +106,29 @@ class Gate:
             return not self._ended
 
 
+class Hold:
+    """A vCPU that waits with its next instruction, but not beyond ``until``."""
+
+    def __init__(self, gate: Gate, until: float) -> None:
+        self._gate, self.until = gate, until
+        self.is_over = False
+
+    def end(self) -> None:
+        """It may go on. Any thread."""
+        self.is_over = True
+        self._gate.wake()
+
+
+def hold_back(seconds: float) -> Callable[[], object]:
+    """In a guest's access to a device: the access ends as ever, the vCPU's next instruction waits.
+
+    Until what is returned is called, but not longer than ``seconds``. No lock is held meanwhile, the other vCPUs run,
+    and the machine can be paused. By any other thread it does nothing.
+    """
+    thread = threading.current_thread()
+    return thread.hold_back(seconds).end if isinstance(thread, VcpuThread) else lambda: None
+
+
 class VcpuThread(threading.Thread):
     """Runs one vCPU between the gate's openings."""
 
@@ -105,6 +140,7 @@ class VcpuThread(threading.Thread):
         self.other_exits = 0
         self.faults = 0
         self.napping = 0.0
+        self.hold: Hold | None = None
         self._gate, self._pio, self._mmio, self._on_fatal = gate, pio, mmio, on_fatal
 
     def run(self) -> None:
@@ -114,6 +150,9 @@ class VcpuThread(threading.Thread):
                 # Nothing is pending: the KVM_RUN that a kick cut short finished the last access first.
                 if not self._gate.park(self):
                     return
+                continue
+            if self.hold is not None:
+                self._gate.hold_back(self)
                 continue
             if self.napping:
                 self._gate.nap(self)
@@ -137,6 +176,12 @@ class VcpuThread(threading.Thread):
         """Make the thread look at the gate soon. Any thread, itself included."""
         if self.native_id is not None and self.is_alive():
             self.vcpu.kick(self.native_id)
+
+    def hold_back(self, seconds: float) -> Hold:
+        """By the thread itself, in an access: see the function of that name."""
+        self.hold = Hold(self._gate, time.monotonic() + seconds)
+        self.kick()
+        return self.hold
 
     def nap(self, seconds: float) -> None:
         """Have the thread sleep so long, soon, instead of running the guest; 0 ends a nap. Any thread."""

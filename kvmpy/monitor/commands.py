@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Final
 
-from kvmpy.monitor import descriptors, devices, human, lifecycle, migration, pci, ports, queries, session_commands
+from kvmpy.monitor import (
+    descriptors,
+    devices,
+    failover,
+    human,
+    lifecycle,
+    migration,
+    pci,
+    ports,
+    queries,
+    session_commands,
+)
 from kvmpy.monitor.table import Command
 
 COMMANDS: Final[dict[str, Command]] = {
@@ -22,6 +33,7 @@ COMMANDS: Final[dict[str, Command]] = {
         queries.query_config,
         pci.query_pci,
         ports.query_root_ports,
+        failover.query_failover,
         lifecycle.stop,
         lifecycle.cont,
         lifecycle.system_powerdown,

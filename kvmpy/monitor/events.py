@@ -131,6 +131,57 @@ class DeviceWantedBack(Event, frozen=True, kw_only=True):
     host: str  # the function's address on the host
 
 
+class FailoverNegotiated(Event, frozen=True, kw_only=True, rename="kebab"):
+    """A guest's driver knows that its network device is the standby of a pair, and is about to be given the primary.
+
+    Told once a second for each device, the last always, as are the events of primaries.
+    """
+
+    NAME = "FAILOVER_NEGOTIATED"
+    device_id: str  # the standby's id
+
+
+class FailoverPrimaryPlugged(Event, frozen=True, kw_only=True, rename="kebab"):
+    """The guest has taken a failover primary into use: its driver is about to find it beside its standby."""
+
+    NAME = "FAILOVER_PRIMARY_PLUGGED"
+    OURS = True
+    device_id: str  # the primary's id
+    standby_id: str  # its standby's
+
+
+class FailoverPrimaryReleased(Event, frozen=True, kw_only=True, rename="kebab"):
+    """A failover primary is out of its slot, because the guest has let it go or it was taken away."""
+
+    NAME = "FAILOVER_PRIMARY_RELEASED"
+    OURS = True
+    device_id: str  # the primary's id
+    standby_id: str  # its standby's
+
+
+class FailoverPrimaryFailed(Event, frozen=True, kw_only=True, rename="kebab"):
+    """A failover primary cannot be used, or its address could not be moved: the standby goes on."""
+
+    NAME = "FAILOVER_PRIMARY_FAILED"
+    OURS = True
+    device_id: str  # the primary's id
+    standby_id: str  # its standby's
+    reason: str  # what went wrong
+
+
+class FailoverPathChanged(Event, frozen=True, kw_only=True, rename="kebab"):
+    """What is sent to a pair's address reaches its other device from now on: the guest has the primary do DMA, or not.
+
+    The network has learned of it, as far as that is the host's: the PF of a virtual function holds that to the address,
+    or does not any more.
+    """
+
+    NAME = "FAILOVER_PATH_CHANGED"
+    OURS = True
+    device_id: str  # the standby's id
+    path: str  # "primary" or "standby"
+
+
 class Migration(Event, frozen=True, kw_only=True):
     """A migration has come further; not sent where the capability `events` is off."""
 
@@ -165,6 +216,7 @@ class Traced(Event, frozen=True, kw_only=True):
 EVENTS: Final = (
     *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
     *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken, DeviceWantedBack),
+    *(FailoverNegotiated, FailoverPrimaryPlugged, FailoverPrimaryReleased, FailoverPrimaryFailed, FailoverPathChanged),
     *(Migration, MigrationPass, MigrationNotConverging),
     Traced,
 )

@@ -13,6 +13,7 @@ class RootPortState(Enum):
     """What goes on at a root port's slot."""
 
     FREE = "free"
+    HIDDEN = "hidden"
     WAITING = "waiting"
     OFF = "off"
     WORKING = "working"
@@ -24,10 +25,11 @@ class RootPortState(Enum):
 class RootPortInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     """A root port, and the device that has it.
 
-    `free`: device_add can have it. `waiting`: its device is shown to the guest when that is done with the one before.
-    `off`: the guest has not turned the slot on, or could not use the device. `working`: the power indicator blinks, as
-    the guest takes the device into use or lets it go. `on`: the guest uses it. `asked`: device_del waits for the guest.
-    `leaving`: the device is out of the slot, and the host is not done with it; DEVICE_DELETED follows.
+    `free`: device_add can have it. `hidden`: its failover primary is not in it yet. `waiting`: its device is shown to
+    the guest when that is done with the one before. `off`: the guest has not turned the slot on, or could not use the
+    device. `working`: the power indicator blinks, as the guest takes the device into use or lets it go. `on`: the guest
+    uses it. `asked`: device_del waits for the guest. `leaving`: the device is out of the slot, and the host is not done
+    with it; DEVICE_DELETED follows.
     """
 
     id: str  # what a device's `bus` says
@@ -54,6 +56,11 @@ def query_root_ports(caller: Caller, _: NoArguments) -> list[RootPortInfo]:
 def root_ports(machine: Machine) -> list[RootPortInfo]:
     """The same, for other queries."""
     config = machine.current_config()
+    hidden = {
+        str(plugged.table.bus)
+        for plugged in machine.board.inventory.plugged.values()
+        if plugged.standby is not None and machine.board.ports[str(plugged.table.bus)].card is None
+    }
     taken = {str(device.bus): str(device.id) for device in config.device if device.bus is not None}
     return [
         RootPortInfo(
@@ -61,7 +68,7 @@ def root_ports(machine: Machine) -> list[RootPortInfo]:
             slot=port.slot,
             bus=port.header.secondary,
             power_controller=bool(port.express.has_power_controller),
-            state=_state(port.phase.value, taken=name in taken),
+            state=_state(port.phase.value, taken=name in taken, hidden=name in hidden),
             device=taken.get(name),
         )
         for name, port in machine.board.ports.items()
@@ -77,7 +84,9 @@ def spare(config: Config) -> SpareInfo:
     )
 
 
-def _state(phase: str, *, taken: bool) -> RootPortState:
+def _state(phase: str, *, taken: bool, hidden: bool) -> RootPortState:
+    if hidden:
+        return RootPortState.HIDDEN
     if phase == "empty":
         return RootPortState.LEAVING if taken else RootPortState.FREE
     return RootPortState(phase)

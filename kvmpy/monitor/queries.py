@@ -8,6 +8,7 @@ from typing import Any
 from kvmpy import __version__
 from kvmpy.config.writer import tables
 from kvmpy.machine.runstate import RunState
+from kvmpy.monitor.failover import FailoverInfo, failover_pairs
 from kvmpy.monitor.ports import RootPortInfo, SpareInfo, root_ports, spare
 from kvmpy.monitor.table import Caller, NoArguments, Reply, command
 
@@ -90,6 +91,7 @@ class MachineInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     exits: Exits  # how often the vCPUs have left the guest
     devices: list[dict[str, Any]]  # those of the configuration: id, driver, PCI address, and what each says of itself
     root_ports: list[RootPortInfo]  # as in query-root-ports
+    failover: list[FailoverInfo]  # as in query-failover
     spare: SpareInfo  # what of the configuration no device uses
     device_faults: int  # how often a device's code has failed
 
@@ -163,6 +165,7 @@ def query_machine(caller: Caller, _: NoArguments) -> MachineInfo:
         ),
         devices=_devices(caller),
         root_ports=root_ports(machine),
+        failover=failover_pairs(machine),
         spare=spare(machine.current_config()),
         device_faults=sum(thread.faults for thread in threads),
     )

@@ -11,7 +11,17 @@ from typing import Any, Final
 
 from kvmpy.devices.base import Timer
 
-THROTTLED: Final = frozenset({"DEVICE_BROKEN", "DEVICE_PLUG_GUEST_ERROR", "DEVICE_UNPLUG_GUEST_ERROR"})
+THROTTLED: Final = frozenset(
+    {
+        "DEVICE_BROKEN",
+        "DEVICE_PLUG_GUEST_ERROR",
+        "DEVICE_UNPLUG_GUEST_ERROR",
+        "FAILOVER_NEGOTIATED",
+        "FAILOVER_PATH_CHANGED",
+        "FAILOVER_PRIMARY_FAILED",
+        "FAILOVER_PRIMARY_PLUGGED",
+    }
+)
 SECONDS: Final = 1.0
 
 Send = Callable[[str, dict[str, Any]], object]
@@ -26,7 +36,7 @@ class Throttle:
 
     def take(self, name: str, data: dict[str, Any]) -> None:
         """An event has happened."""
-        key = name, data.get("device")
+        key = name, data.get("device", data.get("device-id"))
         if name not in THROTTLED:
             self._send(name, data)
         elif key in self._held:

@@ -45,7 +45,7 @@ class FakeMachine:
             inventory=SimpleNamespace(
                 plugged={
                     "net1": SimpleNamespace(
-                        driver="virtio-net-pci", device=SimpleNamespace(info=lambda: {"link": "up"})
+                        driver="virtio-net-pci", standby=None, device=SimpleNamespace(info=lambda: {"link": "up"})
                     )
                 }
             ),
@@ -53,6 +53,7 @@ class FakeMachine:
             pci=SimpleNamespace(functions=lambda: [(1, 0, 0, SimpleNamespace(name="net1"))]),
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
+        self.pairs: list[Any] = []
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(
             console=SimpleNamespace(serial=Backend("stdio")),

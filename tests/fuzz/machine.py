@@ -159,7 +159,7 @@ class FuzzMachine:
         resources.callback(self.tap.close)
         self.far = FarEnd(self.io)
         memory, io = self.memory, self.io
-        self.net = VirtioNet("net0/virtio-net", memory, io, self.tap, MAC, mtu=1500)
+        self.net = VirtioNet("net0/virtio-net", memory, io, self.tap, MAC, mtu=1500, standby=True)
         self.console = VirtioConsole("con0/virtio-console", memory, io, self.far, "null")
         self.blk = VirtioBlk("vd0/virtio-blk", memory, io, self.disk, serial="disk0", queues=2, workers=WORKERS)
         self.rng = VirtioRng("rng0/virtio-rng", memory, io)

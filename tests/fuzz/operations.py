@@ -487,8 +487,9 @@ class Vcpu:
                             os.eventfd_write(dice.choice(triggers), 1)
             case _:
                 bar = dice.choice(list(machine.nic.bars.values()))
-                if bar.kind is not BarKind.IO and bar.address is not None:
-                    self.access(bar.address + dice.randrange(bar.size), dice.choice(SIZES))
+                address = bar.address  # which the other vCPU may just be changing
+                if bar.kind is not BarKind.IO and address is not None:
+                    self.access(address + dice.randrange(bar.size), dice.choice(SIZES))
 
     def keyboard(self) -> None:
         """Somebody types, or reads more slowly than the guest writes."""

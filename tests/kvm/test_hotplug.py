@@ -397,8 +397,8 @@ def test_a_paused_machine_takes_devices_and_its_guest_sees_them_later(rig: Rig) 
         (BLK | {"num-queues": []}, "Property 'virtio-blk-pci.num-queues': expected an integer"),
         ({"driver": "virtio-net-pci", "id": "n", "bus": "root1", "netdev": "hostnet2"}, "can't find value 'hostnet2'"),
         (
-            {"driver": "virtio-net-pci", "id": "n", "bus": "root1", "netdev": "hostnet1", "failover": "on"},
-            "failover: this version of kvmpy has no failover pairs yet",
+            {"driver": "vfio-pci", "host": "5e:00.2", "bus": "root1", "failover_pair_id": "n"},
+            "Device with failover_pair_id needs to have id",
         ),
         (RNG | {"id": "x" * 5000}, "Property 'virtio-rng-pci.id': "),
     ],

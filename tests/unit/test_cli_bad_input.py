@@ -175,16 +175,6 @@ CONFIG_MISTAKES: Final = (
         ("m.toml:5: machine.cpus: expected an integer <= 254, got 255"),
     ),
     refusals(
-        "devices of a later version",
-        GOOD
-        + '[[root_port]]\nid = "r"\n'
-        + '[[device]]\ndriver = "vfio-pci"\nid = "v"\nhost = "5e:00.2"\nbus = "r"\nfailover_pair_id = "n"\n'
-        + '[[netdev]]\ntype = "tap"\nid = "t"\nifname = "t"\n'
-        + '[[device]]\ndriver = "virtio-net-pci"\nid = "n"\nnetdev = "t"\nfailover = true\n',
-        "m.toml:12: device[0].failover_pair_id: this version of kvmpy has no failover pairs yet; leave it out",
-        "m.toml:21: device[1].failover: this version of kvmpy has no failover pairs yet; leave it out",
-    ),
-    refusals(
         "more devices than the root bus has places",
         GOOD + "".join(f'[[root_port]]\nid = "r{n}"\n' for n in range(32)),
         "m.toml:5: root_port: 32 root ports and devices without a bus, where the root bus has 31 places; "
@@ -299,9 +289,9 @@ def test_a_path_cannot_put_a_second_line_or_an_escape_sequence_on_the_terminal(k
             [
                 "--set=netdev=[{type='tap', id='t', ifname='t'}]",
                 "--set=device=[{driver='virtio-net-pci', id='n', netdev='t'}]",
-                "--set=device.n.failover=true",
+                "--set=device.n.failover=1",
             ],
-            "--set device.n.failover: this version of kvmpy has no failover pairs yet",
+            "--set device.n.failover: expected true or false, got an integer (1)",
         ),
         (
             ["--set", "machine.dirty_ring=true"],

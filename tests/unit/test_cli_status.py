@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kvmpy.cli.control import STATES, _show, _show_ports
+from kvmpy.cli.control import PRIMARIES, STATES, _show, _show_pair, _show_ports
+from kvmpy.devices.failover import PairState
 from kvmpy.monitor.ports import RootPortState
 
 NIC: dict[str, Any] = {
@@ -68,3 +69,23 @@ def test_a_machine_without_root_ports_says_nothing_of_them(capsys: pytest.Captur
 
 def test_every_state_of_a_root_port_has_words() -> None:
     assert {state.value for state in RootPortState} == {"free", *STATES}
+
+
+def test_r13_a_failover_pair_is_shown_with_its_addresses_and_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    mac = "52:54:00:6f:55:cc"
+    pair = {"standby-id": "net1", "standby": True, "negotiated": True, "standby-mac": mac, "path": "standby"}
+    _show_pair(pair | {"state": "no-primary"})
+    _show_pair(pair | {"primary-id": "hostdev0", "state": "hidden", "error": "EBUSY"})
+    _show_pair(pair | {"primary-id": "hostdev0", "state": "plugged", "primary-mac": mac, "path": "primary"})
+    assert capsys.readouterr().out == (
+        f"  failover pair net1 ({mac}): no primary\n"
+        f"  failover pair net1 ({mac}), hostdev0 (no address now): hidden: no driver has asked for it\n"
+        "    frames take the standby\n"
+        "    last error: EBUSY\n"
+        f"  failover pair net1 ({mac}), hostdev0 ({mac}): in use\n"
+        "    frames take the primary\n"
+    )
+
+
+def test_there_are_words_for_every_state_of_a_primary() -> None:
+    assert set(PRIMARIES) == {state.value for state in PairState} - {"no-primary"}

@@ -31,6 +31,7 @@ from kvmpy.config.schema import (
     VirtioRngPci,
     VirtioSerialPci,
     load,
+    standby_of,
     validate,
     warnings,
 )
@@ -615,6 +616,45 @@ def test_a_standby_that_does_not_offer_failover_is_a_warning(read: Read) -> None
         "config.toml:20: device[1].failover_pair_id: 'net1' does not have failover = true, "
         "so the guest sees both devices"
     ]
+
+
+def test_r6_a_primary_with_an_address_needs_a_standby_with_the_same(problems: Problems) -> None:
+    head, standby, primary = PAIR.split("[[device]]")
+    own = primary + 'mac = "52:54:00:00:00:01"\n'
+    assert problems("[[device]]".join([head, standby, own])) == (
+        "config.toml:21: device[1].mac: 52:54:00:00:00:01 is not that of the standby 'net1', 52:54:00:6f:55:cc",
+    )
+    (later,) = problems("[[device]]".join([head, own + "\n", standby]))
+    assert later.endswith("device[1].mac: 52:54:00:6f:55:cc is not that of the primary 'hostdev0', 52:54:00:00:00:01")
+    (none,) = problems("[[device]]".join([head, standby.replace('mac = "52:54:00:6f:55:cc"\n', ""), own]))
+    assert none.endswith(
+        "device[1].mac: the standby 'net1' has no mac: give it 52:54:00:00:00:01, or leave this one out"
+    )
+
+
+def test_r6_addresses_are_not_compared_where_pairs_are_as_qemus(read: Read) -> None:
+    read(PAIR + 'mac = "52:54:00:00:00:01"\n', "machine.failover_compat=true")
+
+
+def test_r7_a_missing_standby_leaves_the_primary_visible_where_pairs_are_as_qemus(read: Read) -> None:
+    alone = PAIR.replace('failover_pair_id = "net1"', 'failover_pair_id = "other"')
+    (warning,) = warnings(read(alone, "machine.failover_compat=true"))
+    assert warning.endswith("no device has the id \"other\", so the guest sees 'hostdev0'")
+
+
+@pytest.mark.parametrize(
+    ("text", "override", "standby"),
+    [
+        (PAIR, "name=m", "net1"),
+        (PAIR.replace("failover = true", "failover = false"), "name=m", None),
+        (PAIR.replace('pair_id = "net1"', 'pair_id = "net2"'), "name=m", "net2"),
+        (PAIR.replace('pair_id = "net1"', 'pair_id = "net2"'), "machine.failover_compat=true", None),
+    ],
+    ids=["a pair", "no failover", "no standby", "no standby, as QEMU"],
+)
+def test_r7_whose_primary_a_device_is(read: Read, text: str, override: str, standby: str | None) -> None:
+    config = read(text, override)
+    assert [standby_of(config, device) for device in config.device] == [None, standby]
 
 
 def test_a_configuration_made_by_hand_is_validated_alike() -> None:

@@ -212,6 +212,14 @@ def name_of(function: ast.expr) -> str:
     return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
 
 
+def given_by(keyword: ast.keyword) -> list[str]:
+    """The names of a keyword argument, or of a dictionary of them."""
+    if keyword.arg is not None:
+        return [keyword.arg]
+    assert isinstance(keyword.value, ast.Dict)
+    return [key.value for key in keyword.value.keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
+
+
 SENT: Final = [(place, call) for place, call in calls() if isinstance(call.args[0], ast.Constant)]
 
 
@@ -227,7 +235,7 @@ def test_an_event_is_sent_with_the_fields_it_is_declared_with(place: str, call: 
     assert isinstance(call.args[0], ast.Constant)
     event = DECLARED[str(call.args[0].value)]
     fields = struct_fields(event)
-    given = {keyword.arg for keyword in call.keywords}
+    given = {name for keyword in call.keywords for name in given_by(keyword)}
     assert given <= {field.encode_name for field in fields}
     assert {field.encode_name for field in fields if field.required} <= given
 

@@ -14,6 +14,7 @@ import pytest
 from kvmpy.abi import ioctl
 from kvmpy.config.schema import VfioPci as VfioPciTable
 from kvmpy.config.values import Id, Mac, PciAddress
+from kvmpy.devices.pci.config import Command
 from kvmpy.devices.vfio.container import Container
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
@@ -24,7 +25,7 @@ from kvmpy.machine import passthrough
 from kvmpy.machine.passthrough import Passthrough
 from kvmpy.memory import GuestMemory, Ram
 from tests.fakes.interrupts import FakeSink
-from tests.fakes.loop import open_descriptors
+from tests.fakes.loop import Inbox, open_descriptors
 from tests.fakes.vfio import ADDRESS, ERROR, GROUP, REQUEST, VfioKernel
 from tests.fakes.vfio_rig import reset_by
 
@@ -49,6 +50,8 @@ class Claim:
     def __init__(self) -> None:
         self.taken: list[str] = []
         self.assigned: list[tuple[object, str | None, int | None]] = []
+        self.carried: list[str | None] = []
+        self.vf: object | None = "a virtual function"
 
     def __call__(self, address: str, journal_dir: str) -> Claim:
         assert journal_dir == "/run/kvmpy/m"
@@ -58,6 +61,10 @@ class Claim:
     def assign(self, network: object, *, mac: str | None = None, vlan: int | None = None) -> None:
         assert self.taken
         self.assigned.append((network, mac, vlan))
+
+    def carry(self, network: object, mac: str | None) -> None:
+        assert self.taken
+        self.carried.append(mac)
 
     def close(self) -> None:
         self.taken.pop()
@@ -140,3 +147,63 @@ def test_a_virtual_function_is_given_its_address_and_network_before_it_is_opened
         resources.callback(rig.passthrough.make(table, resources, rig.asked.append).close)
         resources.callback(rig.passthrough.make(TABLE, resources, rig.asked.append).close)
     assert rig.claim.assigned == [("the helper", "52:54:00:12:34:56", 7)], "and no other is touched"
+
+
+# Primaries of failover pairs
+
+
+def primary(rig: Rig, resources: ExitStack) -> VfioPci:
+    function = rig.passthrough.make(TABLE, resources, rig.asked.append, "net1")
+    resources.callback(function.close)
+    return function
+
+
+def test_r10_a_primary_is_open_reset_and_mapped_before_any_guest_has_it(rig: Rig) -> None:
+    with ExitStack() as resources:
+        assert primary(rig, resources).is_ready
+        assert rig.kernel.nic.resets == ["function"]
+        assert rig.kernel.maps
+
+
+def test_r49_a_prepared_primary_has_no_address_and_gets_it_with_its_bus_master_bit(rig: Rig) -> None:
+    with ExitStack() as resources:
+        function = primary(rig, resources)
+        steering = rig.passthrough.steerings["host0"]
+        steering.mac = "52:54:00:6f:55:cc"
+        moved: Inbox[bool] = Inbox()
+        steering.on_change = lambda driven, problem: moved.put(driven)
+        assert rig.claim.carried == [None]
+        function.config_write(4, 2, Command.BUS_MASTER)
+        moved.wait(1)
+        assert rig.claim.carried == [None, "52:54:00:6f:55:cc"]
+        with function.lock:
+            function.release()
+        assert moved.wait(2) == [True, False]
+        assert rig.claim.carried == [None, "52:54:00:6f:55:cc", None]
+    assert rig.claim.taken == []
+
+
+def test_r49_a_nic_that_is_no_virtual_function_keeps_its_address(rig: Rig) -> None:
+    rig.claim.vf = None
+    with ExitStack() as resources:
+        function = primary(rig, resources)
+        told: list[bool] = []
+        rig.passthrough.steerings["host0"].on_change = lambda driven, problem: told.append(driven)
+        function.config_write(4, 2, Command.BUS_MASTER)
+        assert (rig.claim.carried, told) == ([], [True])
+
+
+def test_r4_a_primary_that_is_no_ethernet_device_is_refused_while_hidden(rig: Rig) -> None:
+    rig.kernel.nic.config[0x09:0x0C] = (0x01_0802).to_bytes(3, "little")
+    with ExitStack() as resources:
+        why = r"^device\.host0\.host: .*is of class 0x0108, and a failover primary is an Ethernet device, 0x0200"
+        with pytest.raises(HostError, match=why):
+            primary(rig, resources)
+        assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+
+
+def test_a_primary_says_what_to_do_with_it_before_a_migration(rig: Rig) -> None:
+    with ExitStack() as resources:
+        blocks = primary(rig, resources).blocks_migration
+        assert blocks is not None
+        assert "take it out (device_del host0)" in blocks

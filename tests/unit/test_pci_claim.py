@@ -518,3 +518,38 @@ def test_function_that_is_no_virtual_one_takes_no_settings(sysfs: FakeSysfs, run
 @pytest.fixture(autouse=True)
 def _heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+def test_r49_an_address_that_comes_and_goes_is_the_first_again_in_the_end(sysfs: FakeSysfs, run: str) -> None:
+    network, function = FakeNetwork(), claim(sysfs, run, VF)
+    network.settings = first = VfSettings(mac="52:54:00:00:00:99")
+    seen = []
+    for mac in (None, MAC, None, MAC):
+        function.carry(network, mac)
+        noted = pci_journal.find(run, VF)
+        assert noted is not None
+        assert noted.vf == VfRecord("enp94s0f0", 1, VfChange(before=first, after=network.settings))
+        seen.append(network.settings.mac)
+    assert seen == [ZEROS, MAC, ZEROS, MAC]
+    function.close()
+    assert network.settings == first
+    assert os.listdir(run) == []
+
+
+def test_r49_an_address_that_is_refused_leaves_the_one_before_and_its_note(sysfs: FakeSysfs, run: str) -> None:
+    network, function = FakeNetwork(), claim(sysfs, run, VF)
+    network.settings = first = VfSettings(mac="52:54:00:00:00:99")
+    function.carry(network, MAC)
+    network.refuses = True
+    with pytest.raises(HostError, match=f"^{VF}: enp94s0f0: virtual function 1: EINVAL$"):
+        function.carry(network, "52:54:00:00:00:98")
+    assert network.settings.mac == MAC
+    function.close()
+    assert network.settings == first
+
+
+def test_r49_what_is_no_virtual_function_carries_its_own_address(sysfs: FakeSysfs, run: str) -> None:
+    function = claim(sysfs, run, NIC)
+    with pytest.raises(HostError, match="its address cannot be set: it is no virtual function"):
+        function.carry(FakeNetwork(), MAC)
+    function.close()

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmpy.boot.pci_scan import Space
 from kvmpy.boot.pci_setup import set_up
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.decode import PciWindows
@@ -357,3 +358,24 @@ def test_a_machine_of_ports_alone_is_set_up(board: Board) -> None:
     set_up(board.root, WINDOWS_OF_BOARD, IRQS)
     assert [port.header.secondary for port in ports] == list(range(1, 31))
     assert len({port.header.memory for port in ports}) == 30
+
+
+# What is to come
+
+
+def test_r27_a_port_has_room_for_the_bars_of_what_is_hidden_there() -> None:
+    expected = {1 << 3: [(Space.MEM64, 4 * GIB), (Space.MEM64, 32 * MIB), (Space.MEM32, 32 * MIB)]}
+    port, other = bridge(hot_plug=True), bridge(hot_plug=True)
+    windows = PciWindows(io=WINDOWS.io, mem32=WINDOWS.mem32, mem64=range(32 * GIB, 64 * GIB))
+    config = FakeConfigSpace({0: FakeFunction(), 1 << 3: port, 2 << 3: other})
+    set_up(config, windows, IRQS, expected)
+    assert len(port.mem64) == 8 * GIB
+    assert port.mem64.start % (4 * GIB) == 0
+    assert len(port.mem32) == 32 * MIB
+    assert (len(other.mem64), len(other.mem32)) == (GIB, 16 * MIB)
+
+
+def test_r27_one_that_does_not_fit_is_a_problem_of_the_start() -> None:
+    config = FakeConfigSpace({0: FakeFunction(), 1 << 3: bridge(hot_plug=True)})
+    with pytest.raises(HostError, match=r"PCI 00:01\.0: the window for what is behind it, 0x400000000 bytes"):
+        set_up(config, WINDOWS, IRQS, {1 << 3: [(Space.MEM64, 16 * GIB)]})

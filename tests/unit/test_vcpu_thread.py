@@ -30,7 +30,7 @@ from kvmpy.kvm.exits import (
 )
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.machine.throttle import Throttle
-from kvmpy.machine.vcpu import FAULTS_LOGGED, Gate, VcpuThread
+from kvmpy.machine.vcpu import FAULTS_LOGGED, Gate, VcpuThread, hold_back
 from tests.counts import count
 from tests.fakes.loop import BOUND, Inbox, each
 from tests.fakes.vcpu import FakeVcpu
@@ -324,6 +324,50 @@ def test_a_stop_ends_a_nap_at_once(rig: Rig) -> None:
     rig.threads[0].nap(BOUND)
     wait_until(lambda: vcpu.log == ["interrupted"])
     rig.park()
+
+
+def held_by(rig: Rig, seconds: float) -> Callable[[], object]:
+    """A vCPU whose access has been answered, and that is held back after it; returns what lets it go."""
+    held: list[Callable[[], object]] = []
+    write = rig.port.write
+
+    def hold(offset: int, size: int, value: int) -> None:
+        held.append(hold_back(seconds))
+        write(offset, size, value)
+
+    rig.port.write = hold  # type: ignore[method-assign]
+    vcpu = FakeVcpu(PioWrite(0x10, 1, (1,)), PioWrite(0x10, 1, (2,)))
+    rig.start(vcpu)
+    rig.gate.open()
+    rig.port.seen.wait(1)
+    wait_until(lambda: "interrupted" in vcpu.log)
+    return held[0]
+
+
+def test_r49_an_access_ends_and_the_next_instruction_waits(rig: Rig) -> None:
+    go_on = held_by(rig, BOUND)
+    with rig.port.lock:  # nobody holds it
+        assert len(rig.port.seen.items) == 1
+    go_on()
+    assert rig.port.seen.wait(2) == [("write", 0, 1, 1), ("write", 0, 1, 2)]
+
+
+def test_r49_a_vcpu_that_is_held_back_parks_and_is_held_back_again(rig: Rig) -> None:
+    go_on = held_by(rig, BOUND)
+    rig.park()
+    rig.gate.open()
+    assert len(rig.port.seen.items) == 1
+    go_on()
+    rig.port.seen.wait(2)
+
+
+def test_r49_it_goes_on_by_itself_in_the_end(rig: Rig) -> None:
+    held_by(rig, 0.05)
+    rig.port.seen.wait(2)
+
+
+def test_any_other_thread_is_not_held_back() -> None:
+    hold_back(BOUND)()
 
 
 def test_a_throttle_makes_all_vcpus_nap_again_and_again_until_it_stops(rig: Rig) -> None:

@@ -45,10 +45,11 @@ class RootPort(PortRegisters):
     """The port of physical slot ``slot``, which must be the only one with that number.
 
     ``behind`` is the function in the slot; ``forwards`` what reaches it, for any thread to read. The callbacks are
-    made under the locks of root and port, and may only post: ``on_released(function)`` once a function is out of the
-    machine, ``on_refused(function)`` when the guest keeps one that it was asked for, ``on_failed(function, reason)``
-    when it cannot use one. ``timer`` and ``now``, in seconds, are the host's. Without a power controller a card has
-    power while it is in the slot, and the guest lets it go a second sooner.
+    made under the locks of root and port, and may only post: ``on_used(function)`` once the guest uses a function that
+    came while it ran, ``on_released(function)`` once one is out of the machine, ``on_refused(function)`` when the guest
+    keeps one that it was asked for, ``on_failed(function, reason)`` when it cannot use one. ``timer`` and ``now``, in
+    seconds, are the host's. Without a power controller a card has power while it is in the slot, and the guest lets it
+    go a second sooner.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class RootPort(PortRegisters):
     ) -> None:
         super().__init__(name, slot, sink, power_controller=power_controller)
         self.seats: Seats | None = None  # set by PciRoot
+        self.on_used: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_released: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_refused: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_failed: Callable[[PciFunction[Any], str], object] = lambda function, reason: None
@@ -99,6 +101,7 @@ class RootPort(PortRegisters):
     def unplug(self) -> None:
         """Take the function out of the slot, while the machine stands still; it is reset. Nothing happens if empty."""
         with self._seats().lock, self.lock:
+            self._waiting = None
             if self.behind is not None:
                 self._unseat(self.behind)
             self._preset(SLOT_EMPTY, 0)
@@ -174,6 +177,12 @@ class RootPort(PortRegisters):
             self.on_released(function)
         elif self.behind is not None:
             self._lose(self.behind)
+
+    def used(self) -> None:
+        """The guest uses the card."""
+        if self.behind is not None:
+            self._trace("used")
+            self.on_used(self.behind)
 
     def refused(self) -> None:
         """The guest keeps the card."""

@@ -74,6 +74,9 @@ class Hands(Protocol):
     def take_out(self) -> None:
         """The guest is done with the card, or never saw it: it leaves."""
 
+    def used(self) -> None:
+        """The guest has taken the card into use."""
+
     def refused(self) -> None:
         """The guest was asked for the card, began, and went back: it keeps it."""
 
@@ -263,7 +266,9 @@ class Slot:
         self._used, self._given_up = self.indicator is Indicator.ON, False
 
     def _turned_on(self, *, went_back: bool) -> None:
-        self._used, self._given_up = True, False
+        was_used, self._used, self._given_up = self._used, True, False
+        if not was_used:
+            self._hands.used()
         if self.requested and went_back:
             self.requested = False
             self._hands.refused()

@@ -96,7 +96,8 @@ class VfioPci(PciFunction[VfioPciState]):
     """``device``, which it owns; ``io`` watches for what the kernel says of it.
 
     ``on_broken`` is told why the device does no more, by any thread; ``on_wanted_back`` that the host waits for us to
-    let go of it, by the io thread. `close` takes as long as a reset.
+    let go of it, by the io thread; ``on_driven`` whether the guest has it do DMA, under the lock: it may only post.
+    `close` takes as long as a reset.
     """
 
     blocks_migration = (
@@ -113,6 +114,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.broken: str | None = None
         self.on_broken: Callable[[str], object] = lambda why: None
         self.on_wanted_back: Callable[[], object] = lambda: None
+        self.on_driven: Callable[[bool], object] = lambda driven: None
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
         self._wanted_back = False  # by the host, which waits until it is closed
@@ -161,6 +163,14 @@ class VfioPci(PciFunction[VfioPciState]):
         }
 
     # Its life
+
+    def on_bus_master(self, enabled: bool) -> None:
+        self.on_driven(enabled)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can be plugged in: no reset is under way, nor does it need one. Any thread."""
+        return self._resetter.is_over and self._answers
 
     def begin_reset(self) -> bool:
         with self.lock:

@@ -156,6 +156,9 @@ class VirtioDevice(Device[V]):
         """Whether the driver may have exactly these ``features``, all of them offered."""
         return True
 
+    def agreed(self) -> None:
+        """The driver has chosen its features for good (FEATURES_OK), until it resets the device."""
+
     def serve(self) -> None:
         """Use the queues from now on. By default: `on_notify` for each kick of a queue that is running, and once now.
 
@@ -293,6 +296,8 @@ class VirtioDevice(Device[V]):
                     if not value & step or v.status & Status.FAILED or not self._allows(step):
                         break
                     v.status |= step
+                    if step is Status.FEATURES_OK:
+                        self.agreed()
             v.status |= value & Status.FAILED
             self._update()
         elif not value:

@@ -7,6 +7,10 @@ What both ways must obey is left to the tap, so it holds for both: the driver's 
 many pairs it uses. While no driver is there, or the link is down, the tap's filter lets nothing pass: frames that
 nobody will take are dropped in the kernel, at no cost, and no guest begins with those that were for the one before.
 
+With ``standby`` it is one half of a failover pair (section 5.1.3, VIRTIO_NET_F_STANDBY): a driver that takes that
+feature will use a second NIC with the same address in its place, so that one is kept from any other driver
+(`kvmpy.devices.failover`). All else here is as ever.
+
 VLANs are noted and migrate, and are not filtered: vhost would not, and a driver must bear more than it asked for.
 """
 
@@ -15,12 +19,12 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 
 from kvmpy.abi import tun
-from kvmpy.abi.virtio import DeviceId, feature_mask
+from kvmpy.abi.virtio import DeviceId, Status, feature_mask
 from kvmpy.devices.vhost import HANDLED
 from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice
 from kvmpy.devices.virtio.net_announce import rarp
@@ -138,6 +142,9 @@ class VirtioNet(VirtioDevice[NetState]):
 
     ``mtu`` is told to the driver, if given. ``vhost`` moves the frames where there is one. Neither it nor the tap is
     ours to close. Any thread: `set_link`, `announce`, `announce_from_here`, `info`.
+
+    ``is_standby`` says whether a driver is there that knows of being one, ``standby_acks`` how often one has come.
+    ``on_standby`` is told when that has changed: under the lock, so it may only post.
     """
 
     DEVICE_ID = DeviceId.NET
@@ -153,6 +160,7 @@ class VirtioNet(VirtioDevice[NetState]):
         *,
         mtu: int | None = None,
         vhost: Lender | None = None,
+        standby: bool = False,
     ) -> None:
         pairs = range(len(tap.fds))
         queues = [QueueSpec(f"{kind}{pair}", RING) for pair in pairs for kind in ("rx", "tx")]
@@ -163,7 +171,11 @@ class VirtioNet(VirtioDevice[NetState]):
         self._pairs = [Pair(self, index, scratch) for index in pairs]
         self._control = Control(self)
         self._refused = ""  # why vhost did not take a pair
+        self.is_standby, self.standby_acks = False, 0
+        self.on_standby: Callable[[], object] = lambda: None
         self.features |= self._offered()
+        if standby:  # R1: with it go VERSION_1 and MAC, which every device of ours offers
+            self.features |= feature_mask(NetFeature.STANDBY)
         if vhost is not None:
             self.features &= ~HANDLED | vhost.features()
         try:
@@ -248,6 +260,13 @@ class VirtioNet(VirtioDevice[NetState]):
 
     # The life cycle
 
+    def agreed(self) -> None:
+        self._follow_standby()
+
+    def post_load(self) -> None:
+        super().post_load()
+        self._follow_standby()
+
     def serve(self) -> None:
         if self.state.pairs > len(self._pairs):
             raise GuestError(f"{self.name}: {self.state.pairs} pairs of queues in use, of {len(self._pairs)}")
@@ -321,6 +340,15 @@ class VirtioNet(VirtioDevice[NetState]):
         self.state.offloads = features
 
     # Within
+
+    def _follow_standby(self) -> None:
+        """A driver pairs by the address, so without that feature it drops STANDBY, as Linux does, and pairs nothing."""
+        agreed = bool(self.virtio.status & Status.FEATURES_OK)
+        is_standby = agreed and self.acked(NetFeature.STANDBY) and self.acked(NetFeature.MAC)
+        if is_standby is not self.is_standby:
+            self.is_standby = is_standby
+            self.standby_acks += is_standby
+            self.on_standby()
 
     @property
     def _control_index(self) -> int:

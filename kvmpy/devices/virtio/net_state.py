@@ -47,6 +47,7 @@ class NetFeature(IntEnum):
     GUEST_USO4 = 54
     GUEST_USO6 = 55
     HOST_USO = 56
+    STANDBY = 62
 
 
 class NetStatus(IntEnum):

@@ -1,0 +1,313 @@
+"""The failover pairs of a machine: what `kvmpy.devices.failover` decides, done to real slots, and told to listeners.
+
+All of it is the control thread's, but for what is posted to it. A standby, a primary and what the guest does to either
+are looked at when the post is served, not as they were when it was made: a reset may have come in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
+
+from kvmpy.config.schema import VirtioNetPci
+from kvmpy.devices.failover import Pair, PairState
+from kvmpy.devices.pci.function import PciFunction
+from kvmpy.devices.pci.root_port import RootPort
+from kvmpy.errors import HostError
+from kvmpy.host.reactor import Reactor
+from kvmpy.machine.inventory import Plugged
+
+if TYPE_CHECKING:
+    from kvmpy.devices.vfio.pci import VfioPci
+    from kvmpy.devices.virtio.net import VirtioNet
+
+log = logging.getLogger(__name__)
+
+NOT_RESET: Final = "it has not come out of its reset; see the log, and plug it in anew (device_del, device_add)"
+
+
+MOST_WARNINGS: Final = 20
+
+
+class Tells(Protocol):
+    """The machine, as far as a pair needs it."""
+
+    control: Reactor
+
+    def report(self, event: str, **data: Any) -> None:
+        """Tell the listeners of an event."""
+
+
+class PairFacts(NamedTuple):
+    """What an operator is shown of a pair; `kvmpy.monitor.failover` says what each is."""
+
+    standby_id: str
+    standby: bool
+    negotiated: bool
+    primary_id: str | None
+    state: PairState
+    path: str
+    standby_mac: str | None
+    primary_mac: str | None
+    error: str | None
+
+
+class Pairing:
+    """One pair with what it is made of (`kvmpy.devices.failover.Hands`)."""
+
+    def __init__(self, machine: Tells, ports: Mapping[str, RootPort], standby_id: str, *, held: bool) -> None:
+        self._machine, self._ports, self.standby_id = machine, ports, standby_id
+        self.standby: Plugged | None = None
+        self.primary: Plugged | None = None
+        self.primary_id: str | None = None
+        self.driven = False
+        self.problem = ""  # with the primary's address
+        self.acks = 0
+        self._said: set[str] = set()
+        self.pair = Pair(self, held=held)
+
+    @property
+    def is_over(self) -> bool:
+        """Neither of the two is there."""
+        return self.standby is None and self.primary_id is None
+
+    @property
+    def net(self) -> VirtioNet | None:
+        """The standby's device."""
+        return None if self.standby is None else cast("VirtioNet", self.standby.device)
+
+    @property
+    def port(self) -> RootPort:
+        """The primary's."""
+        assert self.primary is not None
+        return self._ports[str(self.primary.table.bus)]
+
+    @property
+    def is_hidden(self) -> bool:
+        """There is a primary, and it is in no slot."""
+        return self.primary is not None and self.port.card is not self.primary.function
+
+    def facts(self) -> PairFacts:
+        """What an operator is shown."""
+        primary, state = self.primary, self.pair.state
+        if primary is not None and state is PairState.PLUGGED and self.port.is_releasing:
+            state = PairState.LEAVING  # the host has asked for it
+        steering = None if primary is None else primary.steering
+        return PairFacts(
+            standby_id=self.standby_id,
+            standby=self.standby is not None,
+            negotiated=self.pair.acked,
+            primary_id=self.primary_id,
+            state=state,
+            path="primary" if self.driven else "standby",
+            standby_mac=None if self.standby is None else self.standby.mac,
+            primary_mac=None if steering is None else steering.fixed or (steering.mac if self.driven else None),
+            error=self.problem or self.pair.error or None,
+        )
+
+    def look(self) -> None:
+        """The standby's driver has come, or gone."""
+        if self.net is None:
+            return
+        acks, self.acks = self.acks, self.net.standby_acks
+        if self.acks != acks and self.net.is_standby:
+            self.pair.driver_came()
+        elif not self.net.is_standby:
+            self.pair.driver_left()
+
+    def moved(self, driven: bool, problem: HostError | None) -> None:
+        """The primary's address is where the guest wants it, or could not be brought there."""
+        if problem is not None:
+            self.problem = str(problem)
+            self._tell_failed(self.problem)
+            return
+        self.problem, self.driven = "", driven
+        self._machine.report(
+            "FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": "primary" if driven else "standby"}
+        )
+        if not driven and self.net is not None:  # R46: what was for the primary is for the standby now
+            self.net.announce_from_here()
+
+    # What the pair has us do
+
+    def show(self) -> None:
+        """Plug the primary in, when it is not being reset any more."""
+        assert self.primary is not None
+        primary = self.primary
+        if getattr(primary.function, "is_ready", True):
+            self._insert(primary)
+        else:
+            finish = cast("VfioPci", primary.function).finish_reset
+            threading.Thread(target=self._when_ready, args=(primary, finish), daemon=True).start()
+
+    def hide(self) -> None:
+        """Take it out of its slot; the machine stands still."""
+        self.port.unplug()
+
+    def negotiated(self, *, primary: bool) -> None:
+        """A driver has taken STANDBY."""
+        self._machine.report("FAILOVER_NEGOTIATED", **{"device-id": self.standby_id})
+        if not primary:
+            self._warn("the guest waits for a failover primary, and there is none; give one the key failover_pair_id")
+
+    def plugged(self) -> None:
+        """The guest has taken the primary into use."""
+        self._machine.report(
+            "FAILOVER_PRIMARY_PLUGGED", **{"device-id": str(self.primary_id), "standby-id": self.standby_id}
+        )
+
+    def released(self) -> None:
+        """It is out of its slot."""
+        self._machine.report(
+            "FAILOVER_PRIMARY_RELEASED", **{"device-id": str(self.primary_id), "standby-id": self.standby_id}
+        )
+
+    def failed(self, reason: str) -> None:
+        """It cannot be used."""
+        self._tell_failed(reason)
+
+    def _when_ready(self, primary: Plugged, finish_reset: Callable[[], bool]) -> None:
+        ready = finish_reset()
+        self.post(lambda: self._insert(primary) if ready else self._not_ready(primary))
+
+    def _not_ready(self, primary: Plugged) -> None:
+        if self.primary is primary:
+            self.pair.failed(str(primary.function.info().get("broken") or NOT_RESET))
+
+    def _insert(self, primary: Plugged) -> None:
+        if self.primary is not primary or self.pair.state is not PairState.PLUGGING:
+            return  # a reset, or its end, has come in between
+        if primary.steering is not None:
+            primary.steering.mac = None if self.standby is None else self.standby.mac
+        self.port.insert(primary.function)
+
+    def _warn(self, text: str) -> None:
+        """Once each, and not for ever: a guest can bring it about again and again."""
+        if text not in self._said and len(self._said) < MOST_WARNINGS:
+            self._said.add(text)
+            log.warning("%s: %s", self.standby_id, text)
+
+    def _tell_failed(self, reason: str) -> None:
+        self._warn(f"its primary {self.primary_id}: {reason}")
+        self._machine.report(
+            "FAILOVER_PRIMARY_FAILED",
+            **{"device-id": str(self.primary_id), "standby-id": self.standby_id, "reason": reason},
+        )
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Have the control thread do it, unless the machine is being closed."""
+        with contextlib.suppress(RuntimeError):
+            self._machine.control.post(call)
+
+
+class Pairs:
+    """All pairs of a machine, by the ids of their standbys. With ``held`` none is shown before `runs`."""
+
+    def __init__(self, machine: Tells, ports: Mapping[str, RootPort], *, held: bool) -> None:
+        self._machine, self._ports, self._held = machine, ports, held
+        self._pairings: dict[str, Pairing] = {}
+
+    def facts(self) -> list[PairFacts]:
+        """What an operator is shown of each."""
+        return [self._pairings[name].facts() for name in sorted(self._pairings)]
+
+    def came(self, plugged: Plugged) -> bool:
+        """One more device; True if it is a primary, which is plugged in when its time comes."""
+        table = plugged.table
+        if plugged.standby is not None:
+            pairing = self._pairing(plugged.standby)
+            pairing.primary, pairing.primary_id, pairing.problem = plugged, str(table.id), ""
+            if plugged.steering is not None:
+                plugged.steering.on_change = lambda driven, problem: pairing.post(
+                    lambda: pairing.moved(driven, problem)
+                )
+            pairing.pair.primary_came()
+            if pairing.pair.state is PairState.WAITING:
+                log.warning("%s: is hidden until its standby '%s' is added", table.id, plugged.standby)
+            return True
+        if isinstance(table, VirtioNetPci) and table.failover:
+            pairing = self._pairing(str(table.id))
+            pairing.standby, pairing.acks = plugged, 0
+            device: Any = plugged.device
+            device.on_standby = lambda: pairing.post(pairing.look)
+            pairing.pair.standby_came()
+            pairing.look()
+        return False
+
+    def left(self, plugged: Plugged) -> None:
+        """A device is out of its slot; of a primary, `forgotten` follows."""
+        if plugged.standby is not None:
+            pairing = self._pairings[plugged.standby]
+            if pairing.pair.state in (PairState.HIDDEN, PairState.WAITING):
+                pairing.pair.primary_left()
+            else:
+                pairing.pair.released()
+            pairing.primary, pairing.driven = None, False
+        elif (found := self._pairings.get(str(plugged.table.id))) is not None and found.standby is plugged:
+            found.standby = None
+            found.pair.standby_left()
+            self._forget(found)
+
+    def forgotten(self, name: str) -> None:
+        """The host has back what the device of that id had."""
+        for pairing in list(self._pairings.values()):
+            if pairing.primary_id == name and pairing.primary is None:
+                pairing.primary_id, pairing.problem = None, ""
+                pairing.pair.primary_left()
+                self._forget(pairing)
+
+    def asked(self, function: PciFunction[Any]) -> None:
+        """The guest is about to be asked for a function."""
+        for pairing in self._of(function):
+            pairing.pair.asked()
+
+    def used(self, function: PciFunction[Any]) -> None:
+        """The guest has taken a function into use."""
+        for pairing in self._of(function):
+            if not pairing.is_hidden:
+                pairing.pair.used()
+
+    def refused(self, function: PciFunction[Any], reason: str) -> None:
+        """The guest was asked for it, and keeps it."""
+        for pairing in self._of(function):
+            pairing.pair.kept(reason)
+
+    def failed(self, function: PciFunction[Any], reason: str) -> None:
+        """The guest cannot use it."""
+        for pairing in self._of(function):
+            if not pairing.is_hidden:
+                pairing.pair.failed(reason)
+
+    def is_hidden(self, plugged: Plugged) -> bool:
+        """It is a primary in no slot, so that no guest is to be asked for it."""
+        return plugged.standby is not None and self._pairings[plugged.standby].is_hidden
+
+    def reset(self) -> None:
+        """A system reset: every primary is hidden again. The machine stands still."""
+        for pairing in self._pairings.values():
+            pairing.driven = False
+            pairing.pair.reset()
+
+    def runs(self) -> None:
+        """The machine runs: what came with a move may be shown (R42)."""
+        if self._held:
+            self._held = False
+            for pairing in self._pairings.values():
+                pairing.pair.let_go()
+
+    def _pairing(self, standby: str) -> Pairing:
+        if standby not in self._pairings:
+            self._pairings[standby] = Pairing(self._machine, self._ports, standby, held=self._held)
+        return self._pairings[standby]
+
+    def _forget(self, pairing: Pairing) -> None:
+        if pairing.is_over:
+            self._pairings.pop(pairing.standby_id, None)
+
+    def _of(self, function: PciFunction[Any]) -> list[Pairing]:
+        """The pairing whose primary it is, if there is one."""
+        primaries = [(pairing.primary, pairing) for pairing in self._pairings.values()]
+        return [pairing for primary, pairing in primaries if primary is not None and primary.function is function]

@@ -1,0 +1,108 @@
+"""R49: the address of a pair is a virtual function's only while the guest drives that.
+
+A switch in a NIC delivers frames to a virtual function from the moment its PF holds it to their address, whether or not
+anybody looks at it: one that is prepared, hidden or released would swallow what the standby is there for. So the PF is
+told when the guest turns on the function's bus mastering, and again when it is off. A driver does that before it asks
+the PF for its address, which must be there by then. The PF is a network helper and a netlink request away, and a
+device's access must not wait for those: the access ends, and its vCPU goes on with the next instruction when the
+address is there, or after PATIENCE.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Final
+
+from kvmpy.errors import HostError
+from kvmpy.machine.vcpu import hold_back
+
+log = logging.getLogger(__name__)
+
+PATIENCE: Final = 5.0
+"""Seconds for which a vCPU is held back at most."""
+
+Changed = Callable[[bool, HostError | None], object]
+
+
+class Steering:
+    """Has ``carry`` give the function ``name`` the address ``mac``, or None for none; ``carry`` may take a while.
+
+    ``on_change(driven, problem)`` is told when that is done: by the thread that has done it, so it may only post.
+    Without ``carry``, as for a NIC that is all the guest's, there is nothing to do but to tell: it has its own address,
+    ``fixed``, if that is known.
+    """
+
+    def __init__(
+        self, name: str, carry: Callable[[str | None], object] | None = None, *, fixed: str | None = None
+    ) -> None:
+        self._name, self._carry, self.fixed = name, carry, fixed
+        self.mac: str | None = None
+        self.on_change: Changed = lambda driven, problem: None
+        self._lock = threading.Lock()
+        self._driven = self._closed = self._failed = False
+        self._working: threading.Thread | None = None
+        self._waiting: list[Callable[[], object]] = []
+
+    def drive(self, driven: bool) -> None:
+        """The guest drives it from now on, or no longer. Any thread, under any lock: it does not wait."""
+        with self._lock:
+            if self._closed or driven is self._driven:
+                return
+            self._driven = driven
+            if self._carry is None:
+                self.on_change(driven, None)
+                return
+            if driven:
+                self._waiting.append(hold_back(PATIENCE))
+            if self._working is None:
+                self._working = threading.Thread(target=self._work, name=f"steer-{self._name}", daemon=True)
+                try:
+                    self._working.start()
+                except RuntimeError as e:  # "can't start new thread"
+                    self._working = None
+                    self._done(driven, HostError(f"{self._name}: no thread to move its address: {e}"))
+
+    def close(self) -> None:
+        """Do no more, and wait for what is being done."""
+        with self._lock:
+            self._closed, working = True, self._working
+        if working is not None:
+            working.join()
+
+    def _work(self) -> None:
+        done: bool | None = None
+        while True:
+            with self._lock:
+                if self._closed or done is self._driven:
+                    self._working = None
+                    self._let_go()
+                    return
+                done = self._driven
+            problem = self._move(done)
+            with self._lock:
+                self._done(done, problem)
+
+    def _move(self, driven: bool) -> HostError | None:
+        assert self._carry is not None
+        try:
+            self._carry(self.mac if driven else None)
+        except HostError as e:
+            return e
+        except Exception as e:
+            if not self._failed:
+                log.exception("%s: its address could not be moved", self._name)
+            self._failed = True
+            return HostError(f"{self._name}: {e!r}")
+        return None
+
+    def _done(self, driven: bool, problem: HostError | None) -> None:
+        """With the lock."""
+        if driven is self._driven:
+            self._let_go()
+        self.on_change(driven, problem)
+
+    def _let_go(self) -> None:
+        while self._waiting:
+            self._waiting.pop()()
