@@ -43,10 +43,9 @@ def under_way(journey: Journey) -> tuple[Stop, Stop]:
 
 
 def restarts(said: bytes) -> int:
-    """Where the count begins anew."""
-    at = gap(said)
-    assert at is not None, f"{len(said)} bytes, {said[:4]!r} to {said[-4:]!r}"
-    assert said[at] == 0
+    """Where the count begins anew; 0 where that does not show, after a whole number of turns."""
+    at = gap(said) or 0
+    assert said[at] == 0, f"{len(said)} bytes, {said[:4]!r} to {said[-4:]!r}"
     return at
 
 
