@@ -52,7 +52,6 @@ def restarts(said: bytes) -> int:
 def test_a_reset_while_pages_are_sent_is_carried_out_and_what_it_loads_travels(journey: Journey) -> None:
     source, there = under_way(journey)
     source.machine.request_reset()
-    source.wait_for_count()
     source.migrations.set_parameters(downtime_limit=10_000)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
