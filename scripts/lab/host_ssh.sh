@@ -4,6 +4,7 @@
 #   variables: tree keys name address peer peer_address path
 set -eu
 
+[ "$(hostname)" = kvmpy-lab ] || { echo "host_ssh.sh: is for emulated hosts: it replaces the machine's ssh set-up" >&2; exit 1; }
 hostname "$name"
 cp -rsn "$tree/." / 2>/dev/null || true # links to what this machine lacks; what it has stays
 ldconfig
