@@ -16,6 +16,19 @@ XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
 
 # Code that ends the machine through ACPI: mov dx, 0x604; mov ax, 0x3400 (S5, SLP_EN); out dx, ax; jmp $
 POWER_OFF: Final = b"\x66\xba\x04\x06\x66\xb8\x00\x34\x66\xef\xeb\xfe"
+# and that does nothing, for ever: jmp $
+SPIN: Final = b"\xeb\xfe"
+
+# How the configuration of a small machine begins whose kernel is such a file, "kernel" beside it.
+SMALL_MACHINE: Final = """\
+name = "m"
+[boot]
+kernel = "kernel"
+[machine]
+memory = "16MiB"
+[console]
+serial = "null"
+"""
 
 
 def pvh_kernel(code: bytes) -> bytes:

@@ -16,23 +16,16 @@ from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
 from tests.conftest import skip_or_fail
 from tests.counts import count
-from tests.fakes.pvh_kernel import pvh_kernel
+from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
 from tests.host.conftest import Namespace
 from tests.host.test_machine import footprint, is_locked
-from tests.kvm.test_hotplug import BLK, SPIN, Rig
+from tests.kvm.test_hotplug import BLK, Rig
 
 CYCLES: Final = count(15, soak=600)
 GROWTH_MIB: Final = 8
 """Of resident memory, over all cycles: one device left behind each time would be ten times that."""
-MACHINE: Final = """\
-name = "m"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "16MiB"
-[console]
-serial = "null"
-[[root_port]]
+MACHINE: Final = f"""\
+{SMALL_MACHINE}[[root_port]]
 id = "root1"
 power_controller = false
 [[root_port]]

@@ -22,21 +22,15 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome
 from tests.conftest import skip_or_fail
 from tests.counts import count
-from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
+from tests.fakes.pvh_kernel import POWER_OFF, SMALL_MACHINE, SPIN, pvh_kernel
 from tests.host.conftest import Namespace
 from tests.kvm.test_imports import COMMANDS, PROGRAM
 
-SPIN: Final = b"\xeb\xfe"
 ENDS: Final = 60.0
 
-MACHINE: Final = """\
-name = "m"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "16MiB"
-[console]
-serial = "null"
+MACHINE: Final = (
+    SMALL_MACHINE
+    + """\
 [[root_port]]
 id = "root1"
 [[netdev]]
@@ -70,6 +64,7 @@ driver = "virtio-serial-pci"
 id = "con0"
 chardev = "pty"
 """
+)
 
 MakeConfig = Callable[..., Config]
 

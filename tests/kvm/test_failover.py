@@ -22,23 +22,15 @@ from kvmpy.monitor.ports import root_ports
 from tests.fakes.hotplug_guest import BLINK, HotplugGuest
 from tests.fakes.loop import Inbox, poll
 from tests.fakes.pci import Accesses
-from tests.fakes.pvh_kernel import pvh_kernel
+from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
 from tests.fakes.tap import FakeTap
 from tests.fakes.vfio import ADDRESS, GROUP, VfioKernel
 from tests.fakes.vfio_rig import reset_by
 from tests.fakes.virtio_rig import Guest
 
-SPIN = b"\xeb\xfe"
 MAC = "52:54:00:6f:55:cc"
 PAIR = f"""\
-name = "m"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "16MiB"
-[console]
-serial = "null"
-[[root_port]]
+{SMALL_MACHINE}[[root_port]]
 id = "root1"
 power_controller = false
 [[root_port]]

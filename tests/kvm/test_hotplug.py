@@ -24,19 +24,11 @@ from kvmpy.monitor.ports import SpareInfo, root_ports, spare
 from tests.counts import count
 from tests.fakes.hotplug_guest import HotplugGuest
 from tests.fakes.loop import Inbox
-from tests.fakes.pvh_kernel import pvh_kernel
+from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
 
-SPIN: Final = b"\xeb\xfe"
 BOUND: Final = 20.0
-MACHINE: Final = """\
-name = "m"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "16MiB"
-[console]
-serial = "null"
-[[root_port]]
+MACHINE: Final = f"""\
+{SMALL_MACHINE}[[root_port]]
 id = "root1"
 power_controller = false
 [[root_port]]

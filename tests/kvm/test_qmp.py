@@ -32,19 +32,12 @@ from tests.conftest import skip_or_fail
 from tests.counts import count
 from tests.fakes.loop import BOUND, open_descriptors, settle
 from tests.fakes.monitor import Client
-from tests.fakes.pvh_kernel import pvh_kernel
+from tests.fakes.pvh_kernel import SMALL_MACHINE, pvh_kernel
 
 # Writes to a port that nobody has, for ever: each write is an exit, so that one sees it run.
 BUSY: Final = b"\xe6\xed\xeb\xfc"  # out 0xed, al; jmp back
-CONFIG: Final = """
-name = "m"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "16MiB"
-[console]
-serial = "null"
-[[root_port]]
+CONFIG: Final = f"""
+{SMALL_MACHINE}[[root_port]]
 id = "root1"
 [[root_port]]
 id = "root2"
