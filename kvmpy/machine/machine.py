@@ -154,9 +154,6 @@ class Machine:
             self._started = True
             self._start_threads()
 
-    def _read_power_on(self) -> PowerOn:
-        return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
-
     def _start_threads(self) -> None:
         accept_kicks()
         if not self.is_incoming:
@@ -532,6 +529,9 @@ class Machine:
     def note_power_on(self) -> None:
         """What KVM holds now is what it holds after power-on."""
         self._power_on = self._read_power_on()
+
+    def _read_power_on(self) -> PowerOn:
+        return PowerOn(save_interrupts(self.board.vm), tuple(map(vcpu_state.save, self.board.vcpus)))
 
     def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""

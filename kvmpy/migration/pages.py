@@ -50,11 +50,6 @@ class RoundStats:
     seconds: float
     dirty_rate: float  # pages a second that became dirty, in the time before the round; 0 where that is not known
 
-    @property
-    def bandwidth(self) -> float:
-        """Bytes a second."""
-        return self.bytes / self.seconds if self.seconds > 0 else 0.0
-
 
 class PageSender:
     """Sends rounds of pages. One thread calls `send_round`; any thread `cancel`, ``max_bandwidth`` and `sent`."""
