@@ -198,10 +198,8 @@ def _became(pairing: Pairing) -> str:
     match pairing.pair.state:
         case PairState.PLUGGED if pairing.pair.error:
             return f"is still in its slot: {pairing.pair.error}"
-        case PairState.PLUGGED:
-            return "is with the guest"
-        case PairState.PLUGGING:
-            return "is plugged in again"
+        case PairState.PLUGGED | PairState.PLUGGING:
+            return "is plugged in again" if pairing.was_out else "has stayed with the guest"
         case PairState.FAILED:
             return f"cannot be used: {pairing.pair.error}"
         case PairState.NONE:

@@ -67,6 +67,7 @@ class Pairing:
         self.primary_id: str | None = None
         self.driven = False
         self.is_leaving = False  # for a migration that goes on
+        self.was_out = False  # of its slot, for the last
         self.kept_at: float | None = None  # when the guest, asked no more, had its power indicator on
         self._returns_until = -math.inf
         self.problem = ""  # with the primary's address
@@ -151,7 +152,7 @@ class Pairing:
         if self.is_hidden:
             self.pair.withdraw()
             return False
-        self.is_leaving, self._returns_until = True, math.inf
+        self.is_leaving, self.was_out, self._returns_until = True, False, math.inf
         return True
 
     def ask(self) -> None:
@@ -357,7 +358,7 @@ class Pairs:
         """It is out of its slot, for a migration. False where it is out for good, which is `left`."""
         for pairing in self._of(function):
             if pairing.returns and pairing.is_hidden:
-                pairing.driven = False
+                pairing.driven, pairing.was_out = False, True
                 pairing.pair.released(returns=True)
                 self.on_change()
                 return True
