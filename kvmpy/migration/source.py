@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -264,15 +264,16 @@ class Outgoing:
             return
         try:
             yield
-        except KvmpyError:
-            if self.phase is Source.UNKNOWN:
-                departure.gone(release=False)
-                raise
-            with self.progress.phase("primaries back"):
-                said = departure.come_back(self.parameters.x_unplug_timeout / 1000)
-            self.progress.primaries = said
+        except BaseException:
+            with suppress(CommandError):  # the machine has been closed meanwhile
+                if not self.phase.may_run:
+                    departure.gone(release=False)
+                else:
+                    with self.progress.phase("primaries back"):
+                        self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
             raise
-        departure.gone(release=self.parameters.x_release_primaries)
+        with suppress(CommandError):
+            departure.gone(release=self.parameters.x_release_primaries)
 
     # Rounds, while the guest runs
 
