@@ -379,12 +379,18 @@ class Pairs:
         return plugged.standby is not None and self._pairings[plugged.standby].is_hidden
 
     def reset(self) -> None:
-        """A system reset: every primary is hidden again. The machine stands still."""
+        """A system reset: every primary is hidden again. The machine stands still.
+
+        One that the guest is asked for has left with that, whatever the guest was about to make of it.
+        """
         for pairing in self._pairings.values():
             pairing.driven = False
-            if not pairing.is_leaving:
+            was_asked = pairing.pair.state is PairState.LEAVING
+            if not (pairing.is_leaving or was_asked):
                 pairing.give_up()
             pairing.pair.reset()
+            if was_asked:
+                pairing.port.tear_out()
         self.on_change()
 
     def runs(self) -> None:
