@@ -378,6 +378,11 @@ class Pairs:
         """It is a primary in no slot, so that no guest is to be asked for it."""
         return plugged.standby is not None and self._pairings[plugged.standby].is_hidden
 
+    def left_behind(self) -> list[Plugged]:
+        """The primaries that are in no slot after `gone`; none once the machine runs again."""
+        found = [pairing.primary for pairing in self._pairings.values() if self._held and pairing.is_hidden]
+        return [primary for primary in found if primary is not None]
+
     def reset(self) -> None:
         """A system reset: every primary is hidden again. The machine stands still.
 
