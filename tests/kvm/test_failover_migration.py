@@ -17,8 +17,7 @@ from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.kvm.system import System
 from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
-from tests.counts import count
-from tests.fakes.failover_journey import FailoverJourney, Place, primary, standby
+from tests.fakes.failover_journey import FailoverJourney, primary, standby
 
 BOTH = {"standby0", "primary0"}
 PAIR = standby() + primary()
@@ -49,17 +48,11 @@ def without_standby(offered: int) -> int:
     return offered & ~feature_mask(NetFeature.STANDBY)
 
 
-def stays(place: Place, status: str) -> None:
-    """However often it is asked for."""
-    for _ in range(count(100, 5000)):
-        assert place.status == status
-
-
 def test_r52_migrate_on_out(journey: FailoverJourney) -> None:
     source, there = journey.begin(), journey.wait_at()
     source.ask("migrate", uri=there.uri)
     source.until(Status.WAIT_UNPLUG)
-    stays(source, "wait-unplug")
+    source.stays("wait-unplug")
     assert source.told("UNPLUG_PRIMARY") == [("UNPLUG_PRIMARY", "primary0")]
     assert source.visible() == BOTH
     source.guests[0].serve()
@@ -172,7 +165,7 @@ def test_r52_r37_migrate_abort_wait_unplug(journey: FailoverJourney, keeps: bool
     source.ask("migrate", uri=there.uri)
     source.until(Status.WAIT_UNPLUG)
     source.ask("migrate_cancel")
-    stays(source, "cancelling")
+    source.stays("cancelling")
     if keeps:
         source.begins()
         source.begins()  # by the second press it goes back
@@ -222,7 +215,7 @@ def test_r52_r31_migrate_multi_out(make: Make, order: tuple[int, int]) -> None:
     first, second = order
     source.guests[first].serve()
     source.until("FAILOVER_PRIMARY_RELEASED")
-    stays(source, "wait-unplug")
+    source.stays("wait-unplug")
     source.guests[second].serve()
     source.wait(Status.COMPLETED)
     assert source.statuses() == GOES_UNPLUGGED
