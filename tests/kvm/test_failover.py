@@ -202,12 +202,6 @@ def test_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: 
     rig.wait(lambda pair: pair.state is PairState.PLUGGED and pair.path == "primary")
 
 
-def test_a_machine_with_a_pair_says_what_to_do_before_a_migration(rig: Rig) -> None:
-    (reason,) = [reason for reason in rig.machine.handoff.blockers() if "hostdev0" in reason]
-    assert "is the primary of a failover pair" in reason
-    assert "device_del hostdev0" in reason
-
-
 def test_r27_the_window_of_its_port_has_room_for_it(rig: Rig) -> None:
     function: Any = rig.machine.board.inventory.plugged["hostdev0"].function
     port = rig.machine.board.ports["root1"].header
