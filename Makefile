@@ -60,6 +60,7 @@ docs: $(NATIVE) ## write the pages that are made from the code
 	$(BIN)/python -m scripts.config_reference
 	$(BIN)/python -m scripts.qmp_reference
 	$(BIN)/python -m scripts.memory_map
+	$(BIN)/python -m scripts.requirements
 
 types: $(NATIVE)
 	$(BIN)/mypy
