@@ -104,6 +104,10 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
         "x-timeout": args.timeout,
         "x-insecure": args.insecure or None,
         "x-on-no-convergence": args.on_no_convergence,
+        "x-unplug-timeout": None if args.unplug_timeout is None else max(1, round(args.unplug_timeout * 1000)),
+        "x-on-unplug-timeout": args.on_unplug_timeout,
+        "x-primaries": args.primaries,
+        "x-release-primaries": args.release_primaries or None,
     }
     if said := {name: value for name, value in wanted.items() if value is not None}:
         client("migrate-set-parameters", **said)

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from kvmpy.devices.base import Device
 from kvmpy.errors import IncompatibleError
 from kvmpy.kvm import tsc, vcpu_state, vm_state
 from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import VmState
 from kvmpy.machine.machine import Machine
-from kvmpy.state import State, StateError, load, save, u64
+from kvmpy.state import State, StateError, load, save, since, u64
 
 Sections = dict[str, dict[str, Any]]
 MACHINE = "machine"
@@ -26,11 +29,16 @@ VM = "vm"
 
 
 class MachineState(State):
-    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns)."""
+    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns).
+
+    ``primaries`` are the ids of failover primaries that the guest had, and is to have when it runs.
+    """
 
     NAME = "machine"
+    VERSION = 2
     running: bool = True
     stopped_ns: u64 = 0
+    primaries: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=4096), since(2)] = []
 
 
 def save_machine(machine: Machine, state: MachineState) -> Sections:
@@ -43,7 +51,7 @@ def save_machine(machine: Machine, state: MachineState) -> Sections:
 def save_devices(machine: Machine) -> Sections:
     """Every device by its name, in the order in which they are loaded."""
     found = {}
-    for device in machine.board.devices:
+    for device in moving(machine):
         with device.lock:
             found[str(device.name)] = save(device.state)
     return found
@@ -61,7 +69,7 @@ def load_machine(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) ->
     tsc.load_tsc(board.vcpus, registers)
     vm_state.load_interrupts(board.vm, vm.interrupts)
     load_devices(machine, sections)
-    for device in board.devices:
+    for device in moving(machine):
         device.advance(max(0, time.time_ns() - state.stopped_ns))
     vm_state.load_clock(board.vm, vm.clock)
     return state
@@ -70,7 +78,7 @@ def load_machine(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) ->
 def load_devices(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Every device's state, in their order, and then all routes of their interrupts at once. Raises StateError."""
     with machine.board.vm.routing.batch():
-        for device in machine.board.devices:
+        for device in moving(machine):
             with device.lock:
                 try:
                     device.state = load(type(device.state), sections[device.name])
@@ -88,13 +96,20 @@ def rehearse(machine: Machine) -> None:
 def check_names(machine: Machine, sections: Mapping[str, object]) -> None:
     """Raises IncompatibleError unless there is a section for each part of the machine, and no other."""
     own = [MACHINE, *(_vcpu(index) for index in range(len(machine.board.vcpus))), VM]
-    own += [device.name for device in machine.board.devices]
+    own += [str(device.name) for device in moving(machine)]
     missing = [f"there is no state of {name}" for name in own if name not in sections]
     surplus = [
         f"there is a state of {name[:200]!r}, which this machine does not have" for name in sections.keys() - own
     ]
     if missing or surplus:
         raise IncompatibleError(*missing, *sorted(surplus))
+
+
+def moving(machine: Machine) -> list[Device[Any]]:
+    """The devices that go with the guest: all but failover primaries, which are in no slot then."""
+    plugged = machine.board.inventory.plugged.values()
+    stay = {part for each in plugged if each.standby is not None for part in each.parts}
+    return [device for device in machine.board.devices if device not in stay]
 
 
 def _vcpu(index: int) -> str:
@@ -106,5 +121,5 @@ def _kind(machine: Machine, name: str) -> type[State]:
         return MachineState
     if name == VM:
         return VmState
-    kinds: dict[str, type[State]] = {device.name: type(device.state) for device in machine.board.devices}
+    kinds: dict[str, type[State]] = {device.name: type(device.state) for device in moving(machine)}
     return kinds.get(name, VcpuRegisters)

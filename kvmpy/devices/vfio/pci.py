@@ -100,7 +100,7 @@ class VfioPci(PciFunction[VfioPciState]):
     `close` takes as long as a reset.
     """
 
-    blocks_migration = (
+    blocks_migration: str | None = (
         "a passed-through device cannot be migrated: unplug it, or make it the primary of a failover pair"
     )
 
