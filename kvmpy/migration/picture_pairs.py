@@ -89,7 +89,6 @@ def _pings(canvas: Canvas, axis: Axis, top: float, line: Timeline) -> float:
     assert line.pings
     canvas.text(0, top + 13, "pings", colour=PALE)
     for moments, colour, above in ((line.pings.answered_ms, PALE, 4), (line.pings.lost_ms, DARK, 0)):
-        seen = [axis.x(ms) for ms in moments if 0.0 <= ms <= line.end_ms]
-        canvas.strokes(seen, top + above, BAR - 2 * above, colour)
+        canvas.strokes(map(axis.x, moments), top + above, BAR - 2 * above, colour)
     canvas.text(RIGHT, top + BAR + 11, line.pings.summary(), anchor="end", colour=PALE)
     return top + ROW + 10

@@ -38,8 +38,8 @@ class Pings(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
         return max((later - before for before, later in pairwise(sorted(self.answered_ms))), default=0.0)
 
 
-def read(lines: Iterable[str], begin_ns: int) -> Pings:
-    """The pings of a log, on the axis that begins at ``begin_ns`` of CLOCK_REALTIME. Raises ValueError."""
+def read(lines: Iterable[str], begin_ns: int, end_ms: float) -> Pings:
+    """The pings of a log that were sent in the ``end_ms`` from ``begin_ns`` of CLOCK_REALTIME on. Raises ValueError."""
     answered: list[float] = []
     lost: list[float] = []
     for number, line in enumerate(lines, 1):
@@ -49,5 +49,7 @@ def read(lines: Iterable[str], begin_ns: int) -> Pings:
             ping = msgspec.json.decode(line, type=Ping)
         except msgspec.MsgspecError as e:
             raise ValueError(f"line {number}: {e}") from e
-        (lost if ping.answered is None else answered).append((ping.sent * 1e9 - begin_ns) / 1e6)
+        ms = (ping.sent * 1e9 - begin_ns) / 1e6
+        if 0 <= ms <= end_ms:
+            (lost if ping.answered is None else answered).append(ms)
     return Pings(answered_ms=tuple(answered), lost_ms=tuple(lost))
