@@ -145,6 +145,7 @@ class Departure:
             pairing.port.tear_out()
 
     def _come_back(self) -> None:
+        self._leavers = [pairing for pairing in self._leavers if pairing.returns]
         self._pairs.arrive()
         for pairing in self._leavers:
             pairing.ask_no_more()
@@ -202,7 +203,7 @@ def _became(pairing: Pairing) -> str:
             return "is plugged in again" if pairing.was_out else "has stayed with the guest"
         case PairState.FAILED:
             return f"cannot be used: {pairing.pair.error}"
-        case PairState.NONE:
-            return "is no more"
+        case PairState.NONE | PairState.RELEASED:
+            return "has been given back to the host"
         case _:
             return "is hidden until the guest asks for it"

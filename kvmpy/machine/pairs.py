@@ -152,13 +152,16 @@ class Pairing:
         if self.is_hidden:
             self.pair.withdraw()
             return False
-        self.is_leaving, self.was_out, self._returns_until = True, False, math.inf
+        self.is_leaving, self.was_out = True, False
+        if not self.port.is_releasing:  # else it is for good
+            self._returns_until = math.inf
         return True
 
     def ask(self) -> None:
         """Ask the guest for the primary, however often it takes."""
         self.pair.asked()
-        self.port.request()
+        if not self.port.is_releasing:
+            self.port.request()
 
     def arrive(self) -> None:
         """Show what is to be shown."""
@@ -357,7 +360,7 @@ class Pairs:
     def returns(self, function: PciFunction[Any]) -> bool:
         """It is out of its slot, for a migration. False where it is out for good, which is `left`."""
         for pairing in self._of(function):
-            if pairing.returns and pairing.is_hidden:
+            if pairing.returns and pairing.is_hidden and not getattr(function, "is_wanted_back", False):
                 pairing.driven, pairing.was_out = False, True
                 pairing.pair.released(returns=True)
                 self.on_change()

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, KvmpyError, MigrationError, StreamError
+from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -30,6 +30,7 @@ from kvmpy.migration.keepalive import keepalive, silence
 from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
+    Arrived,
     BlockChecksums,
     Cancel,
     Checksums,
@@ -46,6 +47,7 @@ from kvmpy.migration.messages import (
     Refuse,
     Refused,
     Round,
+    RoundEnd,
     Section,
     Started,
 )
@@ -100,6 +102,7 @@ class Outgoing:
         self._stands_still = False
         self._page_channels: list[Channel] = []
         self._departure = machine.departure
+        self._loading: float | None = None
 
     @property
     def phase(self) -> Source:
@@ -214,6 +217,7 @@ class Outgoing:
         if isinstance(answer, Refuse):
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
+        self._loading = answer.rehearsal_ns / 1e9 or None
         self.progress.warnings = list(answer.warnings)
         for warning in answer.warnings:
             log.warning("warning: %s", printable(warning))
@@ -264,22 +268,23 @@ class Outgoing:
             return
         try:
             yield
-        except KvmpyError:
-            if self.phase is Source.UNKNOWN:
-                departure.gone(release=False)
-                raise
-            with self.progress.phase("primaries back"):
-                said = departure.come_back(self.parameters.x_unplug_timeout / 1000)
-            self.progress.primaries = said
+        except BaseException:
+            with suppress(CommandError):  # the machine has been closed meanwhile
+                if not self.phase.may_run:
+                    departure.gone(release=False)
+                else:
+                    with self.progress.phase("primaries back"):
+                        self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
             raise
-        departure.gone(release=self.parameters.x_release_primaries)
+        with suppress(CommandError):
+            departure.gone(release=self.parameters.x_release_primaries)
 
     # Rounds, while the guest runs
 
     def _start(self, main: MainChannel, undo: ExitStack) -> None:
         """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
         machine = self._machine
-        self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
+        self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall, self._loading))
         with self.progress.phase("start dirty log"):
             self._log = DirtyLog(machine.board.vm, machine.board.memory)
             undo.callback(self._log.stop)
@@ -307,7 +312,7 @@ class Outgoing:
                 self.progress.become(Status.ACTIVE)
             elif self.progress.passes:
                 self._breathe()
-            self._send_round(main)
+            self._send_round(main, awaited=True)
 
     def _fits(self) -> bool:
         """Whether the rest can be sent in time; else what is to be done about it is done."""
@@ -320,12 +325,13 @@ class Outgoing:
         if last.seconds < SHORTEST_ROUND:
             self._stop.wait_any({}, Deadline(SHORTEST_ROUND - last.seconds))
 
-    def _send_round(self, main: MainChannel) -> None:
-        """All that is dirty now."""
+    def _send_round(self, main: MainChannel, *, awaited: bool = False) -> None:
+        """All that is dirty now; ``awaited``: until it is there, where the other side says so."""
         assert self._pages is not None
         progress, number = self.progress, self.progress.passes + 1
         progress.remaining = self._dirty.count() * PAGE
         progress.passes = number
+        began = time.monotonic()
         self._on_pass(number)
         main.send_message(Round(number=number, remaining_bytes=progress.remaining))
         start = time.monotonic_ns()
@@ -335,9 +341,12 @@ class Outgoing:
             self._stop.check()
             main.explain(e)
             raise
-        progress.add(
-            RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
-        )
+        seconds = stats.seconds
+        if awaited and main.can_answer and main.version >= RoundEnd.SINCE:
+            main.send_message(RoundEnd(number=number))
+            main.receive_message(Arrived)
+            seconds = time.monotonic() - began
+        progress.add(RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, seconds, stats.dirty_rate))
 
     def _stop_machine(self, start: int) -> bool:
         """Stop the machine; False where its guest was reset meanwhile, and it runs on."""
@@ -402,15 +411,14 @@ class Outgoing:
         main.send_message(Checksums(blocks=blocks))
 
     def _send_state(self, main: MainChannel, sections: Sections) -> None:
-        for name, section in sections.items():
-            main.send_message(Section(device=name, section=section))
         progress = self.progress
         said = [
             Phase(name=name, start_ns=progress.realtime(start), ns=end - start)
             for name, start, end in progress.phases
             if name in SWITCHOVER
         ]
-        main.send_message(EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said)))
+        end = EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said))
+        main.send_messages([*(Section(device=name, section=each) for name, each in sections.items()), end])
 
     def _go(self, main: MainChannel) -> None:
         """Send GO, and hear what came of it."""

@@ -172,6 +172,11 @@ class VfioPci(PciFunction[VfioPciState]):
         """Whether it can be plugged in: no reset is under way, nor does it need one. Any thread."""
         return self._resetter.is_over and self._answers
 
+    @property
+    def is_wanted_back(self) -> bool:
+        """The host waits until it is closed."""
+        return self._wanted_back
+
     def begin_reset(self) -> bool:
         with self.lock:
             if self._reset_until is None:
