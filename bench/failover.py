@@ -28,6 +28,7 @@ from tests.lab import tables
 from tests.lab.guest import QUIET
 from tests.lab.journey import PINGER
 
+STDOUT: Final = 1
 ROUNDS: Final = 3
 TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
 OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
@@ -161,12 +162,19 @@ def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping
     with EmulatedHost(memory="4G", hardware=hardware(model)) as host:
         known = {name: each for name, each in Yard(host, model).contenders().items() if name in names}
         program = ["bench/failover_turns.py", str(rounds), str(PINGER), json.dumps(known)]
-        process = host.spawn(["python", *program])
+        shown = bytearray()
+
+        def show(stream: int, data: bytes) -> None:
+            if stream == STDOUT:
+                shown.extend(data)
+            else:
+                print(data.decode(), end="", file=sys.stderr, flush=True)
+
+        process = host.spawn(["python", *program], sink=show)
         if process.wait(len(known) * (rounds + 2) * TURN_SECONDS):
             logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
-            raise SystemExit(f"bench.failover: {process.output}\n{logs}\n{host.console_tail()}")
-        print(process.stderr.decode(), file=sys.stderr)
-        said: dict[str, list[dict[str, float | None]]] = json.loads(process.stdout)
+            raise SystemExit(f"bench.failover:\n{logs}\n{host.console_tail()}")
+        said: dict[str, list[dict[str, float | None]]] = json.loads(shown)
     return {who: {what: _median(each, what) for what in each[0]} for who, each in said.items()}
 
 

@@ -125,7 +125,7 @@ def test_r12_r49_a_system_reset_hides_it_and_takes_its_address(rig: Rig, times: 
     assert rig.told("FAILOVER_NEGOTIATED") == times
 
 
-def test_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: Rig) -> None:
+def test_r11_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: Rig) -> None:
     rig.ack()
     rig.wait(lambda pair: pair.path == "primary")
     rig.machine.device_del("hostdev0")

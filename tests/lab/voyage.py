@@ -19,7 +19,7 @@ from tests.lab.test_network import EVENTS
 
 SEATS: Final = ("one", "two")
 GUEST: Final = "10.77.0.50"
-STREAM: Final = "unix:/run/voyage.sock"
+STREAM: Final = "/run/voyage.sock"
 SLOW: Final = 300.0
 SECOND_PATIENCE: Final = 0.6
 """Of pings that are sent ten times a second: how far from an event that explains it a lost one may be."""
@@ -134,27 +134,25 @@ class Voyage:
     @contextmanager
     def waiting(self, *, primary: bool = True) -> Iterator[Guest]:
         """The other seat, which waits for the guest; it ends unless the guest has come."""
-        with self._seated(f"--incoming {STREAM}", "inmigrate", primary=primary) as there:
+        self.host.run(["rm", "-f", STREAM], check=True)
+        with self._seated(f"--incoming unix:{STREAM}", f"[ -S {STREAM} ]", primary=primary) as there:
             yield there
 
     @contextmanager
     def restored(self, path: str) -> Iterator[Guest]:
         """The other seat, which has the guest from a file."""
-        with self._seated(f"--incoming file:{path}", "running") as there:
+        runs = f'kvmpy ps | grep -q "^{self.other} .* running "'
+        with self._seated(f"--incoming file:{path}", runs) as there:
             yield there
 
     @contextmanager
-    def _seated(self, options: str, status: str, *, primary: bool = True) -> Iterator[Guest]:
+    def _seated(self, options: str, ready: str, *, primary: bool = True) -> Iterator[Guest]:
         with ExitStack() as stack:
             there = stack.enter_context(self.machine(1 - self.here, options, primary=primary))
-            self.await_status(SEATS[1 - self.here], status)
+            self.host.run(["sh", "-c", f"until {ready}; do sleep 0.1; done"], timeout=SLOW, check=True)
             yield there
             if self.guest is there:
                 self._stack.push(stack.pop_all())
-
-    def await_status(self, name: str, status: str) -> None:
-        script = f'until kvmpy ps | grep -q "^{name} .* {status} "; do sleep 0.2; done'
-        self.host.run(["sh", "-c", script], timeout=SLOW, check=True)
 
     def parameters(self, **words: object) -> None:
         """For migrations from where the guest is now."""
@@ -167,8 +165,8 @@ class Voyage:
 
     # Migrations
 
-    def migrate(self, *options: str, uri: str = STREAM) -> Process:
-        return self.host.spawn(["kvmpy", "migrate", self.name, uri, *options])
+    def migrate(self, *options: str) -> Process:
+        return self.host.spawn(["kvmpy", "migrate", self.name, f"unix:{STREAM}", *options])
 
     def moved(self, there: Guest) -> None:
         """The guest is in the other seat now."""
