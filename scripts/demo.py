@@ -34,6 +34,8 @@ ADDRESS: Final = "10.77.0.50"
 PATIENCE: Final = 600.0
 PROMPT: Final = "guest# "
 REPORT: Final = "/run/demo.json"
+DOWNTIME_MS: Final = 1500
+"""What an emulated host can do without slowing the guest down; on a real one the default is five times less."""
 
 
 class Nics(NamedTuple):
@@ -88,12 +90,12 @@ class Demo:
         show(first, f"kvmpy run {CONFIG} --detach {self._options()}")
         pings = self._ping()
         show(first, f"kvmpy status {MACHINE} | grep -A 2 failover")
-        self._type(first, f"busybox ping -i 0.1 {STATION_ADDRESS} >/tmp/pings &")
+        self._type(first, f"busybox ping -i 0.1 {STATION_ADDRESS} >/pings &")
         say(f"The guest goes to {NAMES[1]}, where function {self._there} waits. Nothing in it is set up for that.")
-        there = f"--set device.{PRIMARY}.host={self._there}"
-        show(first, f"kvmpy migrate {MACHINE} ssh://{NAMES[1]} {there} --report {REPORT}")
+        options = f"--set device.{PRIMARY}.host={self._there} --downtime-limit {DOWNTIME_MS} --report {REPORT}"
+        show(first, f"kvmpy migrate {MACHINE} ssh://{NAMES[1]} {options}")
         show(second, f"kvmpy status {MACHINE} | grep -A 2 failover")
-        own = self._type(second, "kill -INT $!; wait $!; tail -n 2 /tmp/pings | head -n 1")
+        own = self._type(second, "kill -INT $!; wait $!; tail -n 2 /pings | head -n 1")
         line = self._timeline(pings)
         print(f"\nThe guest's own pings of the station: {own}")
         show(second, f"kvmpy stop {MACHINE}")
