@@ -9,6 +9,7 @@ the end there is the timeline, in words and as a picture, which is all that stay
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -95,9 +96,9 @@ class Demo:
         options = f"--set device.{PRIMARY}.host={self._there} --downtime-limit {DOWNTIME_MS} --report {REPORT}"
         show(first, f"kvmpy migrate {MACHINE} ssh://{NAMES[1]} {options}")
         show(second, f"kvmpy status {MACHINE} | grep -A 2 failover")
-        own = self._type(second, "kill -INT $!; wait $!; tail -n 2 /pings | head -n 1")
+        own = re.search(r"\d+ packets transmitted.*loss", self._type(second, "kill -INT $!; wait $!; tail -n 3 /pings"))
         line = self._timeline(pings)
-        print(f"\nThe guest's own pings of the station: {own}")
+        print(f"\nThe guest's own pings of the station: {own[0] if own else 'not to be read'}")
         show(second, f"kvmpy stop {MACHINE}")
         return line
 
@@ -135,7 +136,7 @@ class Demo:
         said = console.expect(PROMPT, PATIENCE).string
         console.signal(15)
         console.wait()
-        return said.rpartition(PROMPT)[0].strip().rpartition("\n")[2].strip()
+        return said
 
     def _timeline(self, pings: Process) -> Timeline:
         pings.close_stdin()
