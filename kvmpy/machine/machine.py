@@ -223,6 +223,7 @@ class Machine:
         DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
         """
         if self._hotplug is None:
+            self.handoff.require_idle()
             if name not in self.board.by_id:
                 raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
             raise CommandError("Bus 'pcie.0' does not support hotplugging")
