@@ -180,6 +180,11 @@ class FailoverJourney:
         """A machine that waits for one that comes."""
         return self._at(self._journey.wait_at, parameters)
 
+    @property
+    def nowhere(self) -> Path:
+        """A socket that is not there."""
+        return self._directory / "nowhere.sock"
+
     def check(self) -> None:
         """The guest has run in one place at a time, and has missed nothing."""
         self._journey.check()
