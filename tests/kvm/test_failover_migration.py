@@ -62,7 +62,7 @@ def test_r52_migrate_on_out(journey: FailoverJourney) -> None:
     assert source.visible() == {"standby0"}
 
 
-def test_r52_migrate_on_in(journey: FailoverJourney) -> None:
+def test_r42_r52_migrate_on_in(journey: FailoverJourney) -> None:
     source, there = journey.begin(), journey.wait_at()
     assert there.visible() == {"standby0"}
     source.ask("migrate", uri=there.uri)
@@ -83,7 +83,7 @@ OFF = standby(failover=False)
 """The reference's primary is an ordinary device then, which can migrate; a NIC of the host cannot."""
 
 
-def test_r52_migrate_off_out(make: Make) -> None:
+def test_r32_r52_migrate_off_out(make: Make) -> None:
     journey = make(OFF + ORDINARY)
     source, there = journey.begin(ack=False), journey.wait_at()
     source.ack()
@@ -126,7 +126,7 @@ def test_r52_migrate_off_with_a_nic_of_the_host_is_refused_before_anything_is_as
     assert source.visible() == BOTH
 
 
-def test_r52_migrate_guest_off_out(journey: FailoverJourney) -> None:
+def test_r32_r52_migrate_guest_off_out(journey: FailoverJourney) -> None:
     source, there = journey.begin(ack=False), journey.wait_at()
     source.ack(takes=without_standby)
     assert source.visible() == {"standby0"}
@@ -239,3 +239,16 @@ def test_r52_migrate_multi_in(make: Make) -> None:
         *(("FAILOVER_NEGOTIATED", "standby0"), ("FAILOVER_NEGOTIATED", "standby1"), ("RESUME", "")),
     ]
     assert there.statuses()[-1] == "completed"
+
+
+# What the reference's suite has no case for
+
+
+def test_r35_where_nobody_listens_the_primary_is_not_touched(journey: FailoverJourney) -> None:
+    source = journey.begin()
+    source.ask("migrate", uri=f"unix:{journey.nowhere}")
+    source.wait(Status.FAILED)
+    assert source.statuses() == ["setup", "failed"]
+    assert "ENOENT" in source.ask("query-migrate")["error-desc"]
+    assert source.told("UNPLUG_PRIMARY", "STOP", "FAILOVER_PRIMARY_RELEASED") == []
+    assert (source.pair()["state"], source.visible()) == ("plugged", BOTH)
