@@ -156,19 +156,23 @@ class Pairing:
         self.post(lambda: self._path_changed(driven, gap))
 
     def _path_changed(self, driven: bool, gap: float | None) -> None:
-        if driven is self.driven and gap is not None:
+        report, path = self._machine.report, Path.PRIMARY if driven else Path.STANDBY
+        if gap is None:
+            report("FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": path.value})
+            return
+        if driven is self.driven:
             self.rx_gap_ms = gap
-        facts = {} if gap is None else {"rx-gap-ms": gap}
-        path = Path.PRIMARY if driven else Path.STANDBY
-        self._machine.report("FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": path.value, **facts})
+        report("FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": path.value, "rx-gap-ms": gap})
 
     def receives(self, gap: float) -> None:
         """The guest can take frames from the primary, to which the network sends them since ``gap`` seconds."""
         if not self.driven:
             return
         self.rx_gap_ms = _milliseconds(gap)
-        ids = {"device-id": str(self.primary_id), "standby-id": self.standby_id}
-        self._machine.report("FAILOVER_PRIMARY_RECEIVES", **ids, **{"rx-gap-ms": self.rx_gap_ms})
+        self._machine.report(
+            "FAILOVER_PRIMARY_RECEIVES",
+            **{"device-id": str(self.primary_id), "standby-id": self.standby_id, "rx-gap-ms": self.rx_gap_ms},
+        )
 
     def appear(self) -> None:
         """The guest runs here: the network is told, unless it has been."""

@@ -14,6 +14,7 @@ from kvmpy.config.schema import load
 from kvmpy.devices.failover import PairState
 from kvmpy.devices.vfio.container import Container
 from kvmpy.host import tap as tap_module
+from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.kvm.system import System
 from kvmpy.machine import passthrough
 from kvmpy.machine.machine import Machine
@@ -67,7 +68,7 @@ class Claim:
     """A virtual function of the host; ``carried`` are the addresses that its PF has held it to."""
 
     group = GROUP
-    vf: object | None = "a virtual function"
+    vf: VirtualFunction | None = VirtualFunction("0000:5e:00.0", 2, "enp94s0f0")
 
     def __init__(self) -> None:
         self.carried: list[str | None] = []
@@ -169,6 +170,7 @@ def test_r9_r10_a_primary_is_prepared_at_the_start_and_hidden_until_its_driver_h
     pair = rig.wait(lambda pair: pair.state is PairState.PLUGGED and pair.path == "primary")
     assert (pair.standby_mac, pair.primary_mac, pair.error) == (MAC, MAC, None)
     assert rig.claim.carried == [None, MAC]
+    rig.events.wait_until(lambda _: rig.told("FAILOVER_PATH_CHANGED") == 1)  # when the network knows it too
     assert [rig.told(f"FAILOVER_{what}") for what in ("NEGOTIATED", "PRIMARY_PLUGGED", "PATH_CHANGED")] == [1, 1, 1]
 
 
