@@ -61,15 +61,17 @@ class Fdb:
             raise Refused.by_kernel("bridge", ifname, e) from e
         return {"uplinks": sorted(found)}
 
-    def steer(self, ifname: str, mac: str, uplinks: Sequence[str], *, here: bool, learn: bool) -> dict[str, Any]:
-        """Have what is for ``mac`` go to the port ``ifname``, or with ``here`` false no longer.
+    def steer(self, ifname: str, address: str, uplinks: Sequence[str], *, here: bool, learn: bool) -> dict[str, Any]:
+        """Have what is for ``address`` go to the port ``ifname``, or with ``here`` false no longer.
 
         With ``learn`` the bridge learns from the port what it did before. Entries are made at ``uplinks``, or removed.
         What cannot be done keeps nobody from the rest: it is in ``problems``, and ``made`` has where an entry is new.
         """
         made: list[str] = []
-        steps = [partial(self._add, name, mac, made) if here else partial(self.remove, name, mac) for name in uplinks]
-        steps.insert(0, partial(self._tell_bridge, ifname, mac, here=here, learn=learn))
+        steps = [
+            partial(self._add, name, address, made) if here else partial(self.remove, name, address) for name in uplinks
+        ]
+        steps.insert(0, partial(self._tell_bridge, ifname, address, here=here, learn=learn))
         return {"problems": [str(problem) for step in steps if (problem := attempt(step))], "made": made}
 
     def remove(self, uplink: str, mac: str) -> None:

@@ -161,7 +161,7 @@ PUT_VF_BACK: Final[Fields] = FUNCTION | {
 OPTIONAL: Final = frozenset({"bridge", "mtu", "netns", "mac", "vlan"})  # may be null
 DETACH: Final[Fields] = {"ifname": ATTACH["ifname"], "netns": ATTACH["netns"]}
 STEER: Final[Fields] = DETACH | {
-    "mac": (_is_mac, "a MAC address"),
+    "address": (_is_mac, "a MAC address"),
     "uplinks": (_are_names, "names of interfaces"),
     "here": (_is_flag, "true or false"),
     "learn": (_is_flag, "true or false"),

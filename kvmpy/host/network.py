@@ -197,7 +197,7 @@ class Network:
 
         With ``learn`` the bridge learns from it what it did before. Raises HostError.
         """
-        request = {"do": "steer", "ifname": ifname, "netns": netns, "mac": mac, "uplinks": uplinks}
+        request = {"do": "steer", "ifname": ifname, "netns": netns, "address": mac, "uplinks": uplinks}
         return self._require(request | {"here": here, "learn": learn}, self._decode_steered)
 
     def _require(self, request: dict[str, Any], decode: Callable[[bytes], Answer[T]]) -> T:
