@@ -3,8 +3,9 @@
 Specified by what Linux does with RTM_NEWNEIGH and RTM_DELNEIGH of family AF_BRIDGE (`man 8 bridge`), and the manual
 recipe of Documentation/networking/net_failover.rst. There are two places to tell where the guest of a failover pair is:
 
-- The bridge learns it from what the guest sends. While the guest has its primary nothing of it is to be learned at its
-  tap: Linux sends over its standby until the primary has a carrier, and hears nothing there any more (R46).
+- The bridge is given an entry while the guest is on its standby, which no frame moves elsewhere: there are NICs that
+  hand a PF its own broadcasts back, the guest's among them. While it has its primary nothing of it is to be learned at
+  its tap: Linux sends over its standby until the primary has a carrier, and hears nothing there any more (R46).
 - A NIC with virtual functions has a switch of its own, between those and the wire. That delivers to the bridge what it
   is told to: an entry of the uplink for itself (NTF_SELF). Without one some send such frames out on the wire alone.
 
@@ -30,8 +31,9 @@ Message: Final = message_class("ndmsg")
 # linux/socket.h, linux/rtnetlink.h, linux/neighbour.h
 AF_BRIDGE: Final = 7
 RTM_NEWNEIGH, RTM_DELNEIGH = 28, 29
-NTF_SELF, NTF_MASTER = 0x02, 0x04
-NUD_PERMANENT: Final = 0x80
+NTF_SELF, NTF_MASTER, NTF_STICKY = 0x02, 0x04, 0x40
+NUD_NOARP, NUD_PERMANENT = 0x40, 0x80  # to a bridge: an entry that stays, one for the host itself
+NLM_F_REPLACE, NLM_F_CREATE = 0x100, 0x400
 
 PCI: Final = "/sys/bus/pci/devices"
 SWITCHED: Final = ("physfn", "virtfn0")  # a virtual function has the first, a PF with such the second
@@ -49,7 +51,7 @@ class Fdb:
 
     def __init__(self, namespace: Namespace, pci: str = PCI) -> None:
         self._namespace, self._links, self._pci = namespace, namespace.links, pci
-        self._made: set[tuple[int, str]] = set()
+        self._made: set[tuple[int, str, int]] = set()  # by ifindex, with the flag that says whose: bridge's or its own
 
     def uplinks(self, ifname: str) -> dict[str, Any]:
         """The interfaces beside ``ifname`` in its bridge, or below such a one, whose NIC has a switch of its own."""
@@ -77,23 +79,24 @@ class Fdb:
     def remove(self, uplink: str, mac: str) -> None:
         """Have an entry no more; one that is not there is no error. Raises Refused."""
         if (link := self._links.find(uplink)) is not None:
-            self._made.discard((link.ifindex, mac))
             self._remove(link, mac)
 
     def close(self) -> list[str]:
         """Remove what was made; returns what could not be."""
-        links = [(self._links.get(index), mac) for index, mac in self._made]
-        self._made.clear()
-        steps = [partial(self._remove, link, mac) for link, mac in links if link is not None]
+        found = [(self._links.get(index), mac, flag) for index, mac, flag in self._made]
+        steps = [partial(self._delete, link, mac, flag) for link, mac, flag in found if link is not None]
         return [str(problem) for step in steps if (problem := attempt(step))]
 
     def _tell_bridge(self, ifname: str, mac: str, *, here: bool, learn: bool) -> None:
-        """What it forgets of the port it learns again, from the next frame that comes in anywhere."""
         try:
             if (port := self._port(ifname)) is None:
                 return
             self._namespace.set_learning(port, learning=learn)
-            if not here:
+            if here:
+                request = _message(port, mac, NTF_MASTER | NTF_STICKY, NUD_NOARP)
+                self._links.talk(RTM_NEWNEIGH, request, NLM_F_CREATE | NLM_F_REPLACE)
+                self._made.add((port.ifindex, mac, NTF_MASTER))
+            else:
                 self._delete(port, mac, NTF_MASTER)
         except LinkError as e:
             raise Refused.by_kernel("bridge", f"{ifname}: its bridge cannot be told where {mac} is", e) from e
@@ -108,7 +111,7 @@ class Fdb:
             if e.errno != errno.EEXIST:  # there already: somebody else's, or ours
                 raise _refused(link, mac, e) from e
         else:
-            self._made.add((link.ifindex, mac))
+            self._made.add((link.ifindex, mac, NTF_SELF))
             made.append(link.name)
 
     def _remove(self, link: Link, mac: str) -> None:
@@ -117,13 +120,14 @@ class Fdb:
         except LinkError as e:
             raise _refused(link, mac, e) from e
 
-    def _delete(self, link: Link, mac: str, flags: int) -> None:
+    def _delete(self, link: Link, mac: str, flag: int) -> None:
         """In every VLAN, where there are any."""
         try:
-            self._links.talk(RTM_DELNEIGH, _message(link, mac, flags, NUD_PERMANENT))
+            self._links.talk(RTM_DELNEIGH, _message(link, mac, flag, NUD_PERMANENT if flag == NTF_SELF else 0))
         except LinkError as e:
-            if e.errno != errno.ENOENT:
+            if e.errno not in (errno.ENOENT, errno.EOPNOTSUPP):  # of a port that is none any more, the bridge has none
                 raise
+        self._made.discard((link.ifindex, mac, flag))
 
     def _port(self, ifname: str) -> Link | None:
         """It, where it is a port of a bridge."""

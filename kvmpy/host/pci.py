@@ -195,7 +195,7 @@ def recover(journal_dir: str, host: Host = HOST) -> None:
         for entry in journal.entries:
             if journal.from_this_boot():
                 _remove_entry(entry, journal.machine)
-            pci_journal.put_entry(journal_dir, msgspec.structs.replace(entry, uplinks=[]))
+            pci_journal.drop_entry(journal_dir, entry)
     except HostError as e:
         log.warning("%s", e)
 

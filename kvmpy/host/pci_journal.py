@@ -53,7 +53,7 @@ class Record(msgspec.Struct, frozen=True):
 
 
 class EntryRecord(msgspec.Struct, frozen=True):
-    """Entries for ``mac`` at the NICs of ``uplinks``; its guest was at the tap ``ifname`` in namespace ``netns``."""
+    """Entries for ``mac`` at the tap ``ifname``, in the namespace ``netns``, and at the NICs of ``uplinks``."""
 
     ifname: Annotated[str, Meta(min_length=1, max_length=15)]
     netns: Annotated[str, Meta(max_length=4096)] | None
@@ -120,12 +120,16 @@ def drop(directory: str, address: str) -> None:
 
 
 def put_entry(directory: str, entry: EntryRecord) -> None:
-    """Write ``entry`` down, in the place of an earlier one of its tap; without uplinks forget it. Raises HostError."""
+    """Write ``entry`` down, in the place of an earlier one of its tap. Raises HostError."""
     with _writing:
-        journal = load(directory)
-        records, entries = (journal.records, journal.entries) if journal else ([], [])
-        entries = [other for other in entries if (other.ifname, other.netns) != (entry.ifname, entry.netns)]
-        _save(directory, records, [*entries, entry] if entry.uplinks else entries)
+        records, entries = _other_entries(directory, entry)
+        _save(directory, records, [*entries, entry])
+
+
+def drop_entry(directory: str, entry: EntryRecord) -> None:
+    """Forget the one of that tap. Raises HostError."""
+    with _writing:
+        _save(directory, *_other_entries(directory, entry))
 
 
 def find(directory: str, address: str) -> Record | None:
@@ -139,6 +143,14 @@ def _others(directory: str, address: str) -> tuple[list[Record], list[EntryRecor
     if journal is None:
         return [], []
     return [record for record in journal.records if record.address != address], journal.entries
+
+
+def _other_entries(directory: str, entry: EntryRecord) -> tuple[list[Record], list[EntryRecord]]:
+    journal = load(directory)
+    if journal is None:
+        return [], []
+    others = [other for other in journal.entries if (other.ifname, other.netns) != (entry.ifname, entry.netns)]
+    return journal.records, others
 
 
 def _save(directory: str, records: list[Record], entries: list[EntryRecord]) -> None:

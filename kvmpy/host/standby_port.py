@@ -5,8 +5,8 @@
     problems = port.steer(here=False)       # it has its primary
     port.leave()                            # it is gone, or elsewhere
 
-The network helper does it (`kvmpy.host.fdb`), and takes it back if we are killed. What would outlive that too, an entry
-at a NIC of the host's, stands in the runtime directory's journal before it is made: the next start removes it.
+The network helper does it (`kvmpy.host.fdb`), and takes it back if we are killed. What would outlive that too, entries
+at a tap that stays and at a NIC, stands in the runtime directory's journal before: the next start removes it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class StandbyPort:
         self._network, self._directory, self._netns = network, journal_dir, netns
         self._lock = threading.Lock()
         self._made: list[str] = []  # uplinks with an entry of ours
-        self._told = self._closed = False
+        self._noted = self._told = self._closed = False
         self._said: set[str] = set()
 
     def steer(self, *, here: bool) -> list[str]:
@@ -76,8 +76,7 @@ class StandbyPort:
     def _arrive(self) -> list[str]:
         found = self._network.uplinks(self.ifname, netns=self._netns)
         wanted = sorted({*found, *self._made})
-        if wanted != self._made:
-            self._note(wanted)
+        self._note(wanted)
         steered = self._network.steer(self.ifname, self.mac, found, here=True, learn=True, netns=self._netns)
         made = sorted({*self._made, *steered.made})
         if made != wanted:
@@ -86,13 +85,16 @@ class StandbyPort:
         return steered.problems
 
     def _leave(self, *, learn: bool) -> list[str]:
-        problems = self._network.steer(
-            self.ifname, self.mac, self._made, here=False, learn=learn, netns=self._netns
-        ).problems
-        if self._made and not problems:
-            self._note([])
-            self._made = []
+        asked = self.ifname, self.mac, self._made
+        problems = self._network.steer(*asked, here=False, learn=learn, netns=self._netns).problems
+        if self._noted and not problems:
+            pci_journal.drop_entry(self._directory, self._record([]))
+            self._noted, self._made = False, []
         return problems
 
     def _note(self, uplinks: list[str]) -> None:
-        pci_journal.put_entry(self._directory, EntryRecord(self.ifname, self._netns, self.mac, uplinks))
+        pci_journal.put_entry(self._directory, self._record(uplinks))
+        self._noted = True
+
+    def _record(self, uplinks: list[str]) -> EntryRecord:
+        return EntryRecord(self.ifname, self._netns, self.mac, uplinks)

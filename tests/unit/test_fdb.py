@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from kvmpy.host.fdb import NTF_MASTER, NTF_SELF, RTM_DELNEIGH, RTM_NEWNEIGH, Fdb
+from kvmpy.host.fdb import NTF_MASTER, NTF_SELF, NTF_STICKY, RTM_DELNEIGH, RTM_NEWNEIGH, Fdb
 from kvmpy.host.links import Link, LinkError, Links
 from kvmpy.host.netlink import Helper, answer
 from kvmpy.host.netns import NetworkNamespace
@@ -59,8 +59,12 @@ class FakeLinks(Links):
         self.change(index, learning=learning)
 
     def talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
-        entry = request["ifindex"], request["flags"], dict(request["attrs"])["NDA_LLADDR"]
-        if kind == RTM_NEWNEIGH:
+        own = request["flags"] & ~NTF_STICKY
+        entry = request["ifindex"], own, dict(request["attrs"])["NDA_LLADDR"]
+        if kind == RTM_NEWNEIGH and own == NTF_MASTER:
+            assert request["flags"] & NTF_STICKY
+            self.entries.add(entry)
+        elif kind == RTM_NEWNEIGH:
             if entry[0] in self.refuses or entry in self.entries:
                 raise LinkError(self.refuses.get(entry[0], errno.EEXIST), "")
             self.entries.add(entry)
@@ -160,7 +164,7 @@ def test_a_new_helper_lets_learn_again_what_the_one_before_it_did_not(links: Fak
 
 def test_on_the_standby_the_uplink_has_an_entry_and_on_the_primary_none(links: FakeLinks, fdb: Fdb) -> None:
     assert fdb.steer("tap0", MAC, ["eth0"], here=True, learn=True) == {"problems": [], "made": ["eth0"]}
-    assert links.entries == {(UPLINK, NTF_SELF, MAC)}
+    assert links.entries == {(TAP, NTF_MASTER, MAC), (UPLINK, NTF_SELF, MAC)}
     assert fdb.steer("tap0", MAC, ["eth0"], here=True, learn=True)["made"] == [], "nothing new"
     fdb.steer("tap0", MAC, ["eth0"], here=False, learn=False)
     assert links.entries == set()

@@ -177,6 +177,11 @@ def test_r49_a_prepared_primary_has_no_address_and_gets_it_with_its_bus_master_b
         function.config_write(4, 2, Command.BUS_MASTER)
         moved.wait(1)
         assert rig.claim.carried == [None, "52:54:00:6f:55:cc"]
+        assert (steering.host, steering.vf) == (str(TABLE.host), rig.claim.vf)
+        heard: Inbox[float] = Inbox()
+        steering.on_receiving = heard.put
+        function.on_receiving()
+        heard.wait(1)
         with function.lock:
             function.release()
         assert moved.wait(2) == [True, False]
