@@ -74,9 +74,10 @@ class Tap:
         self.fds: list[int] = []
         self.created = False
         self._in_use = queues
-        self._counts = Counts(ifname)
         self._undo: list[Callable[[], object]] = []
         with contextlib.ExitStack() as rollback:
+            self._counts = Counts(ifname)
+            rollback.callback(self._counts.close)
             self.interface = Interface(ifname)
             rollback.callback(self.close)
             self._attach(queues)
