@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterable, Set
 from typing import Final
 
 from kvmpy.errors import HostError
@@ -33,8 +34,10 @@ class StandbyPort:
         self.ifname, self.mac = ifname, mac
         self._network, self._directory, self._netns = network, journal_dir, netns
         self._lock = threading.Lock()
-        self._made: list[str] = []  # uplinks with an entry of ours
-        self._noted = self._told = self._closed = False
+        self._uplinks: list[str] = []
+        self._made: set[str] = set()  # uplinks with an entry of ours
+        self._noted: Set[str] | None = None  # those that the journal has
+        self._told = self._closed = False
         self._said: set[str] = set()
 
     def steer(self, *, here: bool) -> list[str]:
@@ -74,27 +77,37 @@ class StandbyPort:
             self._closed = True
 
     def _arrive(self) -> list[str]:
-        found = self._network.uplinks(self.ifname, netns=self._netns)
-        wanted = sorted({*found, *self._made})
-        self._note(wanted)
-        steered = self._network.steer(self.ifname, self.mac, found, here=True, learn=True, netns=self._netns)
-        made = sorted({*self._made, *steered.made})
-        if made != wanted:
-            self._note(made)
-        self._made = made
+        """What it takes of the time in which frames go nowhere is one request."""
+        if self._noted is None:
+            self._look()
+        wanted = {*self._uplinks, *self._made}
+        if self._noted is None or not wanted <= self._noted:
+            self._note(wanted)
+        steered = self._network.steer(self.ifname, self.mac, self._uplinks, here=True, learn=True, netns=self._netns)
+        self._made |= set(steered.made)
+        if self._made != self._noted:  # somebody else has an entry there
+            self._note(self._made)
         return steered.problems
 
     def _leave(self, *, learn: bool) -> list[str]:
-        asked = self.ifname, self.mac, self._made
+        asked = self.ifname, self.mac, sorted(self._made)
         problems = self._network.steer(*asked, here=False, learn=learn, netns=self._netns).problems
-        if self._noted and not problems:
-            pci_journal.drop_entry(self._directory, self._record([]))
-            self._noted, self._made = False, []
+        if not problems:
+            self._made = set()
+            if not learn:
+                self._look()
+            elif self._noted is not None:
+                pci_journal.drop_entry(self._directory, self._record(()))
+                self._noted = None
         return problems
 
-    def _note(self, uplinks: list[str]) -> None:
-        pci_journal.put_entry(self._directory, self._record(uplinks))
-        self._noted = True
+    def _look(self) -> None:
+        """Find out what is to be told when the guest comes here."""
+        self._uplinks = self._network.uplinks(self.ifname, netns=self._netns)
 
-    def _record(self, uplinks: list[str]) -> EntryRecord:
-        return EntryRecord(self.ifname, self._netns, self.mac, uplinks)
+    def _note(self, uplinks: Set[str]) -> None:
+        pci_journal.put_entry(self._directory, self._record(uplinks))
+        self._noted = frozenset(uplinks)
+
+    def _record(self, uplinks: Iterable[str]) -> EntryRecord:
+        return EntryRecord(self.ifname, self._netns, self.mac, sorted(uplinks))

@@ -1,8 +1,14 @@
 """Whether the guest can be stopped now and be gone within the downtime limit, and what to do if that never comes.
 
 The guest stands still while the last pages are sent and while its state is saved, sent, loaded and answered. The first
-is what is left over the bandwidth; the second is measured as far as it can be while the guest runs (saving all devices
-and a vCPU, which stops it for a moment), taken as many times as both sides need, and the rest of it is an allowance.
+is what is left over the bandwidth; the second is measured while the guest runs, by doing it. Here all devices and a
+vCPU are saved, which stops it for a moment. There a state was decoded and loaded, and ACCEPT says how long that took.
+A round of few pages, from its beginning until they have arrived, is what it takes to say anything and to hear the
+answer; so the first round, which is of all memory, is never the last before the guest stops. The rest is an allowance.
+Where nobody answers (a file), or an older kvmpy does, loading is reckoned by saving.
+
+A limit that this alone exceeds cannot be kept. That is said as soon as it is known, and the guest goes nevertheless,
+once its pages need next to nothing beside it; with `cancel` it stays.
 
 A guest that writes more than half of what is sent, twice in a row, does not converge (QEMU's throttle-trigger).
 """
@@ -13,20 +19,26 @@ import time
 from collections.abc import Callable
 from typing import Final, Self
 
-import msgspec
-
 from kvmpy.errors import MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.throttle import Throttle
+from kvmpy.migration.messages import Section, encode
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.sections import save_devices
 
 MIB: Final = 1 << 20
 ALLOWANCE: Final = 0.020
-"""Seconds for what cannot be measured beforehand, such as two answers."""
-TIMES: Final = 4
-"""To load a state takes three times as long as to save it, and it is saved as well."""
+"""Seconds for what cannot be measured beforehand."""
+LOADING: Final = 3
+"""To load a state takes so many times as long as to save it, where nobody has measured it."""
+TRIPS: Final = 1.5
+"""Times that a small round takes: pages and state go there and READY comes back, then GO goes there."""
+STARTING: Final = 0.5
+"""To take over what a machine has of the host, and to let it run, takes so much of what its loading takes."""
+LEAST_ROUNDS: Final = 2
+REHEARSALS: Final = 2
+"""What is done for the first time takes longer; the last one counts."""
 BANDWIDTH: Final = 100 * MIB
 """Bytes a second, where no round has been large enough to tell."""
 ENOUGH: Final = MIB
@@ -36,13 +48,18 @@ LEAST_SHARE: Final = 4
 
 
 class Convergence:
-    """Decides after each round. ``on_stall`` is told, in words, of a guest that writes too fast."""
+    """Decides after each round. ``on_stall`` is told, in words, of a guest that writes too fast, or of a limit that
+    cannot be kept. ``loading`` is the seconds that the destination takes for a state, if it has measured that.
+    """
 
-    def __init__(self, machine: Machine, progress: Progress, on_stall: Callable[[str], object]) -> None:
-        self._machine, self._progress, self._on_stall = machine, progress, on_stall
+    def __init__(
+        self, machine: Machine, progress: Progress, on_stall: Callable[[str], object], loading: float | None = None
+    ) -> None:
+        self._machine, self._progress, self._on_stall, self._loading = machine, progress, on_stall, loading
         self._throttle = Throttle(machine.threads)
         self._bandwidth = float(BANDWIDTH)
-        self._fixed: float | None = None
+        self._saving: float | None = None
+        self._trip = 0.0
         self._strikes = 0
 
     def __enter__(self) -> Self:
@@ -60,11 +77,14 @@ class Convergence:
         last = self._progress.rounds[-1]
         if last.size >= ENOUGH and last.seconds:
             self._bandwidth = last.size / last.seconds
-        if self._fixed is None:
-            self._fixed = self._rehearse()
-        limit, pages = parameters.downtime_limit / 1000, left / self._bandwidth
-        self._progress.remaining, self._progress.expected_downtime = left, (pages + self._fixed) * 1000
-        if pages <= max(limit - self._fixed, limit / LEAST_SHARE):
+        else:
+            self._trip = max(0.0, last.seconds - last.size / self._bandwidth)
+        limit, pages, fixed = parameters.downtime_limit / 1000, left / self._bandwidth, self._fixed()
+        self._progress.remaining, self._progress.expected_downtime = left, (pages + fixed) * 1000
+        if pages <= max(limit - fixed, limit / LEAST_SHARE):
+            if len(self._progress.rounds) < LEAST_ROUNDS:
+                return False
+            self._judge(limit, fixed, parameters)
             return True
         self._strikes = self._strikes + 1 if left * 2 > last.pages * 4096 else 0
         if self._strikes >= STRIKES:
@@ -83,16 +103,38 @@ class Convergence:
                 self._throttle.set(min(now + step, parameters.max_cpu_throttle))
                 self._progress.throttle = self._throttle.percentage
                 said += f"; its vCPUs sleep {self._throttle.percentage} % of the time"
+        self._say(said)
+
+    def _judge(self, limit: float, fixed: float, parameters: Parameters) -> None:
+        """Say so where the limit cannot be kept, however few pages are left."""
+        if fixed <= limit:
+            return
+        said = (
+            f"the switchover alone takes about {fixed * 1000:.0f} ms, and the downtime limit is {limit * 1000:.0f} ms"
+        )
+        if parameters.x_on_no_convergence is OnNoConvergence.CANCEL:
+            raise MigrationError(f"does not converge: {said}; allow a longer downtime")
+        self._say(said)
+
+    def _say(self, said: str) -> None:
         if self._progress.not_converging != said:
             self._progress.not_converging = said
             self._on_stall(said)
 
-    def _rehearse(self) -> float:
+    def _fixed(self) -> float:
         """Seconds of the switchover that do not depend on how many pages are left."""
+        if self._saving is None:
+            for _ in range(REHEARSALS):
+                self._saving = self._rehearse()
+        assert self._saving is not None
+        loading = LOADING * self._saving if self._loading is None else self._loading
+        return self._saving + TRIPS * self._trip + (1 + STARTING) * loading + ALLOWANCE
+
+    def _rehearse(self) -> float:
+        """Seconds to stop the machine and to save it, with one vCPU for all."""
         start = time.monotonic()
-        for section in save_devices(self._machine).values():
-            msgspec.json.encode(section)
+        for name, section in save_devices(self._machine).items():
+            encode(Section(device=name, section=section))
         devices = time.monotonic()
         self._machine.handoff.rehearse()
-        vcpus = (time.monotonic() - devices) * len(self._machine.board.vcpus)
-        return TIMES * (devices - start + vcpus) + ALLOWANCE
+        return devices - start + (time.monotonic() - devices) * len(self._machine.board.vcpus)

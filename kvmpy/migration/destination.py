@@ -27,6 +27,7 @@ from kvmpy.migration.keepalive import keepalive, silence
 from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
+    Arrived,
     BlockChecksums,
     Checksums,
     EndOfState,
@@ -38,8 +39,10 @@ from kvmpy.migration.messages import (
     Refuse,
     Refused,
     Round,
+    RoundEnd,
     Section,
     Started,
+    due,
 )
 from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
@@ -73,7 +76,8 @@ class Ingoing:
         try:
             source, vcpus = parse(header.description), self._machine.board.vcpus
             with self._answering(main):  # our kernel and initrd are read for it
-                findings = compare(source, describe(self._machine, describe_host(vcpus[0], len(vcpus))))
+                here = describe(self._machine, describe_host(vcpus[0], len(vcpus)))
+                findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
                 raise IncompatibleError(*findings.problems)
         except IncompatibleError as e:
@@ -100,6 +104,7 @@ class Ingoing:
             self.progress.become(Status.DEVICE)
             with self.progress.phase("load state"), self._answering(main):
                 state = load_machine(self._machine, sections)
+                self._expect(state)
             self._handover.on(Event.READY)
             with self.progress.phase("await GO"):
                 self._await_go(main)
@@ -111,10 +116,10 @@ class Ingoing:
         self._run(main, state)
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in end.phases]
 
-    def _accept(self, main: MainChannel, token: bytes) -> None:
+    def _accept(self, main: MainChannel, token: bytes, rehearsal_ns: int = 0) -> None:
         if main.can_answer:
             warnings = tuple(self.progress.warnings)
-            main.send_message(Accept(token=token, version=main.version, warnings=warnings))
+            main.send_message(Accept(token=token, version=main.version, warnings=warnings, rehearsal_ns=rehearsal_ns))
 
     # What comes
 
@@ -122,9 +127,9 @@ class Ingoing:
         """RAM, checked where that was asked for, and the state."""
         with self._answering(arrival.main):
             self._machine.handoff.adopt_cpu(self._cpu)
-            rehearse(self._machine)
+            rehearsal_ns = rehearse(self._machine)
         token = os.urandom(16)
-        self._accept(arrival.main, token)
+        self._accept(arrival.main, token, rehearsal_ns)
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
         pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
@@ -137,13 +142,17 @@ class Ingoing:
         sections: Sections = {}
         last = 0
         while True:
-            message: Message = main.receive_message(Round, Checksums, Section, EndOfState)
+            message: Message = main.receive_message(*due(main.version, Round, RoundEnd, Checksums, Section, EndOfState))
             match message:
                 case Round(number=number):
                     last = number
                     self.progress.note_round(number, message.remaining_bytes, pages.received)
                     if inline and pages.receive_inline(main.channel) != number:
                         raise StreamError(f"{main.channel.name}: the pages of another round than {number}")
+                case RoundEnd(number=number):
+                    with self._answering(main):
+                        self._wait(pages, number, inline=inline)
+                    main.send_message(Arrived(number=number))
                 case Checksums(blocks=blocks):
                     with self._answering(main):
                         self._wait(pages, last, inline=inline)
@@ -204,6 +213,13 @@ class Ingoing:
                 channel.shutdown("all has come")
             pages.cancel()
             thread.join()
+
+    def _expect(self, state: MachineState) -> None:
+        """Have the guest see the primaries that it had when it runs, whatever its driver is at (R34)."""
+        departure = self._machine.departure
+        missing = state.primaries if departure is None else departure.expect(tuple(state.primaries))
+        for name in missing:
+            log.warning("warning: device %s: the guest had this failover primary; it goes on without", printable(name))
 
     # The hand-over
 

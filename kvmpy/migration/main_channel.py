@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
 
@@ -57,8 +58,12 @@ class MainChannel:
 
         By the thread that receives, for that is read then.
         """
+        self.send_messages([message])
+
+    def send_messages(self, messages: Sequence[Message]) -> None:
+        """The same with many of them, at once: a way of small packets is a slow one."""
         try:
-            self._send(message)
+            self._send(*messages)
         except StreamError as e:
             self.explain(e)
             raise
@@ -107,7 +112,7 @@ class MainChannel:
         """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
         if self.channel.can_answer or isinstance(message, Cancel):
             with suppress(MigrationError):
-                self._send(message, LAST_WORDS)
+                self._send(message, timeout=LAST_WORDS)
 
     def explain(self, error: MigrationError) -> None:
         """Raise what the other side said before it hung up, where ``error`` is that it did; else it explains itself.
@@ -135,12 +140,15 @@ class MainChannel:
     def close(self) -> None:
         self.channel.close()
 
-    def _send(self, message: Message, timeout: float | None = None) -> None:
-        payload = encode(message, self.version)
+    def _send(self, *messages: Message, timeout: float | None = None) -> None:
+        frames: list[bytes] = []
+        for message in messages:
+            payload = encode(message, self.version)
+            frames += FrameHeader.of(message.KIND, payload).pack(), payload
         if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
             raise StreamError(f"{self.channel.name}: another message is still being sent")
         try:
-            self.channel.send(FrameHeader.of(message.KIND, payload).pack(), payload, timeout=timeout)
+            self.channel.send(*frames, timeout=timeout)
         finally:
             self._sending.release()
 

@@ -1,7 +1,7 @@
 """What the two sides of a migration say to each other: the payload of each kind of frame, as JSON of one Struct.
 
-    source           HEADER, ROUND ..., CHECKSUMS, SECTION ..., END_OF_STATE, GO; CANCEL before it
-    destination      ACCEPT or REFUSE, READY, STARTED or REFUSED; FAILED before READY is answered
+    source           HEADER, ROUND and ROUND_END ..., CHECKSUMS, SECTION ..., END_OF_STATE, GO; CANCEL before it
+    destination      ACCEPT or REFUSE, ARRIVED ..., READY, STARTED or REFUSED; FAILED before READY is answered
     both             KEEPALIVE, from whoever keeps the other waiting
 
 A kind is declared once: its number, the most bytes of one, the most of them in a stream and the most values in its
@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from enum import Enum, IntEnum
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Self, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -26,7 +26,7 @@ from msgspec.structs import force_setattr
 
 from kvmpy.errors import MigrationError, StreamError
 from kvmpy.migration.wire import CHANNELS_MAX, NEWEST
-from kvmpy.state import Since
+from kvmpy.state import Since, since
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -37,6 +37,7 @@ PROBLEMS_MAX: Final = 1000
 PROBLEM_MAX: Final = 500  # characters
 DEPTH_MAX: Final = 32  # of arrays and objects in each other: who walks through them may do so by recursion
 
+M = TypeVar("M", bound="Message")
 Natural = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 ShortText = Annotated[str, Meta(max_length=256)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -59,6 +60,8 @@ class Kind(IntEnum):
     CANCEL = 12
     FAILED = 13
     KEEPALIVE = 14
+    ROUND_END = 15
+    ARRIVED = 16
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -102,7 +105,10 @@ Phases = Annotated[tuple[Phase, ...], Meta(max_length=256)]
 
 
 class Header(Message, frozen=True, kw_only=True):
-    """The machine that wants to come. ``channels`` 0: pages travel in the main channel."""
+    """The machine that wants to come. ``channels`` 0: pages travel in the main channel.
+
+    ``require_primaries``: not to where it would not find a failover primary for each that it has.
+    """
 
     KIND = Kind.HEADER
     CAP = MIB
@@ -113,18 +119,21 @@ class Header(Message, frozen=True, kw_only=True):
     checksum: bool = False
     check_only: bool = False
     source: Origin
+    require_primaries: Annotated[bool, since(2)] = True
 
 
 class Accept(Message, frozen=True, kw_only=True):
     """It may come. ``token`` is what its page channels show; ``version`` that of the stream from here on.
 
-    ``warnings`` are what differs and does no harm yet.
+    ``warnings`` are what differs and does no harm yet. ``rehearsal_ns`` is how long it takes there to decode and load a
+    state of such a machine, 0 where that was not measured.
     """
 
     KIND = Kind.ACCEPT
     token: Token
     version: Annotated[int, Meta(ge=1, le=2**32 - 1)]
     warnings: Annotated[tuple[Annotated[str, Meta(max_length=PROBLEM_MAX)], ...], Meta(max_length=64)] = ()
+    rehearsal_ns: Annotated[Natural, since(2)] = 0
 
 
 class Refuse(Message, frozen=True, kw_only=True):
@@ -149,6 +158,24 @@ class Round(Message, frozen=True, kw_only=True):
     MOST = None
     number: Natural
     remaining_bytes: Natural
+
+
+class RoundEnd(Message, frozen=True, kw_only=True):
+    """All pages of a round are on their way: the other side says when they are there."""
+
+    KIND = Kind.ROUND_END
+    SINCE = 2
+    MOST = None
+    number: Natural
+
+
+class Arrived(Message, frozen=True, kw_only=True):
+    """They are. What is between us is empty then, and how long that took is what it takes."""
+
+    KIND = Kind.ARRIVED
+    SINCE = 2
+    MOST = None
+    number: Natural
 
 
 class BlockChecksums(Part, frozen=True, kw_only=True):
@@ -257,7 +284,7 @@ KINDS: Final[dict[int, type[Message]]] = {
     kind.KIND: kind
     for kind in (
         *(Header, Accept, Refuse, Round, Checksums, Section, EndOfState),
-        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive),
+        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived),
     )
 }
 
@@ -276,14 +303,19 @@ def kind_of(number: int, version: int) -> type[Message]:
     return kind
 
 
+def due(version: int, *kinds: type[M]) -> tuple[type[M], ...]:
+    """Those of the kinds that there are in that version."""
+    return tuple(kind for kind in kinds if version >= kind.SINCE)
+
+
 def encode(message: Message, version: int = NEWEST) -> bytes:
     """The payload. Raises MigrationError where it is more than the other side would take."""
     kind = type(message)
     assert version >= kind.SINCE, kind.__name__
     try:
-        fields = msgspec.to_builtins(message)
+        fields = {name: getattr(message, name) for name in _fields(kind, version)}
         _check_depth(fields)
-        payload = msgspec.json.encode({name: fields[name] for name in _fields(kind, version)})
+        payload = msgspec.json.encode(fields)
     except (UnicodeEncodeError, RecursionError, ValueError, TypeError) as e:
         raise MigrationError(f"{title(message)}: cannot be sent: {e}") from e
     if (refusal := _too_much(kind, payload)) is not None:

@@ -8,6 +8,7 @@ destination's, until that says that it could not run it.
 from __future__ import annotations
 
 import logging
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamError
+from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -29,6 +30,7 @@ from kvmpy.migration.keepalive import keepalive, silence
 from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
+    Arrived,
     BlockChecksums,
     Cancel,
     Checksums,
@@ -37,6 +39,7 @@ from kvmpy.migration.messages import (
     Failed,
     Go,
     Header,
+    Keepalive,
     Message,
     Origin,
     Phase,
@@ -44,11 +47,12 @@ from kvmpy.migration.messages import (
     Refuse,
     Refused,
     Round,
+    RoundEnd,
     Section,
     Started,
 )
 from kvmpy.migration.pages import PageSender
-from kvmpy.migration.parameters import Parameters
+from kvmpy.migration.parameters import OnUnplugTimeout, Parameters, Primaries
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
@@ -59,6 +63,8 @@ from kvmpy.migration.transport import Connector
 log = logging.getLogger(__name__)
 
 PAGE: Final = 4096
+TORN: Final = 5.0
+"""Seconds that a primary which is torn out may take: that is kvmpy's own business."""
 ELSEWHERE: Final = "the guest runs at the destination"
 SHORTEST_ROUND: Final = 0.020
 """Seconds from one look at what is dirty to the next."""
@@ -95,6 +101,8 @@ class Outgoing:
         self._pages: PageSender | None = None
         self._stands_still = False
         self._page_channels: list[Channel] = []
+        self._departure = machine.departure
+        self._loading: float | None = None
 
     @property
     def phase(self) -> Source:
@@ -146,7 +154,8 @@ class Outgoing:
             main, self._page_channels = self._set_up(undo)
             if self._page_channels:  # else page records are between the messages
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
-            with self._kept_unless_gone(main):
+            with self._primaries_away(main), self._kept_unless_gone(main):
+                self._wait_unplug(main)
                 self._start(main, undo)
                 self._precopy(main)
                 self._switch_over(main, undo)
@@ -198,6 +207,7 @@ class Outgoing:
                 compression=Compression(self._compression),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
+                require_primaries=self.parameters.x_primaries is Primaries.REQUIRE,
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
@@ -207,17 +217,74 @@ class Outgoing:
         if isinstance(answer, Refuse):
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
+        self._loading = answer.rehearsal_ns / 1e9 or None
         self.progress.warnings = list(answer.warnings)
         for warning in answer.warnings:
             log.warning("warning: %s", printable(warning))
         return answer.token
+
+    # The primaries of failover pairs
+
+    def _wait_unplug(self, main: MainChannel) -> None:
+        """Wait until the guest has let its primaries go: no page is sent before. Raises MigrationError."""
+        if self._departure is None or not self._departure.begin():
+            return
+        self.progress.become(Status.WAIT_UNPLUG)
+        with self.progress.phase("wait-unplug"):
+            if not (staying := self._staying(main, Deadline(self.parameters.x_unplug_timeout / 1000))):
+                return
+            said = (
+                f"{' and '.join(staying)}: the guest has not let it go within {self.parameters.x_unplug_timeout:g} ms"
+            )
+            if self.parameters.x_on_unplug_timeout is OnUnplugTimeout.FAIL:
+                raise MigrationError(
+                    f"{said} (x-unplug-timeout); see what its kernel says, or have it torn out (x-on-unplug-timeout)"
+                )
+            log.warning("migration: %s: it is torn out", said)
+            self._departure.tear_out()
+            if staying := self._staying(main, Deadline(TORN)):
+                raise MigrationError(f"{' and '.join(staying)}: cannot be torn out")
+
+    def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
+        """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
+        assert self._departure is not None
+        while staying := self._departure.staying():
+            watched = {self._departure.fd: select.POLLIN}
+            if main.can_answer:
+                watched[main.channel.fd] = select.POLLIN
+            ready = self._stop.wait_any(watched, deadline)
+            if not ready:
+                return staying
+            if main.channel.fd in ready:
+                main.receive_message(Keepalive)
+        return []
+
+    @contextmanager
+    def _primaries_away(self, main: MainChannel) -> Iterator[None]:
+        """Within, they leave; they come back if the guest stays, and it is said what became of each."""
+        departure = self._departure
+        if departure is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            with suppress(CommandError):  # the machine has been closed meanwhile
+                if not self.phase.may_run:
+                    departure.gone(release=False)
+                else:
+                    with self.progress.phase("primaries back"):
+                        self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
+            raise
+        with suppress(CommandError):
+            departure.gone(release=self.parameters.x_release_primaries)
 
     # Rounds, while the guest runs
 
     def _start(self, main: MainChannel, undo: ExitStack) -> None:
         """What rounds need; ``undo`` takes it back once the guest goes on, or has gone."""
         machine = self._machine
-        self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall))
+        self._convergence = undo.enter_context(Convergence(machine, self.progress, self._on_stall, self._loading))
         with self.progress.phase("start dirty log"):
             self._log = DirtyLog(machine.board.vm, machine.board.memory)
             undo.callback(self._log.stop)
@@ -245,7 +312,7 @@ class Outgoing:
                 self.progress.become(Status.ACTIVE)
             elif self.progress.passes:
                 self._breathe()
-            self._send_round(main)
+            self._send_round(main, awaited=True)
 
     def _fits(self) -> bool:
         """Whether the rest can be sent in time; else what is to be done about it is done."""
@@ -258,12 +325,13 @@ class Outgoing:
         if last.seconds < SHORTEST_ROUND:
             self._stop.wait_any({}, Deadline(SHORTEST_ROUND - last.seconds))
 
-    def _send_round(self, main: MainChannel) -> None:
-        """All that is dirty now."""
+    def _send_round(self, main: MainChannel, *, awaited: bool = False) -> None:
+        """All that is dirty now; ``awaited``: until it is there, where the other side says so."""
         assert self._pages is not None
         progress, number = self.progress, self.progress.passes + 1
         progress.remaining = self._dirty.count() * PAGE
         progress.passes = number
+        began = time.monotonic()
         self._on_pass(number)
         main.send_message(Round(number=number, remaining_bytes=progress.remaining))
         start = time.monotonic_ns()
@@ -273,9 +341,12 @@ class Outgoing:
             self._stop.check()
             main.explain(e)
             raise
-        progress.add(
-            RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, stats.seconds, stats.dirty_rate)
-        )
+        seconds = stats.seconds
+        if awaited and main.can_answer and main.version >= RoundEnd.SINCE:
+            main.send_message(RoundEnd(number=number))
+            main.receive_message(Arrived)
+            seconds = time.monotonic() - began
+        progress.add(RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, seconds, stats.dirty_rate))
 
     def _stop_machine(self, start: int) -> bool:
         """Stop the machine; False where its guest was reset meanwhile, and it runs on."""
@@ -299,7 +370,8 @@ class Outgoing:
             channel.timeout = silence(channel.timeout)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
-            sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
+            state = MachineState(running=running, stopped_ns=progress.stopped_ns, primaries=self._primaries())
+            sections = save_machine(self._machine, state)
         with progress.phase("last pages"):
             assert self._pages is not None
             with self._lock:
@@ -324,6 +396,9 @@ class Outgoing:
         with progress.phase("GO"):
             self._go(main)
 
+    def _primaries(self) -> list[str]:
+        return [] if self._departure is None else list(self._departure.attached())
+
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
         late = "a disk does not answer: what the guest has written is not on it"
@@ -336,15 +411,14 @@ class Outgoing:
         main.send_message(Checksums(blocks=blocks))
 
     def _send_state(self, main: MainChannel, sections: Sections) -> None:
-        for name, section in sections.items():
-            main.send_message(Section(device=name, section=section))
         progress = self.progress
         said = [
             Phase(name=name, start_ns=progress.realtime(start), ns=end - start)
             for name, start, end in progress.phases
             if name in SWITCHOVER
         ]
-        main.send_message(EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said)))
+        end = EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said))
+        main.send_messages([*(Section(device=name, section=each) for name, each in sections.items()), end])
 
     def _go(self, main: MainChannel) -> None:
         """Send GO, and hear what came of it."""

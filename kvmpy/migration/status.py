@@ -11,6 +11,7 @@ class Status(Enum):
 
     NONE = "none"
     SETUP = "setup"
+    WAIT_UNPLUG = "wait-unplug"
     ACTIVE = "active"
     PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
@@ -23,7 +24,8 @@ class Status(Enum):
 OVER: Final = frozenset({Status.NONE, Status.COMPLETED, Status.CANCELLED, Status.FAILED})
 LEGAL: Final[dict[Status, frozenset[Status]]] = {
     Status.NONE: frozenset({Status.SETUP}),
-    Status.SETUP: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.SETUP: frozenset({Status.WAIT_UNPLUG, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.WAIT_UNPLUG: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     # The guest was reset in the last moment, and pages are sent again.
     Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLING, Status.FAILED}),
     Status.PRE_SWITCHOVER: frozenset({Status.DEVICE, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),

@@ -25,7 +25,7 @@ from zlib import crc32
 
 from kvmpy.errors import StreamError
 
-NEWEST: Final = 1
+NEWEST: Final = 2
 OLDEST: Final = max(1, NEWEST - 1)
 MAGIC: Final = b"KVMPYMIG"
 MAGIC_SIZE: Final = len(MAGIC)

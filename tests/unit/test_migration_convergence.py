@@ -19,16 +19,22 @@ FIXED = ALLOWANCE * 1000
 FAST = 10_000 * 1.0
 
 
-class Rig:
-    """A migration whose rounds sent 100 MiB a second."""
+FIRST = Round(1, 0, 25_600, 0, 100 * MIB, 1.0, 0.0)
 
-    def __init__(self) -> None:
+
+class Rig:
+    """A migration whose rounds sent 100 MiB a second; one has been made. To load a state takes ``loading`` seconds."""
+
+    def __init__(self, loading: float = 0.0) -> None:
         machine = SimpleNamespace(
-            board=SimpleNamespace(devices=(), vcpus=(0,)), threads=(), handoff=SimpleNamespace(rehearse=lambda: None)
+            board=SimpleNamespace(devices=(), moving=(), vcpus=(0,)),
+            threads=(),
+            handoff=SimpleNamespace(rehearse=lambda: None),
         )
         self.progress = Progress(1 << 30)
         self.said: list[str] = []
-        self.convergence = Convergence(cast(Machine, machine), self.progress, self.said.append)
+        self.convergence = Convergence(cast(Machine, machine), self.progress, self.said.append, loading)
+        self.progress.add(FIRST)
 
     def fits(self, left: int, *, pages: int = 25_600, rate: float = FAST, **parameters: Any) -> bool:
         """After a round of so many pages, in which ``left`` bytes became dirty."""
@@ -58,9 +64,43 @@ def test_no_guest_is_gone_in_no_time(rig: Rig) -> None:
     assert not rig.fits(4096, downtime_limit=0)
 
 
-def test_a_small_round_says_nothing_of_the_bandwidth(rig: Rig) -> None:
-    rig.progress.add(Round(1, 0, 1, 0, 4096, 1.0, 1.0))
-    assert rig.convergence.fits(10 * MIB, 1.0, Parameters(downtime_limit=300))
+def test_a_small_round_says_what_it_takes_to_be_heard_and_nothing_of_the_bandwidth(rig: Rig) -> None:
+    rig.progress.add(Round(2, 0, 1, 0, 4096, 0.1, 1.0))
+    assert rig.convergence.fits(10 * MIB, 1.0, Parameters(downtime_limit=300))  # 100 ms, and 1.5 times 100 ms
+    assert rig.progress.expected_downtime == pytest.approx(250 + FIXED, abs=5)
+
+
+def test_what_the_destination_has_measured_is_counted() -> None:
+    rig = Rig(loading=0.1)
+    with rig.convergence:
+        assert not rig.fits(14 * MIB, downtime_limit=300)
+        assert rig.fits(12 * MIB, downtime_limit=300)
+        assert rig.progress.expected_downtime == pytest.approx(120 + 150 + FIXED, abs=5)
+
+
+def test_no_guest_is_stopped_after_the_round_of_all_its_memory(rig: Rig) -> None:
+    rig.progress.rounds.clear()
+    assert not rig.fits(4096)
+    assert rig.fits(4096)
+
+
+def test_a_limit_that_cannot_be_kept_is_said_and_the_guest_goes() -> None:
+    rig = Rig(loading=0.4)
+    with rig.convergence:
+        assert rig.fits(4096)
+        assert rig.said == [f"the switchover alone takes about {600 + FIXED:.0f} ms, and the downtime limit is 300 ms"]
+        assert rig.progress.not_converging == rig.said[0]
+
+
+def test_or_it_stays() -> None:
+    rig = Rig(loading=0.4)
+    with (
+        rig.convergence,
+        pytest.raises(
+            MigrationError, match="does not converge: the switchover alone takes about 620 ms, and the downtime"
+        ),
+    ):
+        rig.fits(4096, x_on_no_convergence=OnNoConvergence.CANCEL)
 
 
 def test_two_rounds_of_which_half_is_written_again_are_too_many(rig: Rig) -> None:

@@ -70,25 +70,45 @@ def port(network: FakeNetwork, run: str) -> StandbyPort:
     return StandbyPort(network, run, TAP, MAC, netns="/run/netns/blue")
 
 
-def test_entries_are_written_down_before_they_are_made_and_until_they_are_gone(
+def test_entries_are_written_down_before_they_are_made_and_until_the_end(
     network: FakeNetwork, port: StandbyPort, run: str
 ) -> None:
     assert port.steer(here=True) == []
     assert (network.noted, network.entries) == ([["eth0", "eth1"]], {"eth0", "eth1"})
     assert port.steer(here=False) == []
     assert (network.noted[1], network.entries) == (["eth0", "eth1"], set())
-    assert os.listdir(run) == []
     assert network.asked == [(True, True), (False, False)]
+    port.close()
+    assert os.listdir(run) == []
+
+
+def test_r45_the_way_back_to_the_standby_is_one_request(network: FakeNetwork, port: StandbyPort) -> None:
+    port.steer(here=True)
+    port.steer(here=False)
+    looked, network.found = network.found, []  # what it would be told if it looked again
+    port.steer(here=True)
+    assert network.entries == set(looked)
+
+
+def test_an_uplink_that_came_since_is_told_too(network: FakeNetwork, port: StandbyPort, run: str) -> None:
+    port.steer(here=True)
+    network.found = ["eth0", "eth1", "eth2"]
+    port.steer(here=False)
+    port.steer(here=True)
+    assert (network.entries, network.noted[-1]) == ({"eth0", "eth1", "eth2"}, ["eth0", "eth1", "eth2"])
 
 
 def test_what_somebody_else_made_is_not_written_down_for_long_and_stays(
     network: FakeNetwork, port: StandbyPort, run: str
 ) -> None:
     network.foreign = {"eth1"}
-    port.steer(here=True)
-    assert noted(run) == ["eth0"]
+    for _ in range(2):
+        port.steer(here=True)
+        assert noted(run) == ["eth0"]
+        port.steer(here=False)
+        assert network.entries == set()
     port.close()
-    assert network.entries == set()
+    assert os.listdir(run) == []
 
 
 def test_the_end_undoes_all_once_and_nothing_is_told_after(network: FakeNetwork, port: StandbyPort, run: str) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 
 from kvmpy.migration.messages import (
     Accept,
+    Arrived,
     BlockChecksums,
     Cancel,
     Checksums,
@@ -23,6 +24,7 @@ from kvmpy.migration.messages import (
     Refuse,
     Refused,
     Round,
+    RoundEnd,
     Section,
     Started,
     encode,
@@ -56,6 +58,7 @@ SOURCE: Final[tuple[Message | bytes, ...]] = (
     RECORD.pack(len(PAGES + ZEROS), len(PAGES + ZEROS), BATCH) + PAGES + ZEROS,
     RECORD.pack(len(ZEROS), len(PACKED), ZSTD) + PACKED,
     RECORD.pack(1, 0, END),
+    RoundEnd(number=1),
     Round(number=2, remaining_bytes=0),
     RECORD.pack(2, 0, END),
     Checksums(blocks=(BlockChecksums.of(0, 1 << 20, (1, 2**64 - 1)),)),
@@ -66,7 +69,8 @@ SOURCE: Final[tuple[Message | bytes, ...]] = (
     Cancel(reason="by hand"),
 )
 DESTINATION: Final[tuple[Message | bytes, ...]] = (
-    Accept(token=bytes(range(16)), version=1),
+    Accept(token=bytes(range(16)), version=2, rehearsal_ns=12_345_678),
+    Arrived(number=1),
     Keepalive(),
     Ready(),
     Started(first_run_ns=STOPPED + 5_000_000, phases=PHASES),
