@@ -19,6 +19,7 @@ from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
 from tests.counts import count
 from tests.fakes.failover_journey import FailoverJourney, Place, primary, standby
+from tests.fakes.loop import poll
 
 BOTH = {"standby0", "primary0"}
 PAIR = standby() + primary()
@@ -246,3 +247,27 @@ def test_r52_migrate_multi_in(make: Make) -> None:
         *(("FAILOVER_NEGOTIATED", "standby0"), ("FAILOVER_NEGOTIATED", "standby1"), ("RESUME", "")),
     ]
     assert there.statuses()[-1] == "completed"
+
+
+def path_told(place: Place) -> str:
+    """What the network around the standby was told last."""
+    around = place.machine.board.inventory.plugged["standby0"].around
+    assert around is not None
+    return around.path.value
+
+
+def test_r46_the_network_has_the_guest_where_it_runs_alone(journey: FailoverJourney) -> None:
+    source, there = journey.begin(), journey.wait_at()
+    poll(lambda: (path_told(source), path_told(there)) == ("primary", "none"))
+    source.ask("migrate", uri=there.uri)
+    source.begins()
+    source.guests[0].let_go()
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    poll(lambda: (path_told(source), path_told(there)) == ("none", "standby"))
+    there.boot()
+    there.ready()
+    poll(lambda: path_told(there) == "primary")
+    there.machine.stop()
+    source.machine.resume(force=True)
+    poll(lambda: path_told(source) in ("standby", "primary"))

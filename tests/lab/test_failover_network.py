@@ -36,6 +36,7 @@ STATIONS: Final = {
 }
 ADDRESSES: Final = {"bridge": BRIDGE_ADDRESS, "wire": STATION_ADDRESS, "mate": MATE_ADDRESS}
 EVERY: Final = 0.1  # seconds between two pings
+OWN: Final = 1.0  # what the guest's driver takes before and after, on a busy emulated host
 
 
 @dataclass
@@ -136,6 +137,7 @@ def test_r45_on_the_way_to_the_standby_nothing_is_lost_but_in_the_gap_that_is_re
     assert lab.all_reach() == dict.fromkeys(STATIONS, True)
     lost = lab.lost(started)
     print(f"to the standby: gap {gap:.3f} s, pings lost in a row {lost}")
+    assert max(lost.values()) * EVERY <= gap + OWN
     assert lab.pair()["rx-gap-ms"] == pytest.approx(gap * 1000)
 
 
@@ -164,6 +166,7 @@ def test_r45_on_the_way_to_the_primary_too(lab: Network) -> None:
     assert lab.all_reach() == dict.fromkeys(STATIONS, True)
     lost = lab.lost(started)
     print(f"to the primary: gap {gap:.3f} s, pings lost in a row {lost}")
+    assert max(lost.values()) * EVERY <= gap + OWN
     assert lab.fdb(TAP) == [], "of no VLAN"
     lab.host.run([*filtering, "0"], check=True)
 
