@@ -5,6 +5,7 @@ Two whole machines, and the guest's side of its slots by hand; see tests/fakes/f
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -155,6 +156,20 @@ def test_r30_whoever_waits_for_a_release_is_woken_by_it(
     goes(source, there)
     assert looked[-1] == []
     assert len(looked) < 10
+
+
+def test_r36_who_has_only_one_channel_waits_as_long_as_the_guest_takes(
+    journey: FailoverJourney, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    source = journey.begin()
+    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'fifo'}", x_timeout=1.0)
+    source.ask("migrate", uri=f"exec:cat > {tmp_path / 'fifo'}")
+    source.until(Status.WAIT_UNPLUG)
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        source.stays("wait-unplug")
+    goes(source, there)
 
 
 @pytest.mark.parametrize("bound", ["before the press", "after it"])
