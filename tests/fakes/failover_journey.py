@@ -78,11 +78,17 @@ class Place:
     def __init__(self, stop: Stop, host: FailoverHost, socket: str, stack: ExitStack) -> None:
         self.stop, self.host = stop, host
         self.machine, self.migrations, self.uri = stop.machine, stop.migrations, stop.uri
-        monitor = MonitorServer(self.machine, socket, self.migrations)
-        stack.callback(monitor.close)
+        self._monitor = MonitorServer(self.machine, socket, self.migrations)
         self._client = Client(socket)
-        stack.callback(self._client.close)
+        stack.callback(self.close)
         self.guests: list[NicGuest] = []
+
+    def close(self) -> None:
+        """End it, and its host. Twice is allowed."""
+        self._client.close()
+        self._monitor.close()
+        self.machine.close()
+        self.host.close()
 
     # The guest
 
@@ -205,7 +211,6 @@ class FailoverJourney:
     def _at(self, make: Callable[..., Stop], parameters: dict[str, Any]) -> Place:
         name = f"host{len(self.places)}"
         host = FailoverHost(self._directory / name, self._monkeypatch)
-        self._stack.callback(host.close)
         place = Place(make(**parameters), host, self._journey.socket(f"{name}.qmp"), self._stack)
         self.places.append(place)
         return place
