@@ -204,6 +204,11 @@ class FailoverJourney:
         self._stack.callback(middle.close)
         return f"unix:{here}"
 
+    @property
+    def nowhere(self) -> Path:
+        """A socket that is not there."""
+        return self._directory / "nowhere.sock"
+
     def check(self) -> None:
         """The guest has run in one place at a time, and has missed nothing."""
         self._journey.check()
