@@ -142,6 +142,7 @@ class Place:
 
     def pair(self, n: int = 0) -> dict[str, Any]:
         """query-failover's answer for it."""
+        self._let_posted_be_done()  # a client's question may come before what the guest did a moment ago
         return next(pair for pair in self.ask("query-failover") if pair["standby-id"] == f"standby{n}")
 
     def visible(self) -> set[str]:
@@ -154,9 +155,12 @@ class Place:
 
     def told(self, *events: str) -> list[tuple[str, str]]:
         """Event and device, or status, of these ``events``; of all, if none is named."""
-        with suppress(CommandError):  # it is closed, and tells no more
-            self.machine.in_control(lambda: None)  # after all that was posted to be told
+        self._let_posted_be_done()
         return [(name, _subject(data)) for name, data in tuple(self.stop.events) if not events or name in events]
+
+    def _let_posted_be_done(self) -> None:
+        with suppress(CommandError):  # it is closed, and does no more
+            self.machine.in_control(lambda: None)
 
     def statuses(self) -> list[str]:
         """All that there were."""
