@@ -236,7 +236,7 @@ class Outgoing:
         if self._departure is None or not self._departure.begin():
             return
         self.progress.become(Status.WAIT_UNPLUG)
-        with self.progress.phase("wait-unplug"):
+        with self.progress.phase("wait-unplug"), self._awaited(main):
             if not (staying := self._staying(main, Deadline(self.parameters.x_unplug_timeout / 1000))):
                 return
             said = (
@@ -250,6 +250,14 @@ class Outgoing:
             self._departure.tear_out()
             if staying := self._staying(main, Deadline(TORN)):
                 raise MigrationError(f"{' and '.join(staying)}: cannot be torn out")
+
+    @contextmanager
+    def _awaited(self, main: MainChannel) -> Iterator[None]:
+        """Within, nothing is sent; who waits for it is told that we are at work."""
+        with ExitStack() as stack:
+            if not self._page_channels and not main.channel.is_kept:  # else that is done already, or nobody waits
+                stack.enter_context(keepalive(main, self.parameters.x_timeout))
+            yield
 
     def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
         """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
