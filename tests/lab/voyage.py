@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,7 @@ class Events:
 
     def wait(self, event: str, word: str = "") -> None:
         """For the next one, with ``word`` in it."""
-        self.process.expect(f'"{event}"[^\\n]*{word}', SLOW)
+        self.process.expect(re.compile(rf'"{event}"[^\n]*"{word}"' if word else f'"{event}"'), SLOW)
 
     def all(self) -> list[tuple[float, str, dict[str, Any]]]:
         """Each with its time, by the host's clock."""
