@@ -17,7 +17,8 @@ To add a field: bump VERSION and mark the field ``since(new version)``. A field 
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -82,75 +83,136 @@ def load(kind: type[S], section: object) -> S:
             f"{kind.NAME}: version {_shown(version)} is not one of 1 to {kind.VERSION}; "
             "a newer kvmpy wrote this, use that one here too"
         )
-    _check_fields(kind, section["state"], version, kind.NAME)
+    try:
+        _check_fields(kind, section["state"], version)
+    except _Refused as e:
+        raise StateError(f"{kind.NAME}{e.place}: {e.said}") from None
     try:
         return msgspec.convert(section["state"], kind, strict=True)
     except msgspec.ValidationError as e:
         raise StateError(f"{kind.NAME}: {str(e)[:200]}") from e
 
 
-def _check_fields(kind: type[State], value: object, version: int, path: str) -> None:
+class _Refused(Exception):
+    """``said`` of what is at ``place``, which whoever looks into something puts together on the way out."""
+
+    def __init__(self, said: str, place: str = "") -> None:
+        super().__init__(said)
+        self.said, self.place = said, place
+
+
+_Check = Callable[[Any, int], None]
+"""Looks at a value of a section of that version. Raises _Refused."""
+
+
+class _Field(NamedTuple):
+    """The version that brought it, and what there is to check of its value."""
+
+    born: int
+    check: _Check | None
+
+
+def _check_fields(kind: type[State], value: object, version: int) -> None:
     """Exactly the fields of ``version`` are present, in this State and those nested in it.
 
     A nested State's fields count in the version of the outermost one: that is the section that travels.
     """
     if not isinstance(value, dict):
-        raise StateError(f"{path}: expected an object, got {type(value).__name__}")
-    hints = _hints(kind)
-    if unknown := value.keys() - hints.keys():
-        raise StateError(f"{path}: {_shown(unknown.pop())} is no field of it")
-    for name, (hint, born) in hints.items():
+        raise _Refused(f"expected an object, got {type(value).__name__}")
+    fields = _fields(kind)
+    if unknown := value.keys() - fields.keys():
+        raise _Refused(f"{_shown(unknown.pop())} is no field of it")
+    for name, (born, check) in fields.items():
         if (name in value) != (born <= version):
             said = "is missing" if born <= version else f"does not belong to version {version}"
-            raise StateError(f"{path}.{name}: {said}")
-        if name in value:
-            _check_value(hint, value[name], version, f"{path}.{name}")
+            raise _Refused(said, f".{name}")
+        if check is not None and name in value:
+            try:
+                check(value[name], version)
+            except _Refused as e:
+                e.place = f".{name}{e.place}"
+                raise
 
 
 @cache
-def _hints(kind: type[State]) -> dict[str, tuple[Any, int]]:
-    """Each field's type and the version that brought it. Kept: a section may have thousands of one kind."""
+def _fields(kind: type[State]) -> dict[str, _Field]:
+    """Kept: a section may have thousands of one kind, and a guest stands still while it is loaded."""
     hints = get_type_hints(kind, include_extras=True)
     return {
-        field.name: (
-            hints[field.name],
+        field.name: _Field(
             next((m.version for m in get_args(hints[field.name])[1:] if isinstance(m, Since)), 1),
+            _check_of(hints[field.name]),
         )
         for field in msgspec.structs.fields(kind)
     }
 
 
-def _check_value(hint: Any, value: object, version: int, path: str) -> None:
+def _check_of(hint: Any) -> _Check | None:
     """What msgspec does not check: the fields of States and the range of u64s, inside list, tuple and dict too.
 
-    A union here is X | None.
+    None where there is nothing of it in such a value. A union here is X | None.
     """
+    marks: Sequence[Any] = ()
     if get_origin(hint) is Annotated:
         hint, *marks = get_args(hint)
-        _check_marks(marks, value, path)
     if isinstance(hint, type) and issubclass(hint, State):
-        _check_fields(hint, value, version, path)
-        return
+        return partial(_check_fields, hint)
+    if "u64" in marks:
+        return _check_u64
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        if value is not None:
-            _check_value(next(arg for arg in inner if arg is not NoneType), value, version, path)
-    elif origin in (list, tuple) and isinstance(value, list):
-        hints = inner if origin is tuple and Ellipsis not in inner else repeat(inner[0])
-        for index, (each, item) in enumerate(zip(hints, value, strict=False)):
-            _check_value(each, item, version, f"{path}[{index}]")
-    elif origin is dict and isinstance(value, dict):
+        some = _check_of(next(arg for arg in inner if arg is not NoneType))
+        return None if some is None else partial(_check_some, some)
+    if origin in (list, tuple):
+        most = next((mark.max_length for mark in marks if isinstance(mark, msgspec.Meta)), None)
+        if origin is tuple and Ellipsis not in inner:
+            checks = [_check_of(each) for each in inner]
+            return None if not any(checks) and most is None else partial(_check_items, most, checks)
+        every = _check_of(inner[0])
+        return None if every is None and most is None else partial(_check_all, most, every)
+    if origin is dict and (every := _check_of(inner[1])) is not None:
+        return partial(_check_values, every)
+    return None
+
+
+def _check_u64(value: object, version: int) -> None:
+    if type(value) is not int or not 0 <= value <= _U64_MAX:
+        raise _Refused("expected an integer from 0 to 2**64-1")
+
+
+def _check_some(check: _Check, value: object, version: int) -> None:
+    if value is not None:
+        check(value, version)
+
+
+def _check_all(most: int | None, check: _Check | None, value: object, version: int) -> None:
+    """Of a list or tuple of one kind; its length before each item is looked at."""
+    _check_items(most, repeat(check), value, version)
+
+
+def _check_items(most: int | None, checks: Iterable[_Check | None], value: object, version: int) -> None:
+    if not isinstance(value, list):
+        return
+    if most is not None and len(value) > most:
+        raise _Refused(f"{len(value)} items, where there are {most} at most")
+    index = 0
+    try:
+        for index, (check, item) in enumerate(zip(checks, value, strict=False)):  # noqa: B007  for what is raised
+            if check is not None:
+                check(item, version)
+    except _Refused as e:
+        e.place = f"[{index}]{e.place}"
+        raise
+
+
+def _check_values(check: _Check, value: object, version: int) -> None:
+    if isinstance(value, dict):
         for key, item in value.items():
-            _check_value(inner[1], item, version, f"{path}[{_shown(key)}]")
-
-
-def _check_marks(marks: list[Any], value: object, path: str) -> None:
-    """What the type is annotated with: the range of a u64, and the length of a list before each item is looked at."""
-    if "u64" in marks and (type(value) is not int or not 0 <= value <= _U64_MAX):
-        raise StateError(f"{path}: expected an integer from 0 to 2**64-1")
-    most = next((mark.max_length for mark in marks if isinstance(mark, msgspec.Meta)), None)
-    if most is not None and isinstance(value, list) and len(value) > most:
-        raise StateError(f"{path}: {len(value)} items, where there are {most} at most")
+            try:
+                check(item, version)
+            except _Refused as e:
+                e.place = f"[{_shown(key)}]{e.place}"
+                raise
 
 
 def _shown(value: object) -> str:

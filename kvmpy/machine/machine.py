@@ -223,6 +223,7 @@ class Machine:
         DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
         """
         if self._hotplug is None:
+            self.handoff.require_idle()
             if name not in self.board.by_id:
                 raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
             raise CommandError("Bus 'pcie.0' does not support hotplugging")
@@ -589,6 +590,8 @@ class Machine:
         if state not in LEGAL[self.state]:
             raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
         self.state = state
+        if state is RunState.POSTMIGRATE and self._hotplug is not None:
+            self._hotplug.pairs.moved_away()
 
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""

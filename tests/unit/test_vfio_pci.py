@@ -308,6 +308,20 @@ def test_msix_reaches_the_guest_as_the_table_says(rig: NicRig) -> None:
     assert rig.board.sink.take() == [MESSAGE]
 
 
+def test_r45_that_the_guest_wants_interrupts_is_told(rig: NicRig) -> None:
+    told: list[bool] = []
+    rig.function.on_receiving = lambda: told.append(True)
+    rig.msix(0xC000)
+    rig.entry(2, masked=False)
+    rig.msix(0x8000)
+    assert told == [], "no message of a function goes out that is no bus master"
+    rig.entry(2, masked=True)
+    rig.enable()
+    assert told == []
+    rig.entry(2, masked=False)
+    assert told == [True]
+
+
 def test_what_comes_while_a_vector_is_masked_is_pending_and_comes_then(rig: NicRig) -> None:
     rig.enable()
     rig.msix(0x8000)
@@ -381,7 +395,7 @@ def test_a_host_without_vectors_costs_the_guest_its_interrupts_and_no_more(
 # Release, reset, and the host's own wishes
 
 
-def test_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: NicRig) -> None:
+def test_r26_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: NicRig) -> None:
     rig.enable()
     rig.msix(0x8000)
     rig.entry(0, masked=False)
@@ -411,7 +425,7 @@ def test_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: 
     assert rig.function.config_read(0, 4) == 0x10CA_8086, "it could be plugged in again"
 
 
-def test_bus_master_goes_before_interrupts_and_before_memory(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r26_bus_master_goes_before_interrupts_and_before_memory(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.enable()
     rig.msix(0x8000)
     seen: list[object] = []
