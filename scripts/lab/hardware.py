@@ -46,9 +46,9 @@ class Nic:
 class Hardware:
     """The NICs of a host. The one with UPLINK_MAC becomes a port of BRIDGE.
 
-    The one with the address ``pf`` has ``vfs`` virtual functions. ``passed`` is the PCI id of those that are there to be passed through, empty where there are none. ``number`` is
-    the host's in a pair, and ``joint`` a connected socket: the wire goes on there. Its addresses are those of host 1;
-    the other's differ as `mac` and `address` say.
+    The one with the address ``pf`` has ``vfs`` virtual functions. ``passed`` is the PCI id of those that are there to
+    be passed through, empty where there are none. ``number`` is the host's in a pair, and ``joint`` a connected socket:
+    the wire goes on there. Its addresses are those of host 1; the other's differ as `mac` and `address` say.
     """
 
     nics: tuple[Nic, ...]
