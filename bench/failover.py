@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
 from scripts.lab.host import EmulatedHost
 from scripts.lab.kernels import CHECKOUT
-from scripts.lab.nics import functions, uplink
+from scripts.lab.nics import functions, pf
 from tests.lab import tables
 from tests.lab.guest import QUIET
 from tests.lab.journey import PINGER
@@ -32,6 +32,7 @@ STDOUT: Final = 1
 ROUNDS: Final = 3
 TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
 OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
+PF_MAC: Final = "52:54:00:00:01:30"
 BOOT: Final = CHECKOUT / ".lab/guest/generic"
 DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
 FIGURES: Final = ("blackout", "gap", "lost", "wait-unplug", "enslaved", "in service", "in all")
@@ -73,8 +74,9 @@ class Row(NamedTuple):
 
 def hardware(model: str) -> Hardware:
     """Two NICs for a guest of QEMU's, two for one of kvmpy's. Whole ones have the address of their guest's pair."""
-    if model == "igb":
-        return replace(HARDWARE[model], vfs=4)
+    if model == "igb":  # with an uplink of its own: see docs/lab.md for what the PF's does beside guests with functions
+        nics = Nic("virtio-net-pci", UPLINK_MAC), Nic(model, PF_MAC, port=1)
+        return replace(HARDWARE[model], nics=nics, vfs=4, pf=PF_MAC)
     macs = (NIC_MACS[0], NIC_MACS[0], OTHER_MAC, OTHER_MAC)
     passed = (Nic(model, mac, port=port) for port, mac in enumerate(macs, 1))
     return replace(HARDWARE[model], nics=(Nic("virtio-net-pci", UPLINK_MAC), *passed))
@@ -90,7 +92,7 @@ class Yard:
 
     def __init__(self, host: EmulatedHost, model: str) -> None:
         self._host, self._model = host, model
-        self._functions, self._uplink = functions(host), uplink(host)
+        self._functions, self._pf = functions(host), pf(host)
 
     def contenders(self) -> dict[str, Any]:
         """What failover_turns.py is told."""
@@ -135,7 +137,7 @@ class Yard:
 
     def _steer(self, number: int, mac: str) -> list[str]:
         """What gives a virtual function an address."""
-        return ["ip", "link", "set", self._uplink, "vf", str(number), "mac", mac] if self._model == "igb" else []
+        return ["ip", "link", "set", self._pf, "vf", str(number), "mac", mac] if self._model == "igb" else []
 
     def _kvmpy(self, number: int, mac: str, address: str) -> dict[str, Any]:
         keys = {"driver": "vfio-pci", "id": "hostdev0", "host": self._functions[2 + number], "bus": "rp1"}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -220,7 +221,9 @@ def pinged(program: str, address: str, seen: dict[str, float]) -> Iterator[None]
     words = ["ip", "netns", "exec", STATION, sys.executable, "-I", "-S", program, address]
     pinger = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert pinger.stdout
-    pinger.stdout.readline()
+    if not select.select([pinger.stdout], [], [], PATIENCE)[0]:
+        pinger.kill()
+        raise SystemExit(f"{address}: never answers {STATION}")
     yield
     said, _ = pinger.communicate()
     entries = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -248,8 +251,9 @@ def connected(path: str) -> socket.socket:
 def main(rounds: str, pinger: str, contenders: str) -> None:
     known: dict[str, dict[str, Any]] = json.loads(contenders)
     guests = {name: Contender(name, each, pinger) for name, each in known.items()}
-    for guest in guests.values():
+    for name, guest in guests.items():
         guest.boot()
+        print(name, "is up", file=sys.stderr, flush=True)
     for _ in range(int(rounds)):
         for name, guest in guests.items():
             guest.turn()
