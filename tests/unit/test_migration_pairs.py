@@ -94,6 +94,20 @@ def test_nothing_is_made_up_of_a_destination_that_nobody_asked() -> None:
     assert line.paths[-1].end_ms == STOPPED
 
 
+def test_a_change_that_lasted_no_time_is_none() -> None:
+    flash = [here("FAILOVER_PATH_CHANGED", 5200, device_id=STANDBY, path=path) for path in ("primary", "standby")]
+    early = [there("FAILOVER_PATH_CHANGED", 5000 - RUNS, device_id=STANDBY, path="primary"), *DESTINATION_SAID]
+    for source, other in ((SOURCE_SAID + flash, DESTINATION_SAID), (SOURCE_SAID, early)):
+        stretches = told(source, other).paths
+        assert all(each.start_ms < each.end_ms for each in stretches)
+        assert [each.end_ms for each in stretches[:-1]] == [each.start_ms for each in stretches[1:]]
+
+
+def test_a_primary_came_when_it_was_first_in_use() -> None:
+    again = there("FAILOVER_PRIMARY_PLUGGED", 9000, device_id=PRIMARY, standby_id=STANDBY)
+    assert told(other=[*DESTINATION_SAID, again]).waits == told().waits
+
+
 def test_a_primary_that_the_destination_does_not_tell_of_has_not_come() -> None:
     line = told(other=[])
     assert line.waits[1] == Wait(side=DESTINATION, device_id=PRIMARY, what="comes", start_ms=line.waits[1].start_ms)
@@ -163,8 +177,9 @@ def test_the_picture_and_the_page_tell_of_all_of_it() -> None:
 
 
 def test_no_frames_are_drawn_where_the_guest_stands_still() -> None:
-    bars = picture.draw(told()).count("net1: standby from")
-    assert bars == 2, "one on either side of the blackout"
+    drawn = picture.draw(told())
+    assert drawn.count("net1: standby from") == 2, "one on either side of the blackout"
+    assert drawn.count("net1: primary from") == 2, "before that, and after"
 
 
 def test_a_migration_without_a_pair_has_nothing_of_it() -> None:
