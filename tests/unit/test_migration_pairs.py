@@ -182,6 +182,28 @@ def test_no_frames_are_drawn_where_the_guest_stands_still() -> None:
     assert drawn.count("net1: primary from") == 2, "before that, and after"
 
 
+def gap(event: dict[str, Any], ms: object) -> dict[str, Any]:
+    return event | {"data": event["data"] | {"rx-gap-ms": ms}}
+
+
+RECEIVES: Final = there("FAILOVER_PRIMARY_RECEIVES", 800, device_id=PRIMARY, standby_id=STANDBY)
+
+
+def test_how_long_frames_went_nowhere_is_shown_where_they_did() -> None:
+    source = [gap(each, 12.5) if each["event"] == "FAILOVER_PATH_CHANGED" else each for each in SOURCE_SAID]
+    line = told(source, [*DESTINATION_SAID, gap(RECEIVES, 500.0)])
+    assert [(each.standby_id, each.path) for each in line.gaps] == [(STANDBY, "standby"), (STANDBY, "primary")]
+    assert (line.gaps[0].start_ms, line.gaps[0].end_ms) == milliseconds(5187.5, 5200)
+    assert (line.gaps[1].start_ms, line.gaps[1].end_ms) == milliseconds(RUNS + 300, RUNS + 800)
+    assert "net1: frames go nowhere for 12.5 ms, on the way to the standby" in picture.draw(line)
+    assert "net1: frames go nowhere, on the way to the primary" in page(line)
+
+
+@pytest.mark.parametrize("ms", [None, "long", -1, 0, 1e300])
+def test_a_gap_that_makes_no_sense_is_none(ms: object) -> None:
+    assert told(SOURCE_SAID, [gap(RECEIVES, ms)]).gaps == ()
+
+
 def test_a_migration_without_a_pair_has_nothing_of_it() -> None:
     line = told([], [])
     assert (line.waits, line.paths) == ((), ())
