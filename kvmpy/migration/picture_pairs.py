@@ -1,7 +1,7 @@
 """The part of a migration's picture that is about failover pairs, on the axis of the phases.
 
 Each host's primaries on their way: out of the guest before its memory is sent, in again once it runs. Below that, which
-path the guest's frames took, marked where they went nowhere, and which pings came back, if somebody pinged it meanwhile.
+path the guest's frames took, marked where they went nowhere, and which pings came back, if somebody pinged.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class Stretch(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 
 class Gap(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
-    """Frames for the pair of ``standby_id`` went nowhere: not any more the one way, and not yet the other, to ``path``."""
+    """Frames for the pair of ``standby_id`` went nowhere: no more the one way, and not yet the other, to ``path``."""
 
     standby_id: str
     path: str
