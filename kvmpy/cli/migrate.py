@@ -201,6 +201,8 @@ def outcome(
                 if before == "running":
                     client("cont", force=True)
     wait_until_back(client, name, (before,))
+    for became in answer.get("primaries") or []:
+        tell(f"kvmpy: {name}: {printable(became)}")
     if status == "cancelled":
         tell(f"kvmpy: {name}: cancelled; the guest is here, and {before}")
         return CANCELLED

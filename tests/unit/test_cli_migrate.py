@@ -112,6 +112,16 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("cancelled", CANCELLED)])
+def test_one_that_came_to_nothing_says_what_became_of_each_primary(
+    source: Source, capsys: pytest.CaptureFixture[str], status: str, code: int
+) -> None:
+    source.answers = [ACTIVE, {"status": status, "primaries": ["hostdev0 is plugged in again", "hostdev1 is no more"]}]
+    assert main(["migrate", "web1", URI]) == code
+    said = capsys.readouterr().err
+    assert "web1: hostdev0 is plugged in again\nkvmpy: web1: hostdev1 is no more\n" in said
+
+
 def test_a_refusal_is_the_machines_own_words(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(_: object) -> None:
         raise Refusal("a migration is under way")
