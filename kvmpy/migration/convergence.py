@@ -26,6 +26,9 @@ from kvmpy.migration.messages import Section, encode
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.sections import save_devices
+from kvmpy.trace import Tracepoint
+
+trace_forecast = Tracepoint("migration.forecast", "pages_ms saving_ms trip_ms loading_ms")
 
 MIB: Final = 1 << 20
 ALLOWANCE: Final = 0.020
@@ -49,7 +52,8 @@ LEAST_SHARE: Final = 4
 
 class Convergence:
     """Decides after each round. ``on_stall`` is told, in words, of a guest that writes too fast, or of a limit that
-    cannot be kept. ``loading`` is the seconds that the destination takes for a state, if it has measured that.
+    cannot be kept. ``loading`` is the seconds that the destination takes for a state, if it has measured that;
+    ``on_the_way`` those after which it can have begun with it.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Convergence:
         self._bandwidth = float(BANDWIDTH)
         self._saving: float | None = None
         self._trip = 0.0
+        self.on_the_way = 0.0
         self._strikes = 0
 
     def __enter__(self) -> Self:
@@ -80,6 +85,10 @@ class Convergence:
         else:
             self._trip = max(0.0, last.seconds - last.size / self._bandwidth)
         limit, pages, fixed = parameters.downtime_limit / 1000, left / self._bandwidth, self._fixed()
+        self.on_the_way = pages + TRIPS * self._trip
+        if trace_forecast:
+            ms = (int(each * 1000) for each in (pages, self._saving or 0, self._trip, self._loading or 0))
+            trace_forecast(*ms)
         self._progress.remaining, self._progress.expected_downtime = left, (pages + fixed) * 1000
         if pages <= max(limit - fixed, limit / LEAST_SHARE):
             if len(self._progress.rounds) < LEAST_ROUNDS:

@@ -173,6 +173,22 @@ def test_a_guest_goes_from_process_to_process(processes: Processes) -> None:
     assert gap(b"".join(process.said for process in processes.all)) is None
 
 
+def test_a_destination_that_is_stopped_while_the_guest_stands_still_does_not_keep_it_so(
+    processes: Processes, stack: ExitStack, tmp_path: Path
+) -> None:
+    here, (there, uri) = processes(), processes.incoming()
+    hooks = {Kind.SECTION: lambda: there.process.send_signal(signal.SIGSTOP)}
+    middle = Middle(str(tmp_path / "middle"), uri.removeprefix("unix:"), hooks=hooks)
+    stack.callback(middle.close)
+    here.wait_for_count()
+    here("migrate-set-parameters", **{"x-timeout": 3600.0})
+    here("migrate", uri=f"unix:{tmp_path / 'middle'}")
+    assert "nothing more from the other side" in here.wait_for("failed")["error-desc"]
+    assert here("query-status")["status"] == "running"
+    here.wait_for_count()
+    assert there.said == b""
+
+
 def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Processes, tmp_path: Path) -> None:
     here, there = processes(), processes("--incoming", "defer")
     there("migrate-incoming", uri=f"unix:{tmp_path / 'in'}")

@@ -92,7 +92,7 @@ def test_a_limit_that_cannot_be_kept_is_said_and_the_guest_goes() -> None:
 
 def test_or_it_stays() -> None:
     rig = Rig(loading=0.4)
-    with rig.convergence, pytest.raises(MigrationError, match="does not converge: the switchover alone takes about 620 ms, and the downtime"):
+    with rig.convergence, pytest.raises(MigrationError, match="does not converge: the switchover alone takes about"):
         rig.fits(4096, x_on_no_convergence=OnNoConvergence.CANCEL)
 
 
