@@ -10,7 +10,7 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import Any, Final
@@ -113,12 +113,16 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
 def check(client: Client, name: str, uri: str, shown: str | None = None) -> int:
     """Ask both sides, and print everything that stands in the way of going to ``uri``, which is called ``shown``."""
     answer = client("x-migrate-check", uri=uri)
-    blockers: list[object] = answer["problems"]
+    return tell_blockers(name, shown or uri, answer["problems"], answer["warnings"])
+
+
+def tell_blockers(name: str, uri: str, blockers: Sequence[object], warnings: Sequence[object] = ()) -> int:
+    """Print all that stands in the way, if anything does; returns the exit code."""
     for blocker in blockers:
         print(printable(str(blocker)))
-    for warning in answer["warnings"]:
+    for warning in warnings:
         tell(f"kvmpy: warning: {printable(str(warning))}")
-    tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(shown or uri)}")
+    tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(uri)}")
     return BLOCKED if blockers else 0
 
 

@@ -14,10 +14,10 @@ from typing import Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import HOST_ERROR, printable, tell
-from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, set_parameters
+from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, set_parameters, tell_blockers
 from kvmpy.cli.receive import ENDED, INCOMING
 from kvmpy.cli.remote import Remote
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, HostProblems
 
 OUTCOME_SECONDS: Final = 60.0  # for a destination that was told to run the guest, to do it or to end
 
@@ -29,7 +29,12 @@ def migrate(args: argparse.Namespace) -> int:
         name = client("query-name")["name"]
         config = None if args.remote_config else client("query-config")["config"]
         with Remote(args.uri, ssh=args.ssh, kvmpy=args.remote_kvmpy) as remote:
-            started = remote.start(name=name, config=config, file=args.remote_config, overrides=args.set)
+            try:
+                started = remote.start(name=name, config=config, file=args.remote_config, overrides=args.set)
+            except HostProblems as e:
+                if not args.dry_run:
+                    raise
+                return tell_blockers(args.name, args.uri, [*client("x-migrate-check")["problems"], *e.problems])
             tell(f"{args.uri}: {printable(started['said'])}")
             return _go(client, args, remote)
 
