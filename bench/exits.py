@@ -99,6 +99,7 @@ class Rig:
         for name in ("here", "there"):
             (self._directory / f"{name}.toml").write_text(CONFIG.format(name=f"exits-{name}", memory=memory))
         self.machine = stack.enter_context(Machine(load(self._directory / "here.toml")))
+        self._turns = 0
         self.watch = Stopwatch()
         self.machine.board.pio.map(PORT, 1, self.watch)
         self.migrations = Migrations(self.machine)
@@ -111,27 +112,21 @@ class Rig:
 
     def migrating(self, stack: ExitStack) -> None:
         """Begin a migration that is cancelled with ``stack``, and wait until pages travel."""
-        config, path = self._directory / "there.toml", self._directory / "stream"
+        self._turns += 1
+        config, path = self._directory / "there.toml", self._directory / f"stream{self._turns}"
         there = stack.enter_context(
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "kvmpy",
-                    "run",
-                    str(config),
-                    "--incoming",
-                    f"unix:{path}",
-                ],
+                [sys.executable, "-m", "kvmpy", "run", str(config), "--incoming", f"unix:{path}"],
                 env={**os.environ, "KVMPY_RUNTIME_DIR": str(self._directory)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
         )
         stack.callback(there.kill)
-        while not path.exists():
-            time.sleep(0.01)
+        assert there.stderr is not None
+        while b"waiting for the guest" not in (line := there.stderr.readline()):
+            assert line, "the destination has ended"
         self.migrations.migrate(f"unix:{path}")
         stack.callback(self._cancel)
         while self.migrations.progress.status is not Status.ACTIVE:

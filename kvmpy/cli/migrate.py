@@ -68,8 +68,7 @@ def migrate(args: argparse.Namespace) -> int:
     if option := "--remote-config" if args.remote_config else "--set" if args.set else "":
         raise ConfigError(f"{option}: only with ssh://; elsewhere the destination's kvmpy run says what it has")
     uri = absolute(args.uri)
-    with Client(find(args.name), CHECK_PATIENCE) as client:
-        set_parameters(client, args)
+    with Client(find(args.name), CHECK_PATIENCE) as client, parameters(client, args):
         return check(client, args.name, uri) if args.dry_run else move(client, args, uri)
 
 
@@ -93,6 +92,29 @@ def absolute(uri: str) -> str:
 
 def set_parameters(client: Client, args: argparse.Namespace) -> None:
     """Tell the machine what the options say; what they do not say stays as it is there."""
+    if said := _wanted(args):
+        client("migrate-set-parameters", **said)
+    if args.channels is not None:
+        client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
+
+
+@contextmanager
+def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
+    """Within, the machine has what the options say; after a dry run as before, which changes nothing."""
+    before = client("query-migrate-parameters") if args.dry_run else {}
+    capabilities = client("query-migrate-capabilities") if args.dry_run else []
+    set_parameters(client, args)
+    try:
+        yield
+    finally:
+        if args.dry_run and (changed := {name: before[name] for name in _wanted(args)}):
+            client("migrate-set-parameters", **changed)
+        if args.dry_run and args.channels is not None:
+            client("migrate-set-capabilities", capabilities=[c for c in capabilities if c["capability"] == "multifd"])
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, Any]:
+    """The migration parameters that the options say."""
     wanted = {
         "max-bandwidth": args.max_bandwidth,
         "downtime-limit": args.downtime_limit,
@@ -104,10 +126,7 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
         "x-insecure": args.insecure or None,
         "x-on-no-convergence": args.on_no_convergence,
     }
-    if said := {name: value for name, value in wanted.items() if value is not None}:
-        client("migrate-set-parameters", **said)
-    if args.channels is not None:
-        client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def check(client: Client, name: str, uri: str, shown: str | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import HOST_ERROR, printable, tell
-from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, set_parameters, tell_blockers
+from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, parameters, tell_blockers
 from kvmpy.cli.receive import ENDED, INCOMING
 from kvmpy.cli.remote import Remote
 from kvmpy.errors import HostError, HostProblems
@@ -42,11 +42,11 @@ def migrate(args: argparse.Namespace) -> int:
 def _go(client: Client, args: argparse.Namespace, remote: Remote) -> int:
     uri, code = f"unix:{remote.stream}", HOST_ERROR
     try:
-        set_parameters(client, args)
-        if args.dry_run:
-            return check(client, args.name, uri, args.uri)
-        code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote))
-        return code
+        with parameters(client, args):
+            if args.dry_run:
+                return check(client, args.name, uri, args.uri)
+            code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote))
+            return code
     finally:
         if code != UNKNOWN:  # else it may be about to run the guest
             _leave(remote, arrived=code == 0)
