@@ -101,16 +101,19 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
 @contextmanager
 def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
     """Within, the machine has what the options say; after a dry run as before, which changes nothing."""
-    before = client("query-migrate-parameters") if args.dry_run else {}
-    capabilities = client("query-migrate-capabilities") if args.dry_run else []
+    if not (args.dry_run and _wanted(args)):
+        set_parameters(client, args)
+        yield
+        return
+    before = client("query-migrate-parameters")
+    capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
     set_parameters(client, args)
     try:
         yield
     finally:
-        if args.dry_run and (changed := {name: before[name] for name in _wanted(args)}):
-            client("migrate-set-parameters", **changed)
-        if args.dry_run and args.channels is not None:
-            client("migrate-set-capabilities", capabilities=[c for c in capabilities if c["capability"] == "multifd"])
+        client("migrate-set-parameters", **{name: before[name] for name in _wanted(args)})
+        if args.channels is not None:
+            client("migrate-set-capabilities", capabilities=capabilities)
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, Any]:
