@@ -7,15 +7,18 @@ NATIVE := kvmpy/_native.abi3.so
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help packages setup images demo demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
+.PHONY: help packages setup images demo demo-boot demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: packages $(NATIVE) images ## install everything: Debian packages, .venv, the native module, the lab's images
 
-demo: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
-	@$(BIN)/python -m scripts.demo
+demo: setup ## a guest with a passed-through NIC goes from one emulated host to another; a picture of it
+	@$(BIN)/python -m scripts.demo .lab/run
+
+demo-boot: setup ## boot Debian's kernel under kvmpy, to a shell you can type into
+	@$(BIN)/python -m scripts.demo_boot
 
 demo-migration: setup ## a guest goes from one emulated host to another and back
 	@$(BIN)/python -m scripts.migrate_two_hosts .lab/run
@@ -61,6 +64,7 @@ docs: $(NATIVE) ## write the pages that are made from the code
 	$(BIN)/python -m scripts.config_reference
 	$(BIN)/python -m scripts.qmp_reference
 	$(BIN)/python -m scripts.memory_map
+	$(BIN)/python -m scripts.requirements
 
 types: $(NATIVE)
 	$(BIN)/mypy

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import socket
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Final, Self
 
@@ -18,6 +19,7 @@ from kvmpy.host import rundir
 PATIENCE: Final = 60.0
 # It greets at once, unless its process is stopped or this host is very busy.
 GREETING_PATIENCE: Final = 5.0
+MOST_SEEN: Final = 1000
 
 
 def find(name: str) -> rundir.Running:
@@ -38,11 +40,15 @@ class HungUp(HostError):
 
 
 class Client:
-    """A session with ``machine``, which has ``patience`` seconds for each answer; with None for ever."""
+    """A session with ``machine``, which has ``patience`` seconds for each answer; with None for ever.
+
+    ``seen`` is the last events that have come, whatever was being waited for.
+    """
 
     def __init__(self, machine: rundir.Running, patience: float | None = PATIENCE) -> None:
         """Raises HostError where it does not answer."""
         self._machine = machine
+        self.seen: deque[dict[str, Any]] = deque(maxlen=MOST_SEEN)
         path = os.path.join(machine.directory, rundir.QMP_SOCKET)
         with contextlib.ExitStack() as resources:
             self._socket = resources.enter_context(socket.socket(socket.AF_UNIX))
@@ -127,7 +133,11 @@ class Client:
             raise HostError(f"{name}: {what}: what answers does not speak QMP") from e
         if message is None:
             raise HungUp(f"{name}: {what}: the machine hung up; see what it said on its standard error")
-        return message if isinstance(message, dict) else {}
+        if not isinstance(message, dict):
+            return {}
+        if "event" in message:
+            self.seen.append(message)
+        return message
 
 
 def _is_stopped(pid: int) -> bool:

@@ -203,6 +203,22 @@ def _migration_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("throttle", "cancel", "continue"),
         help="what to do where the guest writes faster than its memory can be sent (default throttle)",
     )
+    pair = parser.add_argument_group("with failover pairs")
+    pair.add_argument(
+        "--unplug-timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="how long the guest may take to let its primary go (default 30)",
+    )
+    pair.add_argument(
+        "--on-unplug-timeout", choices=("fail", "surprise"), help="and then: fail (default), or tear the primary out"
+    )
+    pair.add_argument(
+        "--primaries",
+        choices=("require", "best-effort"),
+        help="whether there must be a primary for it at the destination (default require)",
+    )
+    pair.add_argument("--release-primaries", action="store_true", help="free them here once the guest runs there")
 
 
 def _ssh_arguments(parser: argparse.ArgumentParser) -> None:

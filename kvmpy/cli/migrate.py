@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import printable, tell
+from kvmpy.cli.primaries import Ask, arrival, awaited
 from kvmpy.cli.progress import Progress, progress
 from kvmpy.cli.reports import Reports
 from kvmpy.errors import ConfigError, HostError, MigrationError
@@ -128,6 +129,10 @@ def _wanted(args: argparse.Namespace) -> dict[str, Any]:
         "x-timeout": args.timeout,
         "x-insecure": args.insecure or None,
         "x-on-no-convergence": args.on_no_convergence,
+        "x-unplug-timeout": None if args.unplug_timeout is None else max(1, round(args.unplug_timeout * 1000)),
+        "x-on-unplug-timeout": args.on_unplug_timeout,
+        "x-primaries": args.primaries,
+        "x-release-primaries": args.release_primaries or None,
     }
     return {name: value for name, value in wanted.items() if value is not None}
 
@@ -168,10 +173,12 @@ def move(
     *,
     shown: str | None = None,
     settle: Callable[[], Settled] = lambda: Settled.UNKNOWN,
+    primaries: Ask | None = None,
 ) -> int:
     """Migrate to ``uri``, called ``shown``, tell how far it is and what came of it; returns the exit code.
 
-    ``settle`` is asked what became of the destination where the source has not heard, and so cannot know.
+    ``settle`` is asked what became of the destination where the source has not heard, and so cannot know, and
+    ``primaries``, if it is there, what that has made of failover primaries.
     """
     name = args.name
     with ExitStack() as stack:
@@ -183,10 +190,16 @@ def move(
         client("migrate", uri=uri)
         answer = follow(client, display.show, interrupted)
         display.close()
-        reports.write(answer, name, shown or uri)
         for warning in answer.get("warnings") or []:
             tell(f"kvmpy: {name}: warning: {printable(warning)}")
-        return outcome(client, args, answer, before, settle)
+        there = None
+        try:
+            code = outcome(client, args, answer, before, settle)
+            if code == 0 and primaries is not None:
+                there = arrival(name, shown or uri, answer, client.seen, primaries)
+        finally:
+            reports.write(answer, name, shown or uri, client.seen, there)
+        return code
 
 
 def outcome(
@@ -242,7 +255,7 @@ def follow(client: Client, show: Callable[[Mapping[str, Any]], object], ask: Cal
     """Look until it is over; returns the last answer of query-migrate."""
     while True:
         answer: dict[str, Any] = client("query-migrate")
-        show(answer)
+        show(answer | {"awaited": awaited(client.seen)})
         if answer.get("status") in FINAL:
             return answer
         ask()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from typing import Final
 
 from kvmpy.cli.client import Client, find
@@ -20,6 +21,7 @@ from kvmpy.cli.remote import Remote
 from kvmpy.errors import HostError, HostProblems
 
 OUTCOME_SECONDS: Final = 60.0  # for a destination that was told to run the guest, to do it or to end
+PRIMARY_SECONDS: Final = 60.0  # for a guest to find its primaries; it runs meanwhile
 
 
 def migrate(args: argparse.Namespace) -> int:
@@ -45,7 +47,8 @@ def _go(client: Client, args: argparse.Namespace, remote: Remote) -> int:
         with parameters(client, args):
             if args.dry_run:
                 return check(client, args.name, uri, args.uri)
-            code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote))
+            primaries = partial(remote.primaries, PRIMARY_SECONDS)
+            code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote), primaries=primaries)
             return code
     finally:
         if code != UNKNOWN:  # else it may be about to run the guest

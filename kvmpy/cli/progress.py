@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Final, Protocol
 
 from kvmpy.cli.main import printable, tell
+from kvmpy.cli.primaries import waiting
 from kvmpy.migration.report import PAGE_SIZE, megabytes
 
 LINE_SECONDS: Final = 5.0  # as long as nothing changes but the figures
@@ -42,8 +43,13 @@ def progress(name: str, *, plain: bool) -> Progress:
 
 
 def figures(answer: Mapping[str, Any]) -> str:
-    """What there is to know while pages travel, as far as the answer has it."""
-    if answer.get("status") in ("setup", "completed", "failed", "cancelled"):
+    """What there is to know while pages travel, as far as the answer has it; before that, who is waited for.
+
+    "awaited" of the answer is what `primaries.awaited` says, by whoever asked.
+    """
+    if waits := waiting(answer.get("status"), answer.get("awaited") or {}):
+        return waits
+    if answer.get("status") in ("setup", "wait-unplug", "completed", "failed", "cancelled"):
         return ""
     ram = answer.get("ram") or {}
     parts = [f"round {ram['dirty-sync-count']}"] if ram.get("dirty-sync-count") else []
@@ -78,11 +84,12 @@ class Lines:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._shown: tuple[object, object] | None = None
+        self._shown: tuple[object, ...] | None = None
         self._next = 0.0
 
     def show(self, answer: Mapping[str, Any]) -> None:
-        key = (answer.get("status"), (answer.get("ram") or {}).get("dirty-sync-count"))
+        ram = answer.get("ram") or {}
+        key = (answer.get("status"), ram.get("dirty-sync-count"), *(answer.get("awaited") or {}))
         now = time.monotonic()
         if key != self._shown or now >= self._next:
             self._shown, self._next = key, now + LINE_SECONDS

@@ -5,6 +5,8 @@ and with "problems" beside it where a machine cannot be made here.
 
     {"start": Wanted}      makes a directory, starts the machine, which waits there for its guest -> {"pid", "log"}
     {"outcome": seconds}   waits until the machine has ended, or has its guest -> {"status"}: "ended", or the machine's
+    {"primaries": seconds} waits until the guest has its failover primaries in use -> {"pairs", "events"}: as
+                           query-failover says, and what the machine has told
     {"end": true}          the guest will not come: ends the machine unless it has it -> {"status"}
 
 The machine is detached: it outlives us and the session. The end of the input is that of the session, and with it of
@@ -25,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
@@ -42,6 +45,7 @@ LINE_MOST: Final = 4 << 20
 ORPHAN_SECONDS: Final = 30.0
 ENDING_SECONDS: Final = 20.0
 POLL_SECONDS: Final = 0.2
+IDLE_SECONDS: Final = 5.0  # for the guest's driver to have a primary send
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +80,8 @@ def _answer(machine: Incoming, line: bytes) -> dict[str, Any]:
                 return machine.start(msgspec.convert(wanted, Wanted))
             case {"outcome": int() | float() as seconds}:
                 return {"status": machine.outcome(seconds)}
+            case {"primaries": int() | float() as seconds}:
+                return machine.primaries(seconds)
             case {"end": True}:
                 return {"status": machine.end()}
     except HostProblems as e:
@@ -100,6 +106,7 @@ class Incoming:
         self._directory = ""
         self._process = -1  # a pidfd
         self._running: rundir.Running | None = None
+        self._listener: Client | None = None  # from before the guest comes: what is told then is not missed
 
     def start(self, wanted: Wanted) -> dict[str, Any]:
         """Start it. Raises HostError, with what it said, where it does not get so far as to wait."""
@@ -130,6 +137,22 @@ class Incoming:
         if status == ENDED:
             self._clean_up()
         return status
+
+    def primaries(self, seconds: float) -> dict[str, Any]:
+        """Wait so long for the guest to take its primaries into use; returns its pairs, and what was told."""
+        if self._listener is None:
+            raise HostError("kvmpy receive: nobody listens to the machine any more")
+        end = time.monotonic() + seconds
+        while True:
+            pairs = self._listener("query-failover")
+            if not any(map(_is_on_its_way, pairs)):
+                end = min(end, time.monotonic() + IDLE_SECONDS)
+                if not any(map(_is_idle, pairs)):
+                    break
+            if time.monotonic() >= end:
+                break
+            self._listener.listen(POLL_SECONDS)
+        return {"pairs": pairs, "events": list(self._listener.seen)}
 
     def end(self) -> str:
         """End it, unless it has its guest."""
@@ -168,6 +191,7 @@ class Incoming:
         if self._running is None:
             raise HostError(f"{name}: it has ended already; see its log")
         self._process = os.pidfd_open(self._running.pid)
+        self._listener = Client(self._running)
 
     def _status(self) -> str:
         """What it is doing. Raises HostError where it does not say, nor end, for too long: it may be about to end."""
@@ -192,7 +216,21 @@ class Incoming:
         """Remove what was made for the start; a machine that runs has read it."""
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory = ""
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         if self._process >= 0:
             os.close(self._process)
             self._process = -1
             self._running = None
+
+
+def _is_on_its_way(pair: Mapping[str, Any]) -> bool:
+    """The guest is about to have the pair's primary."""
+    hidden = pair["state"] == "hidden" and pair["negotiated"]
+    return hidden or pair["state"] in ("plugging", "released", "unplug-requested")
+
+
+def _is_idle(pair: Mapping[str, Any]) -> bool:
+    """The guest has the pair's primary, and does not use it."""
+    return bool(pair["state"] == "plugged" and pair["path"] != "primary")

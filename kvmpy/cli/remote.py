@@ -89,6 +89,10 @@ class Remote:
         """What has become of the destination: "ended", or its run state."""
         return str(self.ask({"outcome": seconds}, seconds + ANSWER_SECONDS)["status"])
 
+    def primaries(self, seconds: float) -> dict[str, Any]:
+        """What has become of the destination's primaries, at the latest after so long; see `receive.py`."""
+        return self.ask({"primaries": seconds}, seconds + ANSWER_SECONDS)
+
     def end(self) -> str:
         """Have it ended unless it has its guest; returns what it is then."""
         return str(self.ask({"end": True}, ANSWER_SECONDS)["status"])

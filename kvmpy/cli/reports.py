@@ -9,7 +9,7 @@ from typing import IO, Any, Final, Self
 
 from kvmpy.cli.main import printable, tell
 from kvmpy.errors import ConfigError, HostError, errno_name
-from kvmpy.migration.report import Timeline, page, timeline, to_json
+from kvmpy.migration.report import Events, Timeline, timeline, to_json
 
 
 def _host(uri: str) -> str:
@@ -27,8 +27,14 @@ def _svg(line: Timeline) -> str:
     return draw(line)
 
 
+def _page(line: Timeline) -> str:
+    from kvmpy.migration.page import page
+
+    return page(line)
+
+
 KINDS: Final[dict[str, Callable[[Timeline], str]]] = {
-    ".html": page,
+    ".html": _page,
     ".svg": _svg,
     ".json": lambda line: to_json(line).decode(),
 }
@@ -52,12 +58,15 @@ class Reports:
                     raise HostError(f"--report {path}: {errno_name(e.errno or 0)}: it cannot be written") from e
             self._resources = stack.pop_all()
 
-    def write(self, answer: Mapping[str, Any], machine: str, uri: str) -> None:
+    def write(
+        self, answer: Mapping[str, Any], machine: str, uri: str, here: Events = (), there: Events | None = None
+    ) -> None:
         """Write all of them. What goes wrong here is told, and changes nothing about the migration."""
         if not self._files:
             return
         try:
-            line = timeline(answer, machine=machine, uri=uri, hosts=(os.uname().nodename, _host(uri)))
+            hosts = (os.uname().nodename, _host(uri))
+            line = timeline(answer, machine=machine, uri=uri, hosts=hosts, here=here, there=there)
         except ValueError as e:
             tell(f"kvmpy: no report: {printable(str(e))}")
             return

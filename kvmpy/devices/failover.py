@@ -13,7 +13,9 @@ is told what happens, and tells its `Hands` what to do; it knows neither registe
 - The order in which the two come does not matter. A primary whose standby is not there waits, unseen.
 - While it is held, as by a migration from the first request until it has ended, no primary becomes visible; what would
   have come does when it is let go (R53).
-- A primary that was attached comes back after that whatever its standby's driver is at (R34): `want` says so.
+- A primary that leaves for a migration comes back when that is over, whatever its standby's driver is at by then (R34);
+  the one that takes its place at the destination is wanted likewise (`want`). After a system reset there is no driver
+  that was at anything: it comes when one asks for it.
 
 Left out: who matches the two in the guest, which goes by their MAC addresses; that those are equal is the business of
 whoever makes the devices.
@@ -66,7 +68,8 @@ class Hands(Protocol):
 class Pair:
     """One pair. Calls come one at a time.
 
-    ``acked`` is whether a driver of the standby's knows of pairs, ``error`` why the primary could not be used last.
+    ``acked`` is whether a driver of the standby's knows of pairs, ``wanted`` whether the primary is to come whatever
+    that says, and ``error`` why it could not be used last.
     """
 
     def __init__(self, hands: Hands, *, held: bool = False) -> None:
@@ -75,7 +78,8 @@ class Pair:
         self.has_standby = self.acked = False
         self.error = ""
         self.held = held
-        self._wanted = False
+        self.wanted = False
+        self._was_reset = False  # since the guest was asked for the primary
 
     # The standby
 
@@ -105,17 +109,22 @@ class Pair:
         """It is there, prepared, and in no slot. Raises ValueError where there is one already."""
         if self.state is not PairState.NONE:
             raise ValueError("a second primary")
-        self.state, self.error, self._wanted = PairState.HIDDEN, "", False
+        self.state, self.error, self.wanted = PairState.HIDDEN, "", False
         self._settle()
 
     def primary_left(self) -> None:
         """It is no more."""
-        self.state, self._wanted = PairState.NONE, False
+        self.state, self.wanted = PairState.NONE, False
 
     def want(self) -> None:
         """Plug it in as soon as may be, whatever the standby's driver is at."""
-        self._wanted = True
+        self.wanted = True
         self._settle()
+
+    def withdraw(self) -> None:
+        """It was about to be plugged in, and is not yet: it is wanted later."""
+        if self.state is PairState.PLUGGING:
+            self.state, self.wanted = PairState.HIDDEN, True
 
     def hidden(self) -> None:
         """It is ready to be plugged in again, after it was released, or could not be plugged in."""
@@ -126,11 +135,11 @@ class Pair:
     def asked(self) -> None:
         """The guest is asked to let it go."""
         if self.state in IN_SLOT:
-            self.state = PairState.LEAVING
+            self.state, self._was_reset = PairState.LEAVING, False
 
-    def kept(self, reason: str) -> None:
-        """The guest was asked, and keeps it."""
-        if self.state is PairState.LEAVING:
+    def kept(self, reason: str = "") -> None:
+        """The guest was asked, and keeps it; ``reason`` is why, where it was not asked to."""
+        if self.state in (PairState.LEAVING, PairState.PLUGGED):
             self.state, self.error = PairState.PLUGGED, reason
 
     def used(self) -> None:
@@ -146,11 +155,14 @@ class Pair:
             self.state, self.error = PairState.FAILED, reason
             self._hands.failed(reason)
 
-    def released(self) -> None:
-        """It is out of its slot: the guest has let it go, or lost it."""
+    def released(self, *, returns: bool = False) -> None:
+        """It is out of its slot: the guest has let it go, or lost it. If it ``returns``, that is as soon as may be."""
         if self.state in IN_SLOT:
             self.state = PairState.RELEASED
+            self.wanted = returns and not self._was_reset
             self._hands.released()
+            if returns and not self.held:
+                self.hidden()
 
     # The machine
 
@@ -159,7 +171,8 @@ class Pair:
 
         A primary that the guest is being asked for leaves, with the slot's reset: `released` follows.
         """
-        self.acked = self._wanted = False
+        self.acked = self.wanted = False
+        self._was_reset = True
         if self.state in IN_SLOT and self.state is not PairState.LEAVING:
             self.state, self.error = PairState.HIDDEN, ""
             self._hands.hide()
@@ -176,7 +189,7 @@ class Pair:
 
     def _settle(self) -> None:
         if self.state in (PairState.WAITING, PairState.HIDDEN):
-            self.state = PairState.HIDDEN if self.has_standby or self._wanted else PairState.WAITING
-            if (self.acked or self._wanted) and not self.held:
-                self.state, self._wanted = PairState.PLUGGING, False
+            self.state = PairState.HIDDEN if self.has_standby or self.wanted else PairState.WAITING
+            if (self.acked or self.wanted) and not self.held:
+                self.state, self.wanted = PairState.PLUGGING, False
                 self._hands.show()

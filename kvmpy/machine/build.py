@@ -68,6 +68,11 @@ class Board:
         return self.inventory.devices
 
     @property
+    def moving(self) -> tuple[Device[Any], ...]:
+        """Those that go with the guest in a migration."""
+        return self.inventory.moving
+
+    @property
     def by_id(self) -> Mapping[str, Device[Any]]:
         """The devices of the configuration, and those added since."""
         return self.inventory.by_id

@@ -98,8 +98,12 @@ class Handoff:
             reasons = {part.blocks_migration for part in plugged.parts} - {None}
             found += [f"device {plugged.table.id}: {reason}" for reason in sorted(map(str, reasons))]
             port = board.ports.get(str(plugged.table.bus))
-            if port is not None and port.is_releasing:
+            if port is None or port.card is not plugged.function:
+                continue
+            if plugged.standby is None and port.is_releasing:
                 found.append(f"device {plugged.table.id}: the guest is being asked for it; wait for DEVICE_DELETED")
+            elif plugged.standby is not None and self._machine.state is not RunState.RUNNING:
+                found.append(f"device {plugged.table.id}: a guest that is stopped does not let it go; cont first")
         return found
 
     def describe_cpu(self) -> CpuDescription:

@@ -39,6 +39,7 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.errors import CommandError, HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.build import Board
+from kvmpy.machine.departure import Departure
 from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.plug import give_back
@@ -120,9 +121,11 @@ class HotPlug:
         self._leaving: dict[str, Leaving] = {}
         self._closed = self._left_circles = False
         self.pairs = Pairs(machine, self._ports, held=machine.is_incoming)
+        self.departure = Departure(machine, self.pairs, self._released)
         for port in self._ports.values():
             port.on_used = lambda function: self._post(lambda: self.pairs.used(function))
             port.on_released = lambda function: self._post(lambda: self._released(function))
+            port.on_kept = lambda function: self._post(lambda: self.pairs.kept(function))
             port.on_refused = self._refused
             port.on_failed = self._failed
         for plugged in self._inventory.plugged.values():
@@ -216,11 +219,17 @@ class HotPlug:
             raise
 
     def _ask(self, name: str, *, force: bool) -> None:
-        self._machine.require_changeable()
         plugged = self._inventory.plugged.get(name)
+        leaves = plugged is not None and self.pairs.is_leaving(plugged)
+        if plugged is None or not leaves:  # a primary that a migration waits for may be given up for good meanwhile
+            self._machine.require_changeable()
+        if plugged is not None:
+            self.pairs.give_up(plugged)
         if plugged is not None and self.pairs.is_hidden(plugged):  # no guest has it
             self._released(plugged.function)
             return
+        if leaves and not force:
+            return  # it is asked for already
         port = self._port_of(name)
         if force:
             port.tear_out()
@@ -235,6 +244,7 @@ class HotPlug:
         """The host wants a function back; if it is in no slot it can have it."""
         for plugged in self._inventory.plugged.values():
             if plugged.function is function and self.pairs.is_hidden(plugged):
+                self.pairs.give_up(plugged)
                 self._released(function)
                 return
 
@@ -254,7 +264,7 @@ class HotPlug:
     def _released(self, function: PciFunction[Any]) -> None:
         """Its port is empty; have it forgotten by everybody else."""
         plugged = next((each for each in self._inventory.plugged.values() if each.function is function), None)
-        if plugged is None:
+        if plugged is None or self.pairs.returns(function):
             return
         name = str(plugged.table.id)
         self.pairs.left(plugged)

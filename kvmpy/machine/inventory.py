@@ -51,7 +51,8 @@ class Plugged:
 class Inventory:
     """``fixed`` are the devices that stay, and come first; ``plugged`` the others, by their ids.
 
-    ``devices`` is the order in which all are reset, and saved: bridges before what is behind them. ``nics`` has network
+    ``devices`` is the order in which all are reset, and saved: bridges before what is behind them; ``moving`` are those
+    that go with the guest in a migration, all but failover primaries, which are in no slot then. ``nics`` has network
     devices by their id and by their netdev's.
     """
 
@@ -59,6 +60,7 @@ class Inventory:
         self.fixed: tuple[Device[Any], ...] = ()
         self.plugged: Mapping[str, Plugged] = {}
         self.devices: tuple[Device[Any], ...] = ()
+        self.moving: tuple[Device[Any], ...] = ()
         self.by_id: Mapping[str, Device[Any]] = {}
         self.nics: Mapping[str, VirtioNet] = {}
 
@@ -78,6 +80,10 @@ class Inventory:
     def _publish(self, plugged: Mapping[str, Plugged]) -> None:
         self.plugged = MappingProxyType(dict(plugged))
         self.devices = (*self.fixed, *(part for each in plugged.values() for part in each.parts))
+        self.moving = (
+            *self.fixed,
+            *(part for each in plugged.values() if each.standby is None for part in each.parts),
+        )
         self.by_id = MappingProxyType({name: each.device for name, each in plugged.items()})
         nics: dict[str, Any] = {}
         for name, each in plugged.items():

@@ -47,6 +47,7 @@ from kvmpy.machine.runstate import LEGAL, Outcome, RunState
 from kvmpy.machine.vcpu import Gate, VcpuThread
 
 if TYPE_CHECKING:
+    from kvmpy.machine.departure import Departure
     from kvmpy.machine.hotplug import HotPlug
     from kvmpy.machine.pairs import PairFacts
 
@@ -228,8 +229,8 @@ class Machine:
 
         DEVICE_DELETED follows, or DEVICE_UNPLUG_GUEST_ERROR. Raises CommandError.
         """
-        self.handoff.require_idle()
         if self._hotplug is None:
+            self.handoff.require_idle()
             if name not in self.board.by_id:
                 raise CommandError(f"Device '{name}' not found", "DeviceNotFound")
             raise CommandError("Bus 'pcie.0' does not support hotplugging")
@@ -334,6 +335,11 @@ class Machine:
     def pairs(self) -> list[PairFacts]:
         """The failover pairs. By the control thread."""
         return [] if self._hotplug is None else self._hotplug.pairs.facts()
+
+    @property
+    def departure(self) -> Departure | None:
+        """How failover primaries leave and come back, for a migration. Any thread; None where there can be none."""
+        return None if self._hotplug is None else self._hotplug.departure
 
     @property
     def is_running(self) -> bool:
@@ -523,6 +529,8 @@ class Machine:
         if self.state is RunState.SHUTDOWN:
             return
         self.handoff.machine_ended(reason)
+        if self._hotplug is not None:
+            self._hotplug.departure.abandon()
         yield from self.halt(END_PATIENCE)
         self.become(RunState.SHUTDOWN)
         self._powerdown_limit.cancel()

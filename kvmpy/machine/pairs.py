@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, cast
 
@@ -27,9 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOT_RESET: Final = "it has not come out of its reset; see the log, and plug it in anew (device_del, device_add)"
-
-
 MOST_WARNINGS: Final = 20
+LATE: Final = 15.0
+"""Seconds after a primary was taken back in which one that is let go is so because it was asked for before (R38)."""
 
 
 class Tells(Protocol):
@@ -64,6 +66,10 @@ class Pairing:
         self.primary: Plugged | None = None
         self.primary_id: str | None = None
         self.driven = False
+        self.is_leaving = False  # for a migration that goes on
+        self.was_out = False  # of its slot, for the last
+        self.kept_at: float | None = None  # when the guest, asked no more, had its power indicator on
+        self._returns_until = -math.inf
         self.problem = ""  # with the primary's address
         self.acks = 0
         self._said: set[str] = set()
@@ -89,6 +95,11 @@ class Pairing:
     def is_hidden(self) -> bool:
         """There is a primary, and it is in no slot."""
         return self.primary is not None and self.port.card is not self.primary.function
+
+    @property
+    def returns(self) -> bool:
+        """Should the primary be let go now, that is for a migration: it comes back."""
+        return time.monotonic() < self._returns_until
 
     def facts(self) -> PairFacts:
         """What an operator is shown."""
@@ -130,6 +141,58 @@ class Pairing:
         )
         if not driven and self.net is not None:  # R46: what was for the primary is for the standby now
             self.net.announce_from_here()
+
+    # For a migration (`kvmpy.machine.departure`)
+
+    def depart(self) -> bool:
+        """Show no primary from now on; whether the guest has it, and is to be asked."""
+        self.pair.hold()
+        if self.primary is None:
+            return False
+        if self.is_hidden:
+            self.pair.withdraw()
+            return False
+        self.is_leaving, self.was_out = True, False
+        if not self.port.is_releasing:  # else it is for good
+            self._returns_until = math.inf
+        return True
+
+    def ask(self) -> None:
+        """Ask the guest for the primary, however often it takes."""
+        self.pair.asked()
+        if not self.port.is_releasing:
+            self.port.request()
+
+    def arrive(self) -> None:
+        """Show what is to be shown."""
+        self.is_leaving = False
+        self.pair.let_go()
+        if self.pair.state is PairState.RELEASED and self.returns:
+            self.pair.hidden()
+
+    def ask_no_more(self) -> None:
+        """Have the guest keep the primary, if it still has it."""
+        if self.primary is not None and self.pair.state is PairState.LEAVING:
+            self.kept_at = None
+            self.port.cancel()
+            if not self.port.is_retracting:
+                self.keep()
+
+    def keep(self) -> None:
+        """The guest keeps it, for which it was asked no more."""
+        self.kept_at = time.monotonic()
+        self.settle()
+        self.pair.kept()
+        self.plugged()
+
+    def settle(self) -> None:
+        """The guest has the primary again."""
+        if self._returns_until == math.inf and not self.is_leaving:
+            self._returns_until = time.monotonic() + LATE
+
+    def give_up(self) -> None:
+        """It does not come back."""
+        self._returns_until = -math.inf
 
     # What the pair has us do
 
@@ -178,8 +241,8 @@ class Pairing:
             self.pair.failed(str(primary.function.info().get("broken") or NOT_RESET))
 
     def _insert(self, primary: Plugged) -> None:
-        if self.primary is not primary or self.pair.state is not PairState.PLUGGING:
-            return  # a reset, or its end, has come in between
+        if self.primary is not primary or self.pair.state is not PairState.PLUGGING or not self.is_hidden:
+            return  # a reset, a migration or its end has come in between
         if primary.steering is not None:
             primary.steering.mac = None if self.standby is None else self.standby.mac
         self.port.insert(primary.function)
@@ -204,11 +267,16 @@ class Pairing:
 
 
 class Pairs:
-    """All pairs of a machine, by the ids of their standbys. With ``held`` none is shown before `runs`."""
+    """All pairs of a machine, by the ids of their standbys. With ``held`` none is shown before `runs`.
+
+    ``on_change`` is told when one has become another.
+    """
 
     def __init__(self, machine: Tells, ports: Mapping[str, RootPort], *, held: bool) -> None:
         self._machine, self._ports, self._held = machine, ports, held
+        self._is_departing = False
         self._pairings: dict[str, Pairing] = {}
+        self.on_change: Callable[[], object] = lambda: None
 
     def facts(self) -> list[PairFacts]:
         """What an operator is shown of each."""
@@ -246,6 +314,7 @@ class Pairs:
             else:
                 pairing.pair.released()
             pairing.primary, pairing.driven = None, False
+            self.on_change()
         elif (found := self._pairings.get(str(plugged.table.id))) is not None and found.standby is plugged:
             found.standby = None
             found.pair.standby_left()
@@ -260,26 +329,50 @@ class Pairs:
                 self._forget(pairing)
 
     def asked(self, function: PciFunction[Any]) -> None:
-        """The guest is about to be asked for a function."""
+        """The guest is about to be asked for a function, which does not come back."""
         for pairing in self._of(function):
+            pairing.give_up()
             pairing.pair.asked()
 
     def used(self, function: PciFunction[Any]) -> None:
         """The guest has taken a function into use."""
         for pairing in self._of(function):
             if not pairing.is_hidden:
+                pairing.settle()
                 pairing.pair.used()
+                self.on_change()
 
     def refused(self, function: PciFunction[Any], reason: str) -> None:
-        """The guest was asked for it, and keeps it."""
+        """The guest was asked for it, and keeps it: for a migration it is asked again."""
         for pairing in self._of(function):
             pairing.pair.kept(reason)
+            if pairing.is_leaving:
+                pairing.ask()
+            self.on_change()
+
+    def kept(self, function: PciFunction[Any]) -> None:
+        """The guest keeps it, for which it was asked no more."""
+        for pairing in self._of(function):
+            if not pairing.is_hidden:
+                pairing.keep()
+                self.on_change()
+
+    def returns(self, function: PciFunction[Any]) -> bool:
+        """It is out of its slot, for a migration. False where it is out for good, which is `left`."""
+        for pairing in self._of(function):
+            if pairing.returns and pairing.is_hidden and not getattr(function, "is_wanted_back", False):
+                pairing.driven, pairing.was_out = False, True
+                pairing.pair.released(returns=True)
+                self.on_change()
+                return True
+        return False
 
     def failed(self, function: PciFunction[Any], reason: str) -> None:
         """The guest cannot use it."""
         for pairing in self._of(function):
             if not pairing.is_hidden:
                 pairing.pair.failed(reason)
+                self.on_change()
 
     def is_hidden(self, plugged: Plugged) -> bool:
         """It is a primary in no slot, so that no guest is to be asked for it."""
@@ -289,14 +382,53 @@ class Pairs:
         """A system reset: every primary is hidden again. The machine stands still."""
         for pairing in self._pairings.values():
             pairing.driven = False
+            if not pairing.is_leaving:
+                pairing.give_up()
             pairing.pair.reset()
+        self.on_change()
 
     def runs(self) -> None:
-        """The machine runs: what came with a move may be shown (R42)."""
-        if self._held:
-            self._held = False
-            for pairing in self._pairings.values():
-                pairing.pair.let_go()
+        """The machine runs: what came with a move may be shown (R42), or was to go with one (R41)."""
+        if self._held and not self._is_departing:
+            self.arrive()
+
+    # For a migration
+
+    def depart(self) -> list[Pairing]:
+        """Show none until `arrive`, or until the machine runs after `gone`; returns those that the guest has."""
+        self._held = self._is_departing = True
+        return [pairing for pairing in self._pairings.values() if pairing.depart()]
+
+    def arrive(self) -> None:
+        """Show what is to be shown."""
+        self._held = self._is_departing = False
+        for pairing in self._pairings.values():
+            pairing.arrive()
+
+    def gone(self) -> None:
+        """What left has gone elsewhere, unless the machine runs again."""
+        self._is_departing = False
+
+    def is_leaving(self, plugged: Plugged) -> bool:
+        """It is a primary that is asked for, or out of its slot already, for a migration."""
+        return plugged.standby is not None and self._pairings[plugged.standby].is_leaving
+
+    def give_up(self, plugged: Plugged) -> None:
+        """If it is a primary, it does not come back."""
+        if plugged.standby is not None:
+            self._pairings[plugged.standby].give_up()
+
+    def wanted(self) -> tuple[str, ...]:
+        """The ids of the primaries that are to come whatever the guest's driver says."""
+        return tuple(str(pairing.primary_id) for pairing in self._pairings.values() if pairing.pair.wanted)
+
+    def want(self, primaries: tuple[str, ...]) -> list[str]:
+        """Have the guest see these as soon as it runs; returns those that are not here."""
+        here = {pairing.primary_id: pairing for pairing in self._pairings.values() if pairing.primary is not None}
+        for name in primaries:
+            if name in here:
+                here[name].pair.want()
+        return [name for name in primaries if name not in here]
 
     def _pairing(self, standby: str) -> Pairing:
         if standby not in self._pairings:

@@ -28,10 +28,6 @@ if TYPE_CHECKING:
 
 
 ETHERNET: Final = 0x0200
-BLOCKS: Final = (
-    "is the primary of a failover pair, and this version of kvmpy does not have it leave for a migration: take it out "
-    "(device_del {name}), migrate when DEVICE_DELETED has come, and give the guest one on the other host (device_add)"
-)
 
 
 class Surroundings(Protocol):
@@ -113,7 +109,7 @@ class Passthrough:
                 resources.push(undo.pop_all())
                 if steering is not None:
                     function.on_driven = steering.drive
-                    function.blocks_migration = BLOCKS.format(name=name)
+                    function.blocks_migration = None  # it leaves before
                     self.steerings[name] = steering
         except HostError as e:
             raise HostError(f"device.{name}.host: {e}") from e

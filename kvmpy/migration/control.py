@@ -222,12 +222,14 @@ class Migrations:
             self._machine.handoff.end()
             if failure is None:
                 progress.become(Status.COMPLETED)
-            elif self._cancelled:
+                return
+            said = "; ".join([failure.said, *progress.primaries])
+            if self._cancelled:
                 progress.cancelling()
-                progress.fail(Status.CANCELLED, failure.said)
+                progress.fail(Status.CANCELLED, said)
             else:
                 progress.problems = list(failure.problems)
-                progress.fail(Status.FAILED, failure.said)
+                progress.fail(Status.FAILED, said)
 
     def _take_in(self, incoming: Incoming, stop: Stop, fds: Offer) -> None:
         try:

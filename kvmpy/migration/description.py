@@ -28,6 +28,10 @@ from kvmpy.state import StateError, load, save
 
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 MOST: Final = 4096
+# Facts of a failover primary
+PAIR: Final = "failover_pair_id"
+BAR: Final = "BAR "
+UNUSABLE: Final = "unusable"
 
 Text = Annotated[str, Meta(max_length=4096)]
 Names = Annotated[list[Text], Meta(max_length=MOST)]
@@ -112,10 +116,15 @@ def processor(description: Description) -> CpuDescription:
         raise IncompatibleError(f"the processor's description cannot be read: {e}") from e
 
 
-def compare(source: Description, destination: Description) -> Findings:
-    """Every difference that matters. Of processors, what the guest has and the destination's host cannot give it."""
+def compare(source: Description, destination: Description, *, require_primaries: bool = True) -> Findings:
+    """Every difference that matters. Of processors, what the guest has and the destination's host cannot give it.
+
+    Without ``require_primaries`` it is only a warning that a failover primary would be missed.
+    """
     cpus = differences(processor(source), processor(destination))
-    return Findings([*_problems(source, destination), *cpus], list(_warnings(source, destination)))
+    problems, warnings = [*_problems(source, destination), *cpus], list(_warnings(source, destination))
+    (problems if require_primaries else warnings).extend(_primaries(source, destination))
+    return Findings(problems, warnings)
 
 
 def _problems(source: Description, here: Description) -> Iterator[str]:
@@ -125,7 +134,11 @@ def _problems(source: Description, here: Description) -> Iterator[str]:
     yield from _unequal("root bus: device ", source.root_bus, here.root_bus)
     yield from _unequal("root_port ", source.ports, here.ports)
     for name in sorted(source.devices.keys() | here.devices.keys()):
-        yield from _device(f"device {name}", source.devices.get(name), here.devices.get(name))
+        there, mine = source.devices.get(name), here.devices.get(name)
+        if there is not None and mine is not None and _is_primary(there) and _is_primary(mine):
+            yield from _unequal(f"device {name}: ", _seat(there), _seat(mine))
+        elif not all(part is None or _is_primary(part) for part in (there, mine)):
+            yield from _device(f"device {name}", there, mine)
     if source.host.boot != here.host.boot:
         for side, buffered in (("source", source.buffered), ("destination", here.buffered)):
             for drive in buffered:
@@ -133,6 +146,34 @@ def _problems(source: Description, here: Description) -> Iterator[str]:
                     f'drive {drive}: the {side} has cache = "writeback", whose page cache another host does not see; '
                     'use cache = "none"'
                 )
+
+
+def _primaries(source: Description, here: Description) -> Iterator[str]:
+    """Why the guest would be without a failover primary here. One more than it had it gets: that is no problem."""
+    for name, there in sorted(source.devices.items()):
+        if not _is_primary(there):
+            continue
+        what, mine = f"device {name}", here.devices.get(name)
+        if mine is None:
+            yield f"{what}: is a failover primary, and the destination has none; give it one with that id"
+        elif unusable := mine.facts.get(UNUSABLE):
+            yield f"{what}: the destination's cannot be used: {unusable}"
+        elif _is_primary(mine):
+            sizes = ((key, there.facts.get(key, 0), size) for key, size in mine.facts.items() if key.startswith(BAR))
+            yield from (
+                f"{what}: {key} has {size} bytes at the destination, and {old} at the source: there is no room for it"
+                for key, old, size in sizes
+                if isinstance(old, int) and isinstance(size, int) and size > old
+            )
+
+
+def _is_primary(part: Part) -> bool:
+    return PAIR in part.facts
+
+
+def _seat(part: Part) -> dict[str, Any]:
+    """What must be alike of a primary, whichever NIC it is."""
+    return {"driver": part.driver, "bus": part.place, PAIR: part.facts[PAIR]}
 
 
 def _device(what: str, source: Part | None, here: Part | None) -> Iterator[str]:
@@ -190,10 +231,20 @@ def _part(name: str, plugged: Plugged, root_bus: Mapping[str, str]) -> Part:
         return Part(
             driver=plugged.driver,
             place=f"root bus {on_root_bus}" if plugged.table.bus is None else str(plugged.table.bus),
-            facts=device.facts(),
+            facts=device.facts() if plugged.standby is None else _primary(plugged),
             offered=offered,
             accepted=accepted,
         )
+
+
+def _primary(plugged: Plugged) -> dict[str, Any]:
+    """What is of interest of a failover primary: the guest had windows made for its BARs."""
+    function = plugged.function
+    facts: dict[str, Any] = {PAIR: str(plugged.standby)}
+    facts |= {f"{BAR}{index}": bar.size for index, bar in function.bars.items()}
+    if not getattr(function, "is_ready", True):
+        facts[UNUSABLE] = str(function.info().get("broken") or "it is being reset")
+    return facts
 
 
 def _boot(machine: Machine) -> dict[str, str]:

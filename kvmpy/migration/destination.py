@@ -76,7 +76,8 @@ class Ingoing:
         try:
             source, vcpus = parse(header.description), self._machine.board.vcpus
             with self._answering(main):  # our kernel and initrd are read for it
-                findings = compare(source, describe(self._machine, describe_host(vcpus[0], len(vcpus))))
+                here = describe(self._machine, describe_host(vcpus[0], len(vcpus)))
+                findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
                 raise IncompatibleError(*findings.problems)
         except IncompatibleError as e:
@@ -103,6 +104,7 @@ class Ingoing:
             self.progress.become(Status.DEVICE)
             with self.progress.phase("load state"), self._answering(main):
                 state = load_machine(self._machine, sections)
+                self._expect(state)
             self._handover.on(Event.READY)
             with self.progress.phase("await GO"):
                 self._await_go(main)
@@ -211,6 +213,13 @@ class Ingoing:
                 channel.shutdown("all has come")
             pages.cancel()
             thread.join()
+
+    def _expect(self, state: MachineState) -> None:
+        """Have the guest see the primaries that it had when it runs, whatever its driver is at (R34)."""
+        departure = self._machine.departure
+        missing = state.primaries if departure is None else departure.expect(tuple(state.primaries))
+        for name in missing:
+            log.warning("warning: device %s: the guest had this failover primary; it goes on without", printable(name))
 
     # The hand-over
 

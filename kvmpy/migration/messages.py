@@ -105,7 +105,10 @@ Phases = Annotated[tuple[Phase, ...], Meta(max_length=256)]
 
 
 class Header(Message, frozen=True, kw_only=True):
-    """The machine that wants to come. ``channels`` 0: pages travel in the main channel."""
+    """The machine that wants to come. ``channels`` 0: pages travel in the main channel.
+
+    ``require_primaries``: not to where it would not find a failover primary for each that it has.
+    """
 
     KIND = Kind.HEADER
     CAP = MIB
@@ -116,6 +119,7 @@ class Header(Message, frozen=True, kw_only=True):
     checksum: bool = False
     check_only: bool = False
     source: Origin
+    require_primaries: Annotated[bool, since(2)] = True
 
 
 class Accept(Message, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from kvmpy.machine.announce import Rounds
 Natural = Annotated[int, Meta(ge=0, le=2**62)]
 Percentage = Annotated[int, Meta(ge=1, le=99)]
 Milliseconds = Annotated[int, Meta(ge=0, le=100_000)]
+UnplugMilliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
 Directory = Annotated[str, Meta(max_length=4096)]
 
 
@@ -21,6 +22,20 @@ class OnNoConvergence(Enum):
     THROTTLE = "throttle"
     CANCEL = "cancel"
     CONTINUE = "continue"
+
+
+class OnUnplugTimeout(Enum):
+    """What to do about a guest that does not let its failover primary go."""
+
+    FAIL = "fail"
+    SURPRISE = "surprise"
+
+
+class Primaries(Enum):
+    """What to do where the destination has no failover primary for the guest."""
+
+    REQUIRE = "require"
+    BEST_EFFORT = "best-effort"
 
 
 class Compression(Enum):
@@ -52,6 +67,10 @@ class Parameters(Struct, frozen=True, kw_only=True, rename="kebab"):
     x_checksum: bool = False  # compare all RAM at the switchover, which takes its time (ours)
     x_timeout: Annotated[float, Meta(gt=0, le=3600)] = 10.0  # seconds that the other side may take for anything (ours)
     x_insecure: bool = False  # let tcp be used without TLS (ours)
+    x_unplug_timeout: UnplugMilliseconds = 30_000  # milliseconds in which the guest is to let its primaries go (ours)
+    x_on_unplug_timeout: OnUnplugTimeout = OnUnplugTimeout.FAIL  # what is done where it does not (ours)
+    x_primaries: Primaries = Primaries.REQUIRE  # whether the destination must have a primary for it (ours)
+    x_release_primaries: bool = False  # free the primaries here once the guest runs there (ours)
 
     @property
     def announcement(self) -> Rounds:

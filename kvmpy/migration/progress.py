@@ -81,6 +81,7 @@ class Progress:
         self.error: str | None = None
         self.problems: list[str] = []
         self.warnings: list[str] = []
+        self.primaries: list[str] = []
         self.phases: list[Phase] = []
         self.rounds: deque[Round] = deque(maxlen=MOST_ROUNDS)
         self.pages = self.zero_pages = self.size = self.downtime_size = self.passes = 0
@@ -207,6 +208,7 @@ class Progress:
             "not-converging": self.not_converging,
             "problems": self.problems or None,
             "warnings": self.warnings or None,
+            "primaries": self.primaries or None,
         }
         return {
             "status": self.status.value,

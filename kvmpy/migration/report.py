@@ -5,23 +5,30 @@ axis is the source's clock, in milliseconds from `migrate` on. The destination's
 that both sides know: its first guest instruction, with which the blackout ends. So the picture needs no agreement of
 the hosts' clocks; their stamps are told as they are.
 
-`to_json` is for programs, `page` for people: one file, with the picture of `picture.py` in it, that loads nothing.
+Failover pairs are told of by what the monitors of both sides said meanwhile (`primaries.py`), and where somebody pinged
+the guest that is on the axis too. `to_json` is for programs; page.py and picture.py are for people.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from html import escape
 from typing import Any, Final
 
 import msgspec
 
+from kvmpy.migration import primaries
+from kvmpy.migration.pings import Pings
+from kvmpy.migration.primaries import Stretch, Wait
+
 PAGE_SIZE: Final = 4096
 PHASES_MOST: Final = 1000
 ROUNDS_MOST: Final = 10000
 """What a picture, and whoever looks at it, can take; a machine says no more of either."""
 NS_PER_MS: Final = 1_000_000
+AFTER: Final = 1.03
+"""So much is shown of what follows when the last primary is there."""
 LEAST_MS: Final = 0.05
 """What is shorter is not called a gap: the phases' own rounding."""
 
@@ -95,6 +102,9 @@ class Answer(Said, frozen=True, kw_only=True):
     destination: Destination | None = None
 
 
+Events = Sequence[Mapping[str, Any]]
+
+
 class Side(Said, frozen=True, kw_only=True):
     """A host, its phases on the source's axis, and its stamp: when the guest stopped there, or first ran."""
 
@@ -119,6 +129,16 @@ class Timeline(Said, frozen=True, kw_only=True):
     source: Side
     destination: Side | None
     rounds: tuple[Round, ...]
+    waits: tuple[Wait, ...] = ()
+    paths: tuple[Stretch, ...] = ()
+    pings: Pings | None = None
+
+    @property
+    def begin_ns(self) -> int | None:
+        """Where the axis begins, by the source's CLOCK_REALTIME."""
+        if self.source.stamp_ns is None or self.stopped_ms is None:
+            return None
+        return self.source.stamp_ns - round(self.stopped_ms * NS_PER_MS)
 
     @property
     def runs_ms(self) -> float | None:
@@ -131,7 +151,8 @@ class Timeline(Said, frozen=True, kw_only=True):
     def end_ms(self) -> float:
         """Where the axis ends."""
         ends = [phase.end_ms for side in (self.source, self.destination) if side for phase in side.phases]
-        return max([self.total_ms, self.runs_ms or 0.0, *ends, 1.0])
+        waited = [wait.end_ms * AFTER for wait in self.waits if wait.end_ms is not None]
+        return max([self.total_ms, self.runs_ms or 0.0, *ends, *waited, 1.0])
 
     def blackout(self) -> tuple[tuple[str, Phase], ...]:
         """The parts of it: which side's, and what; cut off where they reach out of it."""
@@ -160,32 +181,29 @@ def timeline(
     machine: str,
     uri: str,
     hosts: tuple[str, str] = ("source", "destination"),
+    here: Events = (),
+    there: Events | None = None,
 ) -> Timeline:
-    """The timeline that an answer of query-migrate tells, between ``hosts``. Raises ValueError if it makes no sense."""
+    """The timeline that an answer of query-migrate tells, between ``hosts``. Raises ValueError if it makes no sense.
+
+    ``here`` and ``there`` are events, as the monitors of the two sides sent them; None where nobody asked that side.
+    """
     try:
         said = msgspec.convert(dict(answer), Answer, strict=False)
     except msgspec.ValidationError as e:
         raise ValueError(f"query-migrate: {e}") from e
-    blackout = said.blackout_ms
     stopped = said.stopped_ms
-    if stopped is None and blackout is not None:
-        stopped = max(0.0, said.total_time - blackout)  # the answer that the guest runs there ends it
-    runs = None if stopped is None or blackout is None else stopped + blackout
-    return Timeline(
-        machine=machine,
-        uri=uri,
-        status=said.status,
-        error=said.error_desc,
-        total_ms=said.total_time,
-        stopped_ms=stopped,
-        blackout_ms=blackout,
-        memory_bytes=said.ram.total,
-        transferred_bytes=said.ram.transferred,
-        throttle_percentage=said.cpu_throttle_percentage,
-        source=Side(host=hosts[0], phases=said.phases[:PHASES_MOST], stamp_ns=said.stopped_ns),
-        destination=_there(hosts[1], said.destination, runs, said.total_time) if said.destination else None,
-        rounds=_placed(said.rounds[:ROUNDS_MOST], said.setup_time),
-    )
+    if stopped is None and said.blackout_ms is not None:
+        stopped = max(0.0, said.total_time - said.blackout_ms)  # the answer that the guest runs there ends it
+    return _with_pairs(_told(said, machine, uri, hosts, stopped), here, there, said.destination)
+
+
+def from_json(text: bytes) -> Timeline:
+    """A timeline that `to_json` has told. Raises ValueError."""
+    try:
+        return msgspec.json.decode(text, type=Timeline)
+    except msgspec.MsgspecError as e:
+        raise ValueError(f"no report of a migration: {e}") from e
 
 
 def to_json(line: Timeline) -> bytes:
@@ -193,20 +211,6 @@ def to_json(line: Timeline) -> bytes:
     parts = [{"side": side, **msgspec.to_builtins(part)} for side, part in line.blackout()]
     told = msgspec.to_builtins(line) | {"blackout": parts, "unaccounted-ms": line.unaccounted_ms()}
     return msgspec.json.format(msgspec.json.encode(_rounded(told)), indent=2) + b"\n"
-
-
-def page(line: Timeline) -> str:
-    """One HTML file that needs nothing else."""
-    from kvmpy.migration.picture import draw
-
-    title = markup(f"Migration of {line.machine}")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>{STYLE}</style>'
-        f"</head><body>\n<h1>{title}</h1>\n<p>{markup(summary(line))}</p>\n{draw(line)}\n"
-        f"<h2>Blackout</h2>\n{_table(('part', 'where', 'from ms', 'ms'), _blackout_rows(line))}\n"
-        f"<h2>Rounds</h2>\n{_table(ROUND_HEAD, _round_rows(line))}\n"
-        f"<h2>Phases</h2>\n{_table(('phase', 'where', 'from ms', 'ms'), _phase_rows(line))}\n</body></html>\n"
-    )
 
 
 def summary(line: Timeline) -> str:
@@ -218,6 +222,8 @@ def summary(line: Timeline) -> str:
         parts.append(f"{megabytes(line.transferred_bytes)} sent of {megabytes(line.memory_bytes)} of memory")
     if line.throttle_percentage:
         parts.append(f"its vCPUs slowed down by {line.throttle_percentage} % at the end")
+    if line.pings:
+        parts.append(line.pings.summary())
     if line.error:
         parts.append(line.error)
     return "; ".join(parts)
@@ -243,6 +249,38 @@ def stamp_text(stamp_ns: int) -> str:
     """A CLOCK_REALTIME stamp, to the microsecond."""
     seconds, rest = divmod(stamp_ns, 10**9)
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest // 1000:06d} UTC"
+
+
+def _told(said: Answer, machine: str, uri: str, hosts: tuple[str, str], stopped: float | None) -> Timeline:
+    runs = None if stopped is None or said.blackout_ms is None else stopped + said.blackout_ms
+    return Timeline(
+        machine=machine,
+        uri=uri,
+        status=said.status,
+        error=said.error_desc,
+        total_ms=said.total_time,
+        stopped_ms=stopped,
+        blackout_ms=said.blackout_ms,
+        memory_bytes=said.ram.total,
+        transferred_bytes=said.ram.transferred,
+        throttle_percentage=said.cpu_throttle_percentage,
+        source=Side(host=hosts[0], phases=said.phases[:PHASES_MOST], stamp_ns=said.stopped_ns),
+        destination=_there(hosts[1], said.destination, runs, said.total_time) if said.destination else None,
+        rounds=_placed(said.rounds[:ROUNDS_MOST], said.setup_time),
+    )
+
+
+def _with_pairs(line: Timeline, here: Events, there: Events | None, said: Destination | None) -> Timeline:
+    """The same, with what the events tell of its primaries."""
+    begin = line.begin_ns or primaries.begin_ns(here)
+    if begin is None:
+        return line
+    ours, theirs = primaries.moments(here, begin, 0.0), None
+    if there is not None and line.runs_ms is not None and said is not None and said.first_run_ns is not None:
+        theirs = primaries.moments(there, said.first_run_ns, line.runs_ms)
+    line = msgspec.structs.replace(line, waits=primaries.waits(ours, theirs, line.runs_ms))
+    known = line.end_ms if theirs is not None or line.stopped_ms is None or line.runs_ms is None else line.stopped_ms
+    return msgspec.structs.replace(line, paths=primaries.paths(ours, theirs, known))
 
 
 def _rounded(told: Any) -> Any:
@@ -276,39 +314,3 @@ def _placed(rounds: Sequence[Round], begin: float) -> tuple[Round, ...]:
         placed.append(msgspec.structs.replace(each, start_ms=start))
         begin = start + each.ms
     return tuple(placed)
-
-
-ROUND_HEAD: Final = ("round", "from ms", "ms", "pages", "zero pages", "sent", "sent per second", "dirtied per second")
-STYLE: Final = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:1040px;margin:2em auto;padding:0 1em;color:#1f2328}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}td,th{padding:.15em .8em;text-align:right;"
-    "border-bottom:1px solid #d8dee4}td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
-)
-
-
-def _round_rows(line: Timeline) -> Iterator[tuple[str, ...]]:
-    for each in line.rounds:
-        yield (
-            *(str(each.number), f"{each.start_ms or 0:.1f}", f"{each.ms:.1f}", str(each.pages), str(each.zero_pages)),
-            *(megabytes(each.bytes), megabytes(each.rate), megabytes(each.dirty_rate * PAGE_SIZE)),
-        )
-
-
-def _blackout_rows(line: Timeline) -> Iterator[tuple[str, ...]]:
-    for side, part in line.blackout():
-        yield part.name, side, f"{part.start_ms - (line.stopped_ms or 0):.2f}", f"{part.ms:.2f}"
-    if left := line.unaccounted_ms():
-        yield "in no phase", "", "", f"{left:.2f}"
-
-
-def _phase_rows(line: Timeline) -> Iterator[tuple[str, ...]]:
-    for side in (line.source, line.destination):
-        for phase in side.phases if side else ():
-            yield phase.name, side.host if side else "", f"{phase.start_ms:.1f}", f"{phase.ms:.2f}"
-
-
-def _table(head: Sequence[str], rows: Iterator[tuple[str, ...]]) -> str:
-    def row(cells: Sequence[str], kind: str) -> str:
-        return "<tr>" + "".join(f"<{kind}>{markup(cell)}</{kind}>" for cell in cells) + "</tr>"
-
-    return "<table>" + "\n".join([row(head, "th"), *(row(cells, "td") for cells in rows)]) + "</table>"

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Annotated, Any, Final
+
+from msgspec import Meta
 
 from kvmpy.errors import IncompatibleError
 from kvmpy.kvm import tsc, vcpu_state, vm_state
@@ -19,7 +21,7 @@ from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import VmState
 from kvmpy.machine.machine import Machine
 from kvmpy.migration.messages import Section, decode, encode
-from kvmpy.state import State, StateError, load, save, u64
+from kvmpy.state import State, StateError, load, save, since, u64
 
 Sections = dict[str, dict[str, Any]]
 MACHINE = "machine"
@@ -29,11 +31,16 @@ REHEARSALS: Final = 3
 
 
 class MachineState(State):
-    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns)."""
+    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns).
+
+    ``primaries`` are the ids of failover primaries that the guest had, and is to have when it runs.
+    """
 
     NAME = "machine"
+    VERSION = 2
     running: bool = True
     stopped_ns: u64 = 0
+    primaries: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=4096), since(2)] = []
 
 
 def save_machine(machine: Machine, state: MachineState) -> Sections:
@@ -46,7 +53,7 @@ def save_machine(machine: Machine, state: MachineState) -> Sections:
 def save_devices(machine: Machine) -> Sections:
     """Every device by its name, in the order in which they are loaded."""
     found = {}
-    for device in machine.board.devices:
+    for device in machine.board.moving:
         with device.lock:
             found[str(device.name)] = save(device.state)
     return found
@@ -64,7 +71,7 @@ def load_machine(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) ->
     tsc.load_tsc(board.vcpus, registers)
     vm_state.load_interrupts(board.vm, vm.interrupts)
     load_devices(machine, sections)
-    for device in board.devices:
+    for device in machine.board.moving:
         device.advance(max(0, time.time_ns() - state.stopped_ns))
     vm_state.load_clock(board.vm, vm.clock)
     return state
@@ -73,7 +80,7 @@ def load_machine(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) ->
 def load_devices(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) -> None:
     """Every device's state, in their order, and then all routes of their interrupts at once. Raises StateError."""
     with machine.board.vm.routing.batch():
-        for device in machine.board.devices:
+        for device in machine.board.moving:
             with device.lock:
                 try:
                     device.state = load(type(device.state), sections[device.name])
@@ -100,7 +107,7 @@ def rehearse(machine: Machine) -> int:
 def check_names(machine: Machine, sections: Mapping[str, object]) -> None:
     """Raises IncompatibleError unless there is a section for each part of the machine, and no other."""
     own = [MACHINE, *(_vcpu(index) for index in range(len(machine.board.vcpus))), VM]
-    own += [device.name for device in machine.board.devices]
+    own += [str(device.name) for device in machine.board.moving]
     missing = [f"there is no state of {name}" for name in own if name not in sections]
     surplus = [
         f"there is a state of {name[:200]!r}, which this machine does not have" for name in sections.keys() - own

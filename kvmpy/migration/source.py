@@ -8,6 +8,7 @@ destination's, until that says that it could not run it.
 from __future__ import annotations
 
 import logging
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamError
+from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -38,6 +39,7 @@ from kvmpy.migration.messages import (
     Failed,
     Go,
     Header,
+    Keepalive,
     Message,
     Origin,
     Phase,
@@ -50,7 +52,7 @@ from kvmpy.migration.messages import (
     Started,
 )
 from kvmpy.migration.pages import PageSender
-from kvmpy.migration.parameters import Parameters
+from kvmpy.migration.parameters import OnUnplugTimeout, Parameters, Primaries
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
@@ -61,6 +63,8 @@ from kvmpy.migration.transport import Connector
 log = logging.getLogger(__name__)
 
 PAGE: Final = 4096
+TORN: Final = 5.0
+"""Seconds that a primary which is torn out may take: that is kvmpy's own business."""
 ELSEWHERE: Final = "the guest runs at the destination"
 SHORTEST_ROUND: Final = 0.020
 """Seconds from one look at what is dirty to the next."""
@@ -97,6 +101,7 @@ class Outgoing:
         self._pages: PageSender | None = None
         self._stands_still = False
         self._page_channels: list[Channel] = []
+        self._departure = machine.departure
         self._loading: float | None = None
 
     @property
@@ -149,7 +154,8 @@ class Outgoing:
             main, self._page_channels = self._set_up(undo)
             if self._page_channels:  # else page records are between the messages
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
-            with self._kept_unless_gone(main):
+            with self._primaries_away(main), self._kept_unless_gone(main):
+                self._wait_unplug(main)
                 self._start(main, undo)
                 self._precopy(main)
                 self._switch_over(main, undo)
@@ -201,6 +207,7 @@ class Outgoing:
                 compression=Compression(self._compression),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
+                require_primaries=self.parameters.x_primaries is Primaries.REQUIRE,
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
@@ -215,6 +222,62 @@ class Outgoing:
         for warning in answer.warnings:
             log.warning("warning: %s", printable(warning))
         return answer.token
+
+    # The primaries of failover pairs
+
+    def _wait_unplug(self, main: MainChannel) -> None:
+        """Wait until the guest has let its primaries go: no page is sent before. Raises MigrationError."""
+        if self._departure is None or not self._departure.begin():
+            return
+        self.progress.become(Status.WAIT_UNPLUG)
+        with self.progress.phase("wait-unplug"):
+            if not (staying := self._staying(main, Deadline(self.parameters.x_unplug_timeout / 1000))):
+                return
+            said = (
+                f"{' and '.join(staying)}: the guest has not let it go within {self.parameters.x_unplug_timeout:g} ms"
+            )
+            if self.parameters.x_on_unplug_timeout is OnUnplugTimeout.FAIL:
+                raise MigrationError(
+                    f"{said} (x-unplug-timeout); see what its kernel says, or have it torn out (x-on-unplug-timeout)"
+                )
+            log.warning("migration: %s: it is torn out", said)
+            self._departure.tear_out()
+            if staying := self._staying(main, Deadline(TORN)):
+                raise MigrationError(f"{' and '.join(staying)}: cannot be torn out")
+
+    def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
+        """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
+        assert self._departure is not None
+        while staying := self._departure.staying():
+            watched = {self._departure.fd: select.POLLIN}
+            if main.can_answer:
+                watched[main.channel.fd] = select.POLLIN
+            ready = self._stop.wait_any(watched, deadline)
+            if not ready:
+                return staying
+            if main.channel.fd in ready:
+                main.receive_message(Keepalive)
+        return []
+
+    @contextmanager
+    def _primaries_away(self, main: MainChannel) -> Iterator[None]:
+        """Within, they leave; they come back if the guest stays, and it is said what became of each."""
+        departure = self._departure
+        if departure is None:
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            with suppress(CommandError):  # the machine has been closed meanwhile
+                if not self.phase.may_run:
+                    departure.gone(release=False)
+                else:
+                    with self.progress.phase("primaries back"):
+                        self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
+            raise
+        with suppress(CommandError):
+            departure.gone(release=self.parameters.x_release_primaries)
 
     # Rounds, while the guest runs
 
@@ -310,7 +373,8 @@ class Outgoing:
             channel.timeout = silence(channel.timeout, self._convergence.on_the_way)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
-            sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
+            state = MachineState(running=running, stopped_ns=progress.stopped_ns, primaries=self._primaries())
+            sections = save_machine(self._machine, state)
         with progress.phase("last pages"):
             assert self._pages is not None
             with self._lock:
@@ -334,6 +398,9 @@ class Outgoing:
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)
+
+    def _primaries(self) -> list[str]:
+        return [] if self._departure is None else list(self._departure.attached())
 
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""

@@ -11,6 +11,7 @@ class Status(Enum):
 
     NONE = "none"
     SETUP = "setup"
+    WAIT_UNPLUG = "wait-unplug"
     ACTIVE = "active"
     DEVICE = "device"
     COMPLETED = "completed"
@@ -22,7 +23,8 @@ class Status(Enum):
 OVER: Final = frozenset({Status.NONE, Status.COMPLETED, Status.CANCELLED, Status.FAILED})
 LEGAL: Final[dict[Status, frozenset[Status]]] = {
     Status.NONE: frozenset({Status.SETUP}),
-    Status.SETUP: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.SETUP: frozenset({Status.WAIT_UNPLUG, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.WAIT_UNPLUG: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     # The guest was reset in the last moment, and pages are sent again.
     Status.ACTIVE: frozenset({Status.DEVICE, Status.CANCELLING, Status.FAILED}),
     Status.DEVICE: frozenset({Status.COMPLETED, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),

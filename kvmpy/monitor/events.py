@@ -141,8 +141,17 @@ class FailoverNegotiated(Event, frozen=True, kw_only=True, rename="kebab"):
     device_id: str  # the standby's id
 
 
+class UnplugPrimary(Event, frozen=True, kw_only=True, rename="kebab"):
+    """For a migration the guest is asked to let a failover primary go; FAILOVER_PRIMARY_RELEASED says that it has."""
+
+    NAME = "UNPLUG_PRIMARY"
+    device_id: str  # the primary's id
+
+
 class FailoverPrimaryPlugged(Event, frozen=True, kw_only=True, rename="kebab"):
-    """The guest has taken a failover primary into use: its driver is about to find it beside its standby."""
+    """The guest has a failover primary in use: one that has come, which its driver is about to find beside its standby,
+    or one that it was asked for by a migration that came to nothing, and has kept.
+    """
 
     NAME = "FAILOVER_PRIMARY_PLUGGED"
     OURS = True
@@ -216,7 +225,8 @@ class Traced(Event, frozen=True, kw_only=True):
 EVENTS: Final = (
     *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
     *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken, DeviceWantedBack),
-    *(FailoverNegotiated, FailoverPrimaryPlugged, FailoverPrimaryReleased, FailoverPrimaryFailed, FailoverPathChanged),
+    *(FailoverNegotiated, UnplugPrimary, FailoverPrimaryPlugged, FailoverPrimaryReleased),
+    *(FailoverPrimaryFailed, FailoverPathChanged),
     *(Migration, MigrationPass, MigrationNotConverging),
     Traced,
 )

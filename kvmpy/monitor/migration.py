@@ -17,8 +17,11 @@ from kvmpy.migration.parameters import (
     Milliseconds,
     Natural,
     OnNoConvergence,
+    OnUnplugTimeout,
     Parameters,
     Percentage,
+    Primaries,
+    UnplugMilliseconds,
 )
 from kvmpy.migration.status import Status
 from kvmpy.monitor.table import Arguments, Caller, NoArguments, Nothing, Reply, command
@@ -121,6 +124,7 @@ class MigrationInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     stopped_ns: int | None = None  # the same, in nanoseconds of CLOCK_REALTIME (ours)
     problems: list[str] | None = None  # each reason of a refusal (ours)
     warnings: list[str] | None = None  # what differs and does no harm until the guest is reset (ours)
+    primaries: list[str] | None = None  # what became of failover primaries, where the guest stays here (ours)
     not_converging: str | None = None  # the guest writes too fast, and what is done about it (ours)
     phases: list[MigrationPhase] | None = None  # what was done when (ours)
     rounds: list[MigrationRound] | None = None  # passes over the dirty pages (ours)
@@ -148,6 +152,10 @@ class SetParameters(Arguments, frozen=True, kw_only=True, rename="kebab"):
     x_checksum: bool | None = None  # compare all RAM at the switchover (ours)
     x_timeout: Annotated[float, Meta(gt=0, le=3600)] | None = None  # seconds for any answer (ours)
     x_insecure: bool | None = None  # let tcp be used without TLS (ours)
+    x_unplug_timeout: UnplugMilliseconds | None = None  # milliseconds for the guest to let its primaries go (ours)
+    x_on_unplug_timeout: OnUnplugTimeout | None = None  # what is done where it does not (ours)
+    x_primaries: Primaries | None = None  # whether the destination must have one for it (ours)
+    x_release_primaries: bool | None = None  # free them here once the guest runs there (ours)
 
 
 class CapabilityStatus(Arguments, frozen=True, kw_only=True):
@@ -190,6 +198,10 @@ class MigrationParameters(Reply, frozen=True, kw_only=True, rename="kebab"):
     x_checksum: bool  # all RAM is compared at the switchover (ours)
     x_timeout: float  # seconds (ours)
     x_insecure: bool  # tcp without TLS is allowed (ours)
+    x_unplug_timeout: int  # milliseconds (ours)
+    x_on_unplug_timeout: OnUnplugTimeout  # what is done where the guest does not let its primaries go (ours)
+    x_primaries: Primaries  # whether the destination must have one for it (ours)
+    x_release_primaries: bool  # they are freed here once the guest runs there (ours)
 
 
 @command("migrate", Migrate, Nothing, slow=True)

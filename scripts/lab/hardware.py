@@ -15,7 +15,9 @@ from scripts.lab import qemu
 
 UPLINK_MAC: Final = "52:54:00:00:00:01"
 STATION_MAC: Final = "52:54:00:00:00:09"
-NIC_MACS: Final = ("52:54:00:00:01:00", "52:54:00:00:01:01", "52:54:00:00:01:02", "52:54:00:00:01:03")
+PRIMARY_MAC: Final = "52:54:00:00:01:00"
+"""What the first two whole NICs have, on either host of a pair: they are for one guest, which uses one at a time."""
+NIC_MACS: Final = (PRIMARY_MAC, PRIMARY_MAC, "52:54:00:00:01:02", "52:54:00:00:01:03")
 
 BRIDGE: Final = "br0"
 BRIDGE_ADDRESS: Final = "10.77.0.1"
@@ -61,7 +63,7 @@ class Hardware:
 
     def mac(self, mac: str) -> str:
         """What host 1's ``mac`` is on this host."""
-        return f"{mac[:9]}{self.number - 1:02x}{mac[11:]}"
+        return mac if mac == PRIMARY_MAC else f"{mac[:9]}{self.number - 1:02x}{mac[11:]}"
 
     def address(self, address: str) -> str:
         """What host 1's ``address`` is on this host."""

@@ -21,12 +21,15 @@ from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.virtio.net import VirtioNet
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import VirtioPci
+from kvmpy.machine.changes import Change, Changes, at_once
+from kvmpy.machine.departure import Departure
 from kvmpy.machine.hotplug import HotPlug
 from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.machine.pairs import PairFacts
 from kvmpy.machine.steering import Steering
 from kvmpy.monitor.pci import PciDeviceInfo, query_pci
 from kvmpy.monitor.table import NoArguments
+from tests.fakes.migration import Thread
 from tests.fakes.pci import Board, Card
 from tests.fakes.pciehp import Pciehp
 from tests.fakes.tap import FakeTap
@@ -90,6 +93,7 @@ class FailoverRig:
         self.carry_fails: Exception | None = None
         self.cards: dict[str, Card] = {}
         self._free = iter(range(PORTS + 1, 32))
+        self._thread = threading.current_thread()
         added = [self.pci.add_port(n, n, bus=n) for n in range(1, PORTS + 1)]
         self.ports = {port.name: port for port, _ in added}
         self.guests = {
@@ -116,7 +120,12 @@ class FailoverRig:
     # A `kvmpy.machine.hotplug.Runs`
 
     def in_control(self, call: Callable[[], T]) -> T:
-        return call()
+        """The test's own thread is control's; the calls of others wait for `settle`."""
+        if threading.current_thread() is self._thread:
+            return call()
+        made = Change(at_once(call))
+        self.control.post(lambda: Changes(self.control).make(made))
+        return made.result()
 
     def in_turn(self, call: Callable[[], object]) -> None:
         call()
@@ -197,6 +206,14 @@ class FailoverRig:
             net.write_features(1, features >> 32)
             net.write_status(Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK)
         self.settle()
+
+    @property
+    def departure(self) -> Departure:
+        return self.hotplug.departure
+
+    def stays(self, seconds: float = 30.0) -> Thread[list[str]]:
+        """The migration has come to nothing: its thread brings the primaries back, while time passes."""
+        return Thread(lambda: self.departure.come_back(seconds))
 
     def driver_leaves(self, n: int = 0) -> None:
         with self.net(n).lock:

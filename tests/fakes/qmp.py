@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -19,7 +20,7 @@ class Refusal(Exception):
 
 
 class FakeMonitor:
-    """Serves one client after the other. ``handlers`` has each command; ``asked`` notes what came, in order."""
+    """Serves any number of clients. ``handlers`` has each command; ``asked`` notes what came, in order."""
 
     def __init__(self, name: str, handlers: dict[str, Handler]) -> None:
         self.handlers = handlers
@@ -28,16 +29,23 @@ class FakeMonitor:
         self.pid = 0  # what the pid file says
         self._resources = ExitStack()
         self._name = name
-        self._client: socket.socket | None = None
+        self._clients: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
 
     def commands(self) -> list[str]:
         """The names of what came."""
         return [command for command, _ in self.asked]
 
     def emit(self, event: str, **data: Any) -> None:
-        """Tell the client that is connected."""
-        assert self._client
-        self._send(self._client, {"event": event, "data": data, "timestamp": {"seconds": 0, "microseconds": 0}})
+        """Tell the clients that are connected."""
+        self.emit_at(0, event, **{name.replace("_", "-"): value for name, value in data.items()})
+
+    def emit_at(self, ns: int, event: str, /, **data: Any) -> None:
+        """The same, with the stamp of another time."""
+        stamp = {"seconds": ns // 10**9, "microseconds": ns % 10**9 // 1000}
+        for client in self._clients:
+            with contextlib.suppress(OSError):  # it has left
+                self._send(client, {"event": event, "data": data, "timestamp": stamp})
 
     def __enter__(self) -> Self:
         directory = RuntimeDirectory(self._name)
@@ -50,6 +58,7 @@ class FakeMonitor:
         listener.listen()
         thread = threading.Thread(target=self._serve, args=(listener,), name="fake-monitor")
         thread.start()
+        self._resources.callback(self._end)
         self._resources.callback(thread.join)
         self._resources.callback(listener.shutdown, socket.SHUT_RDWR)
         return self
@@ -63,16 +72,30 @@ class FakeMonitor:
                 client, _ = listener.accept()
             except OSError:  # shut down
                 return
-            with client:
-                self._client = client
-                self._send(client, {"QMP": {"version": {}, "capabilities": []}})
-                decoder, text = json.JSONDecoder(), ""
+            self._threads.append(threading.Thread(target=self._talk, args=(client,), name="fake-monitor-client"))
+            self._threads[-1].start()
+
+    def _talk(self, client: socket.socket) -> None:
+        with client:
+            self._send(client, {"QMP": {"version": {}, "capabilities": []}})
+            self._clients.append(client)
+            decoder, text = json.JSONDecoder(), ""
+            with contextlib.suppress(ConnectionResetError):
                 while not self.quit.is_set() and (piece := client.recv(1 << 16)):
                     text += piece.decode()
                     while text:
                         message, end = decoder.raw_decode(text)
                         text = text[end:].lstrip()
                         self._answer(client, message)
+            self._clients.remove(client)
+
+    def _end(self) -> None:
+        """Hang up on those that are still there."""
+        for client in list(self._clients):
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
 
     def _answer(self, client: socket.socket, message: dict[str, Any]) -> None:
         command, arguments = message["execute"], message.get("arguments", {})

@@ -9,23 +9,16 @@ from typing import Any
 
 import pytest
 
-from kvmpy.abi import ioctl
 from kvmpy.config.schema import load
 from kvmpy.devices.failover import PairState
-from kvmpy.devices.vfio.container import Container
-from kvmpy.host import tap as tap_module
 from kvmpy.kvm.system import System
-from kvmpy.machine import passthrough
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.pairs import PairFacts
 from kvmpy.monitor.ports import root_ports
-from tests.fakes.hotplug_guest import BLINK, HotplugGuest
+from tests.fakes.failover_host import FailoverHost, NicGuest
 from tests.fakes.loop import Inbox, poll
-from tests.fakes.pci import Accesses
 from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
-from tests.fakes.tap import FakeTap
-from tests.fakes.vfio import ADDRESS, GROUP, VfioKernel
-from tests.fakes.vfio_rig import reset_by
+from tests.fakes.vfio import ADDRESS
 from tests.fakes.virtio_rig import Guest
 
 MAC = "52:54:00:6f:55:cc"
@@ -56,62 +49,16 @@ failover = true
 """
 
 
-class UpTap(FakeTap):
-    """One that can be taken up."""
-
-    def set_up(self) -> None:
-        """It is."""
-
-
-class Claim:
-    """A virtual function of the host; ``carried`` are the addresses that its PF has held it to."""
-
-    group = GROUP
-    vf: object | None = "a virtual function"
-
-    def __init__(self) -> None:
-        self.carried: list[str | None] = []
-        self.taken = False
-
-    def __call__(self, address: str, journal_dir: str) -> Claim:
-        self.taken = True
-        return self
-
-    def assign(self, network: object, *, mac: str | None = None, vlan: int | None = None) -> None:
-        raise AssertionError("nothing of it is in the configuration")
-
-    def carry(self, network: object, mac: str | None) -> None:
-        self.carried.append(mac)
-
-    def close(self) -> None:
-        self.taken = False
-
-
-class NicGuest(HotplugGuest):
-    """Its driver of the NIC turns on bus mastering, which is all it does."""
-
-    def _begin(self) -> None:
-        config = Accesses(self.bus, self.port.header.secondary, 0)  # type: ignore[arg-type]
-        assert config.read(0, 2) == 0x8086
-        config.enable()
-        self._indicate(0x100)
-
-    def let_go(self) -> None:
-        self._indicate(BLINK)
-        super().let_go()
-
-
 class Rig:
-    def __init__(self, machine: Machine, claim: Claim, kernel: VfioKernel) -> None:
-        self.machine, self.claim, self.kernel = machine, claim, kernel
+    def __init__(self, machine: Machine, host: FailoverHost) -> None:
+        self.machine, self.claim, self.kernel = machine, host.claims[ADDRESS], host.kernel
         self.events: Inbox[tuple[str, dict[str, Any]]] = Inbox()
         machine.listeners.append(lambda event, data: self.events.put((event, data)))
         self.boot()
 
     def boot(self) -> None:
         """A kernel has come up as far as binding pciehp."""
-        board = self.machine.board
-        self.nic = NicGuest(board.mmio, board.memory, board.ports["root1"], 1)
+        self.nic = NicGuest.of(self.machine, "root1")
         self.nic.bind()
         self.nic.serve()
 
@@ -139,29 +86,19 @@ class Rig:
 
 @pytest.fixture
 def rig(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
-    (tmp_path / "run").mkdir(mode=0o755)
-    (tmp_path / "vfio").mkdir()
-    monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
+    host = FailoverHost(tmp_path, monkeypatch)
     (tmp_path / "m.toml").write_text(PAIR)
     (tmp_path / "kernel").write_bytes(pvh_kernel(SPIN))
-    kernel, claim = VfioKernel(tmp_path / "vfio"), Claim()
-    monkeypatch.setattr(ioctl, "sys_ioctl", kernel)
-    monkeypatch.setattr("kvmpy.devices.vfio.device.choose", reset_by("flr"))
-    real = passthrough.Passthrough
-    monkeypatch.setattr(passthrough, "Passthrough", lambda host: real(host, claim))
-    directory = str(tmp_path / "vfio")
-    monkeypatch.setattr(passthrough, "Container", lambda memory, groups: Container(memory, kernel, directory))
-    monkeypatch.setattr(tap_module.Tap, "open", lambda *args, **more: UpTap())
     with ExitStack() as stack:
-        stack.callback(kernel.nic.close)
+        stack.callback(host.close)
         machine = stack.enter_context(Machine(load(tmp_path / "m.toml")))
         machine.start()
-        yield Rig(machine, claim, kernel)
-    assert not claim.taken
+        yield Rig(machine, host)
+    assert not host.taken
 
 
 def test_r9_r10_a_primary_is_prepared_at_the_start_and_hidden_until_its_driver_has_come(rig: Rig) -> None:
-    assert (rig.claim.taken, rig.kernel.nic.resets, bool(rig.kernel.maps)) == (True, ["function"], True)
+    assert (rig.claim.taken, rig.kernel.nics[ADDRESS].resets, bool(rig.kernel.maps)) == (True, ["function"], True)
     assert rig.machine.board.ports["root1"].card is None
     assert next(port.state.value for port in root_ports(rig.machine)) == "hidden"
     assert rig.claim.carried == [None]
@@ -188,7 +125,7 @@ def test_r12_r49_a_system_reset_hides_it_and_takes_its_address(rig: Rig, times: 
     assert rig.told("FAILOVER_NEGOTIATED") == times
 
 
-def test_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: Rig) -> None:
+def test_r11_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: Rig) -> None:
     rig.ack()
     rig.wait(lambda pair: pair.path == "primary")
     rig.machine.device_del("hostdev0")
@@ -202,10 +139,13 @@ def test_a_primary_that_is_asked_for_goes_back_to_the_host_and_comes_again(rig: 
     rig.wait(lambda pair: pair.state is PairState.PLUGGED and pair.path == "primary")
 
 
-def test_a_machine_with_a_pair_says_what_to_do_before_a_migration(rig: Rig) -> None:
-    (reason,) = [reason for reason in rig.machine.handoff.blockers() if "hostdev0" in reason]
-    assert "is the primary of a failover pair" in reason
-    assert "device_del hostdev0" in reason
+def test_r36_a_guest_that_is_stopped_is_let_go_on_before_a_migration(rig: Rig) -> None:
+    assert rig.machine.handoff.blockers() == []
+    rig.ack()
+    rig.wait(lambda pair: pair.path == "primary")
+    rig.machine.pause()
+    (reason,) = rig.machine.handoff.blockers()
+    assert reason == "device hostdev0: a guest that is stopped does not let it go; cont first"
 
 
 def test_r27_the_window_of_its_port_has_room_for_it(rig: Rig) -> None:

@@ -61,6 +61,13 @@ def two_hosts(lab_images: images.Images) -> Iterator[HostPair]:
         yield pair
 
 
+@pytest.fixture(scope="session")
+def two_igb_hosts(lab_images: images.Images) -> Iterator[HostPair]:
+    """The same, each with an IOMMU and two virtual functions of a NIC."""
+    with HostPair("igb") as pair:
+        yield pair
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]

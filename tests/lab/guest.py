@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,6 +103,22 @@ class Guest:
     def wait_end(self) -> int:
         """Wait until `kvmpy run` has ended; returns its exit code."""
         return self.process.wait(BOOT_SECONDS)
+
+
+class Attached(Guest):
+    """A guest whose machine runs already: `kvmpy console` is its terminal. As a context manager it ends the machine."""
+
+    def __init__(self, host: EmulatedHost, name: str) -> None:
+        self.host, self.name = host, name
+        self.process = host.spawn(["kvmpy", "console", name], tty=True)
+        self.process.expect("attached")
+        self.process.send("\n")
+        self.process.expect(PROMPT)
+
+    def detach(self) -> None:
+        """End the terminal and leave the machine alone."""
+        self.process.signal(signal.SIGTERM)
+        self.process.wait()
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Final
 
 from scripts.lab.host import EmulatedHost
+from scripts.lab.images import SOURCES
 from scripts.lab.process import Process
 from tests.lab.guest import Guest
 
-PINGER: Final = Path(__file__).parent / "programs" / "pinger.py"
+PINGER: Final = SOURCES / "pinger.py"
 SLOW: Final = 300.0
 MAC: Final = "52:54:00:6f:55:cc"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from scripts.lab.hardware import HARDWARE, STATION, UPLINK_MAC
+from scripts.lab.hardware import HARDWARE, STATION
 from scripts.lab.host import Completed, EmulatedHost
+from scripts.lab.nics import functions, uplink
 
 DEVICES: Final = "/sys/bus/pci/devices"
 
@@ -14,21 +15,18 @@ class NicHost(EmulatedHost):
     """A host with the hardware called ``name``, "igb" or "e1000e".
 
     ``functions`` are those that are there to be passed through: two virtual functions of one igb, whose PF, ``uplink``,
-    is a port of the bridge br0 at 10.77.0.1; or four e1000e, the last two of them in one IOMMU group.
+    is a port of the bridge br0 at 10.77.0.1; or four e1000e, the first two of one address, the last two in one IOMMU
+    group.
     """
 
     def __init__(self, name: str) -> None:
         super().__init__(memory="4G", hardware=HARDWARE[name])
-        self.passed = HARDWARE[name].passed
         self.functions: list[str] = []
         self.uplink = ""
 
     def start(self) -> None:
         super().start()
-        listed = self.run(["lspci", "-Dnd", self.passed], check=True).stdout
-        self.functions = [line.split()[0] for line in listed.splitlines()]
-        shown = self.run(["sh", "-c", f"grep -l {UPLINK_MAC} /sys/class/net/e*/address"], check=True).stdout
-        self.uplink = shown.split("/")[4]
+        self.functions, self.uplink = functions(self), uplink(self)
 
     def driver(self, address: str) -> str:
         """The driver that a function has, empty for none."""

@@ -121,7 +121,7 @@ def test_r9_the_guest_has_three_interfaces_and_one_address(lab: Lab) -> None:
     assert lab.vf_mac() == MAC
 
 
-def test_r44_traffic_runs_over_the_primary(lab: Lab) -> None:
+def test_traffic_runs_over_the_primary(lab: Lab) -> None:
     lab.guest.type("echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")  # which speaks of its own accord, on each
     before, standby = lab.counts("eth2"), lab.counts("eth1")
     assert lab.pings() == ALL_HEARD

@@ -107,7 +107,7 @@ def lab(request: pytest.FixtureRequest, host: EmulatedHost, lab_images: Images) 
 
 
 @pytest.mark.parametrize("bus", ["rp1", "rp3"], ids=["power controller", "no power controller"])
-def test_a_network_device_comes_works_and_goes(lab: Lab, bus: str) -> None:
+def test_r22_a_network_device_comes_works_and_goes(lab: Lab, bus: str) -> None:
     lab.add_nic("hot0", bus)
     assert re.search(ASSIGNED, said := lab.dmesg()), said
     assert not re.search(COMPLAINTS, said, re.IGNORECASE), said
@@ -119,7 +119,7 @@ def test_a_network_device_comes_works_and_goes(lab: Lab, bus: str) -> None:
 
 
 @pytest.mark.parametrize("bus", ["rp2", "rp4"], ids=["power controller", "no power controller"])
-def test_a_disk_comes_works_and_goes(lab: Lab, bus: str) -> None:
+def test_r22_a_disk_comes_works_and_goes(lab: Lab, bus: str) -> None:
     lab.add_disk("vd9", bus)
     copied = "dd if=/dev/urandom of=/dev/vdb bs=64k count=16 conv=fsync 2>&-; head -c 1048576 /dev/vdb | sha256sum"
     said = lab.guest.type(copied, SLOW).split()[0]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import time
 from typing import Final
 
 import pytest
 
-from scripts.lab.hardware import STATION, STATION_ADDRESS
+from scripts.lab.hardware import HARDWARE, PRIMARY_MAC, STATION, STATION_ADDRESS
+from scripts.lab.nics import functions
 from scripts.lab.pair import NAMES, SHARED_DISK, HostPair
+from tests.lab.nics import DEVICES
 
 OFFSET: Final = 1 << 20
 BOTH: Final = pytest.mark.parametrize("here", [0, 1], ids=["from the first", "from the second"])
@@ -66,3 +69,26 @@ def test_they_listen_to_nothing_on_this_machine(two_hosts: HostPair) -> None:
     command = ["ss", "--no-header", "--listening", "--tcp", "--udp", "--unix", "--processes"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert [host.pid for host in two_hosts.hosts if f"pid={host.pid}," in shown] == []
+
+
+@BOTH
+def test_a_virtual_function_of_either_host_is_on_the_wire_of_the_first_ones_station(
+    two_igb_hosts: HostPair, here: int
+) -> None:
+    host, address = two_igb_hosts.hosts[here], f"10.77.0.{30 + here}"
+    function = functions(host)[0]
+    assert host.run(["test", "-e", f"{DEVICES}/{function}/iommu_group"]).returncode == 0, "it can be passed through"
+    name = host.run(["ls", f"{DEVICES}/{function}/net"], check=True).stdout.strip()
+    set_up = f"ip netns add other; ip link set {name} netns other; ip -n other addr add {address}/24 dev {name}"
+    host.run(["sh", "-ec", f"{set_up}; ip -n other link set {name} up"], check=True)
+    try:
+        ping = ["ip", "netns", "exec", STATION, "busybox", "ping", "-q", "-c", "5", "-W", "20", address]
+        assert two_igb_hosts.first.run(ping, timeout=120).returncode == 0
+    finally:
+        host.run(["ip", "netns", "delete", "other"], check=True)
+
+
+def test_whole_nics_of_both_hosts_have_one_address_and_all_others_have_their_own() -> None:
+    wire = [HARDWARE["e1000e"].joined(number, -1).qemu_arguments() for number in (1, 2)]
+    first, second = (re.findall(r"mac=([0-9a-f:]+)", " ".join(words)) for words in wire)
+    assert [mac for mac in first if mac in second] == [PRIMARY_MAC, PRIMARY_MAC]

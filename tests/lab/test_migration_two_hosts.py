@@ -15,7 +15,7 @@ from scripts.lab.images import Images
 from scripts.lab.kernels import CHECKOUT
 from scripts.lab.pair import NAMES, SHARED_DISK, HostPair
 from tests.lab import tables
-from tests.lab.guest import FROM_DISK, PROMPT, Guest
+from tests.lab.guest import FROM_DISK, Attached, Guest
 from tests.lab.journey import MAC, SLOW, Load, Pings, blackout_there, clock_error, pinged, report
 
 NAME, GUEST, PORT = "mover", "10.77.0.50", 4444
@@ -44,17 +44,6 @@ def waiting(host: EmulatedHost, uri: str, options: str = "") -> Guest:
     script = f'until kvmpy ps | grep -q "^{NAME} .* inmigrate "; do sleep 0.2; done'
     host.run(["sh", "-c", script], timeout=SLOW, check=True)
     return guest
-
-
-class Attached(Guest):
-    """A guest whose machine runs already: `kvmpy console` is its terminal."""
-
-    def __init__(self, host: EmulatedHost) -> None:
-        self.host, self.name = host, NAME
-        self.process = host.spawn(["kvmpy", "console", NAME], tty=True)
-        self.process.expect("attached")
-        self.process.send("\n")
-        self.process.expect(PROMPT)
 
 
 def migrate(host: EmulatedHost, *words: str, code: int = 0) -> str:
@@ -130,7 +119,7 @@ def test_a_guest_under_load_goes_there_by_tls_and_back_by_ssh(pair: HostPair) ->
             assert clock_error(second, pair.second) <= 1
             back = journey(pair, 1, f"ssh://{NAMES[0]}")
             assert second.wait_end() == 0
-        with Attached(pair.first) as third:
+        with Attached(pair.first, NAME) as third:
             load.assert_whole(third)
             assert clock_error(third, pair.first) <= 1
             load.stop(third)

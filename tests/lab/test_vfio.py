@@ -182,7 +182,7 @@ def test_it_comes_and_goes_while_the_guest_runs(lab: Lab) -> None:
         assert lab.pings() == "10 packets transmitted, 10 packets received, 0% packet loss"
 
 
-def test_a_guest_that_turns_its_slot_off_gives_it_back(lab: Lab) -> None:
+def test_r23_a_guest_that_turns_its_slot_off_gives_it_back(lab: Lab) -> None:
     lab.guest.type("echo 0 >/sys/bus/pci/slots/1/power", SLOW)
     lab.wait_deleted()
     assert lab.host.driver(lab.function) == DRIVERS[lab.model]

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from kvmpy.cli.main import main
 from kvmpy.cli.migrate import BLOCKED, CANCELLED, UNKNOWN
+from kvmpy.cli.primaries import awaited
 from kvmpy.cli.progress import Lines, figures, progress, share_done
 from tests.fakes.qmp import FakeMonitor, Refusal
 
@@ -283,6 +285,52 @@ def test_a_guest_that_writes_too_fast_is_said_to() -> None:
     assert figures({"cpu-throttle-percentage": 30, "not-converging": "it writes 90 MiB/s"}).endswith(
         "vCPUs slowed down by 30 %, it writes 90 MiB/s"
     )
+
+
+SECOND: Final = 10**9
+
+
+def asked(seconds: float, event: str, name: str) -> dict[str, Any]:
+    stamp = {"seconds": int(seconds), "microseconds": round(seconds % 1 * 1e6)}
+    return {"event": event, "timestamp": stamp, "data": {"device-id": name}}
+
+
+def test_who_is_waited_for_and_how_long_follows_from_what_the_machine_told() -> None:
+    told = [asked(10, "UNPLUG_PRIMARY", "hostdev0"), asked(10.5, "UNPLUG_PRIMARY", "hostdev1")]
+    assert awaited(told, 13 * SECOND) == {"hostdev0": 3.0, "hostdev1": 2.5}
+    told.append(asked(16, "FAILOVER_PRIMARY_RELEASED", "hostdev0"))
+    assert awaited(told, 17 * SECOND) == {"hostdev1": 6.5}
+    assert awaited([{"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 0}}], 0) == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "ids", "words"),
+    [
+        ("wait-unplug", {"hostdev0": 3.2}, "waiting for the guest to let hostdev0 go, 3 s"),
+        ("wait-unplug", {"a": 3.2, "b": 2, "c": 1}, "waiting for the guest to let a, b and c go, 3 s"),
+        ("cancelling", {"hostdev0": 3.2}, "the guest is to keep hostdev0"),
+        ("wait-unplug", {}, ""),
+        ("active", {"hostdev0": 3.2}, "64.0 MiB to go"),
+    ],
+)
+def test_a_person_is_told_what_is_waited_for(status: str, ids: dict[str, float], words: str) -> None:
+    assert figures({"status": status, "awaited": ids, "ram": {"remaining": 64 << 20}}) == words
+
+
+def test_the_wait_for_a_primary_is_shown_while_it_lasts(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    def migration(arguments: dict[str, Any]) -> dict[str, Any]:
+        if source.commands().count("query-migrate") == 1:
+            source.emit_at(time.time_ns() - 3 * SECOND, "UNPLUG_PRIMARY", **{"device-id": "hostdev0"})
+        if source.commands().count("query-migrate") == 3:
+            source.emit("FAILOVER_PRIMARY_RELEASED", device_id="hostdev0", standby_id="net1")
+        return source._migration(arguments)
+
+    source.handlers["query-migrate"] = migration
+    source.answers = [{"status": "setup"}, {"status": "wait-unplug"}, {"status": "wait-unplug"}, ACTIVE, ANSWER]
+    assert main(["migrate", "web1", URI]) == 0
+    shown = capsys.readouterr().err
+    assert "web1: wait-unplug: waiting for the guest to let hostdev0 go, 3 s\n" in shown
+    assert "web1: active: round 2" in shown
 
 
 def test_where_nobody_looks_there_are_lines_and_no_bar() -> None:

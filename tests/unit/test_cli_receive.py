@@ -54,12 +54,13 @@ def destination(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Des
 
 
 @pytest.fixture
-def started(destination: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Incoming:
+def started(destination: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Incoming]:
     monkeypatch.setattr(Incoming, "_command", lambda *_: ["sh", "-c", "echo waits >&2"])
     incoming = Incoming()
     answer = incoming.start(Wanted(name="web1", directory=str(tmp_path / "stream")))
     assert answer == {"pid": destination.pid, "said": "waits"}
-    return incoming
+    yield incoming
+    incoming._clean_up()
 
 
 def test_the_machine_is_run_with_the_configuration_that_came(tmp_path: Path) -> None:
@@ -82,6 +83,42 @@ def test_one_that_gets_its_guest_is_left_alone_and_its_directory_goes(
     assert started.end() == "running"
     assert destination.process.poll() is None
     assert not (tmp_path / "stream").exists()
+
+
+def pair(state: str, path: str = "standby", *, negotiated: bool = True) -> dict[str, Any]:
+    return {"standby-id": "net1", "primary-id": "hostdev0", "state": state, "path": path, "negotiated": negotiated}
+
+
+def test_a_primary_is_waited_for_until_the_guest_has_it_in_use_and_what_was_told_is_said(
+    started: Incoming, destination: Destination
+) -> None:
+    states = [pair("hidden"), pair("plugging"), pair("plugged"), pair("plugged", "primary")]
+    destination.handlers["query-failover"] = lambda _: [states.pop(0) if len(states) > 1 else states[0]]
+    destination.emit("FAILOVER_PRIMARY_PLUGGED", device_id="hostdev0")
+    said = started.primaries(60)
+    assert said["pairs"] == [pair("plugged", "primary")]
+    assert [event["event"] for event in said["events"]] == ["FAILOVER_PRIMARY_PLUGGED"]
+
+
+@pytest.mark.parametrize(
+    "found",
+    [pair("failed"), pair("no-primary"), pair("hidden", negotiated=False)],
+    ids=["failed", "none", "for a guest that knows of none"],
+)
+def test_one_that_will_not_come_is_not_waited_for(
+    started: Incoming, destination: Destination, found: dict[str, Any]
+) -> None:
+    destination.handlers["query-failover"] = lambda _: [found]
+    assert started.primaries(1e6)["pairs"] == [found]
+
+
+@pytest.mark.parametrize("found", [pair("plugging"), pair("plugged")])
+def test_one_that_does_not_come_is_not_waited_for_for_ever(
+    started: Incoming, destination: Destination, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(receive, "IDLE_SECONDS", 0.05)
+    destination.handlers["query-failover"] = lambda _: [found]
+    assert started.primaries(1e6 if found["state"] == "plugged" else 0.05)["pairs"] == [found]
 
 
 def test_one_whose_guest_will_not_come_is_ended(started: Incoming, destination: Destination, tmp_path: Path) -> None:

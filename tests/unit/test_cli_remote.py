@@ -119,6 +119,69 @@ def test_the_destination_is_started_with_the_machines_configuration_and_the_stre
     assert "quit" in source.commands()
 
 
+UNPLUG: Final = {"device-id": "hostdev0"}
+BACK: Final = {
+    "standby-id": "net1",
+    "primary-id": "hostdev0",
+    "state": "plugged",
+    "path": "primary",
+    "negotiated": True,
+}
+PLUGGED: Final = {
+    "event": "FAILOVER_PRIMARY_PLUGGED",
+    "timestamp": {"seconds": 1002, "microseconds": 300000},
+    "data": {"device-id": "hostdev0", "standby-id": "net1"},
+}
+
+
+def with_a_primary(source: Source) -> None:
+    """Its guest is asked for one."""
+
+    def migration(_: object) -> dict[str, Any]:
+        if source.commands().count("query-migrate") == 1:
+            source.emit_at(990 * 10**9, "UNPLUG_PRIMARY", **UNPLUG)
+        return source.answer
+
+    source.handlers["query-migrate"] = migration
+    there = {"phases": [], "first-run-ns": 1000 * 10**9, "first-run-ms": 9000}
+    source.answer = source.answer | {"stopped-ms": 950, "stopped-ns": 1000 * 10**9 - 50 * 10**6, "destination": there}
+
+
+@pytest.mark.parametrize(
+    ("pair", "words"),
+    [
+        (BACK, "the guest has hostdev0 in use, 2.3 s after it ran; its frames take it"),
+        (BACK | {"path": "standby"}, "in use, 2.3 s after it ran; its frames still take net1"),
+        (BACK | {"state": "failed", "error": "no power"}, "hostdev0 is failed: no power; the guest goes on over net1"),
+        (BACK | {"primary-id": None, "state": "no-primary"}, "there is no primary for net1"),
+    ],
+)
+def test_the_guests_primary_is_waited_for_over_there_and_what_became_of_it_is_said(
+    source: Source, session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str], pair: Any, words: str
+) -> None:
+    with_a_primary(source)
+    session.answer(STARTED, {"pairs": [pair], "events": [PLUGGED]}, {"status": "running"})
+    report = tmp_path / "report.json"
+    assert migrate(session, "--report", str(report)) == 0
+    _, primaries, _, _ = session.asked()
+    assert primaries == {"primaries": 60.0}
+    said = capsys.readouterr().err
+    assert "the guest runs there; waiting for it to take hostdev0 into use" in said
+    assert words in said
+    out, back = json.loads(report.read_text())["waits"]
+    assert (out["side"], back["side"], back["outcome"]) == ("source", "destination", "in use")
+    assert back["end-ms"] - back["start-ms"] == pytest.approx(2300)
+
+
+def test_a_far_end_that_knows_nothing_of_primaries_costs_no_more_than_the_knowledge(
+    source: Source, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_a_primary(source)
+    session.answer(STARTED, {"error": "this version does not know what was asked"}, {"status": "running"})
+    assert migrate(session) == 0
+    assert "query-failover there says what became of hostdev0" in capsys.readouterr().err
+
+
 def test_a_configuration_of_the_other_host_is_used_where_one_is_named(source: Source, session: Session) -> None:
     session.answer(STARTED, {"status": "running"})
     assert migrate(session, "--remote-config", "/etc/web1.toml", "--remote-kvmpy", "sudo kvmpy") == 0

@@ -81,14 +81,14 @@ def drive(rig: FailoverRig, *, on: bool = True) -> None:
 # R52: the reference's own cases, by its names; those that migrate come with migration.
 
 
-def test_r52_params_error_id(empty: FailoverRig) -> None:
+def test_r2_r52_params_error_id(empty: FailoverRig) -> None:
     empty.add_standby()
     table = {"driver": "vfio-pci", "host": "5e:00.0", "bus": "root2", "failover_pair_id": "standby0"}
     with pytest.raises(CommandError, match=r"^Device with failover_pair_id needs to have id$"):
         empty.add(**table)
 
 
-def test_r52_params_error_pcie(empty: FailoverRig) -> None:
+def test_r3_r52_params_error_pcie(empty: FailoverRig) -> None:
     empty.add_standby()
     with pytest.raises(CommandError, match=r"^Bus 'pcie\.0' does not support hotplugging"):
         empty.add_primary(bus="pcie.0")
@@ -119,7 +119,7 @@ def test_r52_params_off(tmp_path: Path) -> None:
         assert (rig.visible(), rig.told("FAILOVER_NEGOTIATED")) == (BOTH, [])
 
 
-def test_r52_params_enabled(rig: FailoverRig) -> None:
+def test_r9_r52_params_enabled(rig: FailoverRig) -> None:
     assert rig.visible() == {"standby0"}
     rig.acks()
     rig.pass_()
@@ -127,7 +127,7 @@ def test_r52_params_enabled(rig: FailoverRig) -> None:
     assert rig.visible() == BOTH
 
 
-def test_r52_params_guest_off(rig: FailoverRig) -> None:
+def test_r9_r52_params_guest_off(rig: FailoverRig) -> None:
     rig.acks(features=ALONE)
     rig.pass_()
     assert (rig.visible(), rig.told()) == ({"standby0"}, [])

@@ -239,19 +239,34 @@ def test_a_paused_guest_arrives_with_its_disks_and_does_not_run(machine: Standin
 
 
 def test_a_device_that_cannot_go_is_named_with_what_to_do(machine: Standing, handoff: Handoff) -> None:
-    def plugged(name: str, reason: str | None, bus: str | None = None) -> SimpleNamespace:
-        return SimpleNamespace(
-            table=SimpleNamespace(id=name, bus=bus), parts=[SimpleNamespace(blocks_migration=reason)]
-        )
-
     board = cast(Any, machine.board)
     board.inventory.plugged = {
         "hostdev0": plugged("hostdev0", "unplug it"),
         "net1": plugged("net1", None),
         "vd0": plugged("vd0", None, "root1"),
     }
-    board.ports = {"root1": SimpleNamespace(is_releasing=True)}
+    board.ports = {"root1": SimpleNamespace(is_releasing=True, card="vd0")}
     assert handoff.blockers() == [
         "device hostdev0: unplug it",
         "device vd0: the guest is being asked for it; wait for DEVICE_DELETED",
     ]
+
+
+def test_r36_a_primary_can_leave_a_guest_that_runs_and_no_other(machine: Standing, handoff: Handoff) -> None:
+    board = cast(Any, machine.board)
+    board.inventory.plugged = {"hostdev0": plugged("hostdev0", None, "root1", standby="net1")}
+    board.ports = {"root1": SimpleNamespace(is_releasing=True, card="hostdev0")}
+    assert handoff.blockers() == []
+    machine.state = RunState.PAUSED
+    assert handoff.blockers() == ["device hostdev0: a guest that is stopped does not let it go; cont first"]
+    board.ports["root1"].card = None  # it is hidden
+    assert handoff.blockers() == []
+
+
+def plugged(name: str, reason: str | None, bus: str | None = None, standby: str | None = None) -> SimpleNamespace:
+    return SimpleNamespace(
+        table=SimpleNamespace(id=name, bus=bus),
+        parts=[SimpleNamespace(blocks_migration=reason)],
+        standby=standby,
+        function=name,
+    )

@@ -27,7 +27,9 @@ class Rig:
 
     def __init__(self, loading: float = 0.0) -> None:
         machine = SimpleNamespace(
-            board=SimpleNamespace(devices=(), vcpus=(0,)), threads=(), handoff=SimpleNamespace(rehearse=lambda: None)
+            board=SimpleNamespace(devices=(), moving=(), vcpus=(0,)),
+            threads=(),
+            handoff=SimpleNamespace(rehearse=lambda: None),
         )
         self.progress = Progress(1 << 30)
         self.said: list[str] = []

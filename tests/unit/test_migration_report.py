@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvmpy.migration import picture, report
+from kvmpy.migration import canvas, picture, report
+from kvmpy.migration.page import page as whole_page
 from kvmpy.migration.report import Timeline
 
 FAKES: Final = Path(__file__).parents[1] / "fakes"
@@ -77,7 +78,7 @@ def test_the_picture_names_every_phase_round_and_stamp() -> None:
 
 
 def test_the_page_loads_nothing_and_runs_nothing() -> None:
-    page = report.page(line())
+    page = whole_page(line())
     assert re.findall(r"""<(?:script|link|img|iframe|object)|\b(?:src|href|on\w+)=|url\(|@import""", page) == []
     assert set(re.findall(r"\w+://[^'\"\s]+", page)) == {"http://www.w3.org/2000/svg"}
 
@@ -89,7 +90,7 @@ def test_a_name_is_text_and_never_markup() -> None:
         "phases": [{"name": hostile, "start-ms": 0, "ms": 5}],
         "destination": {"phases": [{"name": hostile, "start-ms": 0, "ms": 5}]},
     }
-    page = report.page(report.timeline(answer, machine=hostile, uri=hostile, hosts=(hostile, hostile)))
+    page = whole_page(report.timeline(answer, machine=hostile, uri=hostile, hosts=(hostile, hostile)))
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 5
 
@@ -106,7 +107,7 @@ def test_a_name_is_text_and_never_markup() -> None:
 def test_one_that_came_to_nothing_is_drawn_as_far_as_it_went(answer: dict[str, Any]) -> None:
     told = report.timeline(answer, machine="web1", uri="tcp:192.0.2.2:4444")
     assert answer["status"] in " ".join(drawn(told).itertext())
-    assert answer.get("error-desc", "") in report.page(told)
+    assert answer.get("error-desc", "") in whole_page(told)
 
 
 def test_an_answer_that_makes_no_sense_is_refused_with_its_field() -> None:
@@ -134,12 +135,12 @@ def test_bars_and_names_of_one_row_never_lie_on_each_other(
     for extents in rows.values():
         ordered = sorted(extents)
         assert all(last <= first for (_, last), (first, _) in pairwise(ordered))
-    assert all(picture.LEFT - 1 <= begin <= end <= picture.WIDTH for row in rows.values() for begin, end in row)
+    assert all(canvas.LEFT - 1 <= begin <= end <= canvas.WIDTH for row in rows.values() for begin, end in row)
 
 
 @given(st.floats(min_value=1e-3, max_value=1e9))
 def test_an_axis_has_a_handful_of_round_ticks(length: float) -> None:
-    found = picture.ticks(length)
-    assert 4 <= len(found) <= picture.TICKS + 1
+    found = canvas.ticks(length)
+    assert 4 <= len(found) <= canvas.TICKS + 1
     assert found[0] == 0
     assert found[-1] <= length * (1 + 1e-9)

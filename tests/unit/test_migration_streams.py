@@ -90,7 +90,7 @@ def test_golden_stream_is_taken_in_by_a_destination(version: int, stop: Stop) ->
 def test_pages_are_counted_by_round_and_values_are_shown(tmp_path: Path) -> None:
     told = list(dump(written(SOURCE), tmp_path))
     assert (
-        "byte 327: pages of round 1: 4 DATA in 2 records, 1027 ZERO in 2 records, 1 batches, "
+        "byte 352: pages of round 1: 4 DATA in 2 records, 1027 ZERO in 2 records, 1 batches, "
         "1 batches of zstd (25 bytes for 16), 16521 bytes" in told
     )
     assert any(line.endswith("pages of round 2: none, 16 bytes") for line in told)
@@ -117,7 +117,7 @@ def test_page_channel_is_told_round_by_round(tmp_path: Path) -> None:
         (written(SOURCE)[:-1], "stream: the other side has ended the stream after byte"),
         (written(SOURCE)[: PREAMBLE_SIZE + 5], "after byte 41; 7 more were due"),
         (written(()) + frame(99, b"{}"), "stream: byte 36: frame of kind 99"),
-        (written(SOURCE[:3]) + RECORD.pack(1, 2, END), "byte 327: a page record of kind END with 0x1 and 2"),
+        (written(SOURCE[:3]) + RECORD.pack(1, 2, END), "byte 352: a page record of kind END with 0x1 and 2"),
         (written(SOURCE[-4:-2]), "END_OF_STATE of 2 sections: there were 1"),
         (written(DESTINATION)[:114] + b"\0" + written(DESTINATION)[115:], "stream: byte 36: frame of kind"),
         (Preamble(9, 9).pack(), "the other side speaks versions 9 to 9"),

@@ -791,7 +791,7 @@ class Campaign:
 
 @given(st.lists(ACTIONS, max_size=40), st.booleans())
 @EXAMPLES
-def test_any_plugs_and_requests_beside_a_driver_keep_every_rule(
+def test_r20_any_plugs_and_requests_beside_a_driver_keep_every_rule(
     actions: list[tuple[str, float]], power_controller: bool
 ) -> None:
     campaign = Campaign(power_controller=power_controller)
@@ -816,7 +816,7 @@ def test_any_plugs_and_requests_beside_a_driver_keep_every_rule(
 
 @given(st.lists(st.one_of(ACTIONS, st.tuples(st.just("write"), WRITES)), max_size=40), st.booleans())
 @EXAMPLES
-def test_no_guest_gets_a_slot_to_break_a_rule(actions: list[tuple[str, Any]], power_controller: bool) -> None:
+def test_r20_no_guest_gets_a_slot_to_break_a_rule(actions: list[tuple[str, Any]], power_controller: bool) -> None:
     """The guest writes what it likes; the driver is there too, and may despair."""
     campaign = Campaign(power_controller=power_controller)
     rig = campaign.rig

@@ -204,7 +204,7 @@ def test_whatever_is_written_a_bar_is_mapped_only_inside_an_open_window(writes: 
     rig.board.close()
 
 
-def test_slot_capability_is_what_pciehp_wants(rig: Rig) -> None:
+def test_r14_r18_slot_capability_is_what_pciehp_wants(rig: Rig) -> None:
     capability = rig.slot(SLOT_CAPABILITY, 4)
     assert capability >> 19 == 7  # the slot's number
     assert capability & 0x7F == 0x7B  # button, power, both indicators, surprise, hot-plug; no latch
@@ -252,7 +252,7 @@ def test_slot_and_root_registers_keep_what_they_implement(rig: Rig) -> None:
     assert (rig.slot(ROOT_CONTROL), rig.slot(LINK_CONTROL), rig.slot(ROOT_STATUS, 4)) == (0x0F, 0xD3, 0)
 
 
-def test_slot_events_are_cleared_by_ones_each_for_itself(rig: Rig) -> None:
+def test_r14_r16_slot_events_are_cleared_by_ones_each_for_itself(rig: Rig) -> None:
     rig.port.express.slot_status |= 0x0109
     rig.write(SLOT_STATUS, 0x0008)
     assert rig.slot(SLOT_STATUS) == 0x0101 | PRESENT

@@ -381,7 +381,7 @@ def test_a_host_without_vectors_costs_the_guest_its_interrupts_and_no_more(
 # Release, reset, and the host's own wishes
 
 
-def test_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: NicRig) -> None:
+def test_r26_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: NicRig) -> None:
     rig.enable()
     rig.msix(0x8000)
     rig.entry(0, masked=False)
@@ -411,7 +411,7 @@ def test_on_release_dma_and_interrupts_stop_first_and_the_reset_comes_last(rig: 
     assert rig.function.config_read(0, 4) == 0x10CA_8086, "it could be plugged in again"
 
 
-def test_bus_master_goes_before_interrupts_and_before_memory(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_r26_bus_master_goes_before_interrupts_and_before_memory(rig: NicRig, monkeypatch: pytest.MonkeyPatch) -> None:
     rig.enable()
     rig.msix(0x8000)
     seen: list[object] = []

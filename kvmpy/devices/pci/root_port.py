@@ -47,9 +47,9 @@ class RootPort(PortRegisters):
     ``behind`` is the function in the slot; ``forwards`` what reaches it, for any thread to read. The callbacks are
     made under the locks of root and port, and may only post: ``on_used(function)`` once the guest uses a function that
     came while it ran, ``on_released(function)`` once one is out of the machine, ``on_refused(function)`` when the guest
-    keeps one that it was asked for, ``on_failed(function, reason)`` when it cannot use one. ``timer`` and ``now``, in
-    seconds, are the host's. Without a power controller a card has power while it is in the slot, and the guest lets it
-    go a second sooner.
+    keeps one that it was asked for, ``on_kept(function)`` when it does so because it is asked no more, and
+    ``on_failed(function, reason)`` when it cannot use one. ``timer`` and ``now``, in seconds, are the host's. Without a
+    power controller a card has power while it is in the slot, and the guest lets it go a second sooner.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class RootPort(PortRegisters):
         self.on_used: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_released: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_refused: Callable[[PciFunction[Any]], object] = lambda function: None
+        self.on_kept: Callable[[PciFunction[Any]], object] = lambda function: None
         self.on_failed: Callable[[PciFunction[Any], str], object] = lambda function, reason: None
         self._waiting: PciFunction[Any] | None = None
         self._remains: Closable | None = None
@@ -83,6 +84,11 @@ class RootPort(PortRegisters):
     def is_releasing(self) -> bool:
         """The guest is being asked for the card."""
         return self._slot.requested
+
+    @property
+    def is_retracting(self) -> bool:
+        """It is not any more, and may let it go nevertheless."""
+        return self._slot.retracted
 
     @property
     def phase(self) -> Phase:
@@ -133,7 +139,7 @@ class RootPort(PortRegisters):
                 self._slot.request()
 
     def cancel(self) -> bool:
-        """Ask no more. True if the guest has been told so in time, and keeps the function."""
+        """Ask no more. True if the guest has been told so in time, and keeps the function; see `is_retracting`."""
         with self._seats().lock, self.lock:
             return self._slot.cancel()
 
@@ -189,6 +195,12 @@ class RootPort(PortRegisters):
         if self.behind is not None:
             self._trace("refused")
             self.on_refused(self.behind)
+
+    def kept(self) -> None:
+        """The guest keeps the card, for which it is asked no more."""
+        if self.behind is not None:
+            self._trace("kept")
+            self.on_kept(self.behind)
 
     def failed(self, reason: str) -> None:
         """The guest cannot use the card."""

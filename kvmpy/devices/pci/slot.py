@@ -6,6 +6,8 @@ control and what the operator wants, and tells its port (`Hands`) what to do. It
 - A card is asked for by the attention button, never while the power indicator blinks: the guest is at work then, and
   takes a second press for a change of mind. Nor is the button pressed twice within 5 s. A press that has changed
   nothing by then was lost, as by a guest that is just booting, and is repeated.
+- A request is taken back by a second press within 4 s of the first, while the indicator blinks. One that the guest
+  has not answered yet is taken back as soon as it does.
 - The guest has let a card go when it has turned off its power and its indicator: the indicator alone where the slot has
   no power controller. It may do so unasked.
 - The same with the attention indicator turned on is a guest that cannot use a card. That card stays, unused.
@@ -80,6 +82,9 @@ class Hands(Protocol):
     def refused(self) -> None:
         """The guest was asked for the card, began, and went back: it keeps it."""
 
+    def kept(self) -> None:
+        """The guest keeps the card: a request was taken back, and its indicator is on again."""
+
     def failed(self, reason: str) -> None:
         """The guest cannot use the card, which stays."""
 
@@ -87,7 +92,8 @@ class Hands(Protocol):
 class Slot:
     """One slot. Its port's lock serializes all calls; `tick` is the timer's callback, with that lock.
 
-    ``requested``: the guest is being asked for the card. ``waiting``: a card has come and cannot be shown yet.
+    ``requested``: the guest is being asked for the card; ``retracted``: no longer, and what it makes of that is not
+    known yet. ``waiting``: a card has come and cannot be shown yet.
     Made paused and empty; while paused no time passes and no button is pressed.
     """
 
@@ -95,7 +101,7 @@ class Slot:
         self._hands, self._timer, self._now = hands, timer, now
         self._power_controller = power_controller
         self._control = 0
-        self.present = self.waiting = self.requested = False
+        self.present = self.waiting = self.requested = self.retracted = False
         self._pressed = False  # for this request
         self._answered = False  # the indicator, which was on, blinks since
         self._used = False  # the indicator has been on since the card came, or was turned on
@@ -119,15 +125,19 @@ class Slot:
 
     def request(self) -> None:
         """Ask the guest for the card, which may take any time; one that it does not use leaves at once."""
-        self.requested, self._pressed, self._answered = True, False, False
+        self.requested, self.retracted = True, False
+        self._pressed = self._answered = False
         self._consider()
 
     def cancel(self) -> bool:
-        """Ask no more. True if that was in time to press the button again, which has the guest keep the card."""
+        """Ask no more. True if that was in time to press the button again, which has the guest keep the card.
+
+        While ``retracted`` then, the guest may let it go nevertheless; `Hands.kept` or `Hands.take_out` follows.
+        """
         if not self.requested:
             return False
         in_time = self._answered and self._now() - self._last_press < CANCEL_WITHIN
-        self.requested = self._answered = False
+        self.requested, self.retracted = False, self._pressed
         self._timer.cancel()
         if in_time:
             self._press()
@@ -151,6 +161,8 @@ class Slot:
         if before is not after:
             self._steady = now
             self._answered = self._pressed and (before, after) == (Indicator.ON, Indicator.BLINK)
+            if self._answered and self.retracted:
+                self._press()
         if new & ~old & SlotControl.POWER_OFF:
             self._power_off = self._begun = now
             self._owed = self._owed or self.present
@@ -171,7 +183,7 @@ class Slot:
         """The registers say this now, after power-on or a move: nothing is pending."""
         self._timer.cancel()
         self._control, self.present = control, present
-        self.waiting = self.requested = self._given_up = self._torn = self._owed = False
+        self.waiting = self.requested = self.retracted = self._given_up = self._torn = self._owed = False
         self._used = present and self.indicator is Indicator.ON
         self._last_press = self._power_off = self._steady = self._shown = self._begun = -math.inf
 
@@ -269,9 +281,12 @@ class Slot:
         was_used, self._used, self._given_up = self._used, True, False
         if not was_used:
             self._hands.used()
-        if self.requested and went_back:
+        if went_back and self.requested:
             self.requested = False
             self._hands.refused()
+        elif went_back and self.retracted:
+            self.retracted = False
+            self._hands.kept()
 
     def _turned_off(self, old: int, new: int) -> None:
         attention = new & SlotControl.ATTENTION == SlotControl.ATTENTION_ON
@@ -288,7 +303,7 @@ class Slot:
 
     def _leave(self) -> None:
         self._timer.cancel()
-        self.present = self.waiting = self.requested = False
+        self.present = self.waiting = self.requested = self.retracted = False
         self._used = self._given_up = False
 
     def _is_off(self, control: int) -> bool:

@@ -100,7 +100,7 @@ class VfioPci(PciFunction[VfioPciState]):
     `close` takes as long as a reset.
     """
 
-    blocks_migration = (
+    blocks_migration: str | None = (
         "a passed-through device cannot be migrated: unplug it, or make it the primary of a failover pair"
     )
 
@@ -171,6 +171,11 @@ class VfioPci(PciFunction[VfioPciState]):
     def is_ready(self) -> bool:
         """Whether it can be plugged in: no reset is under way, nor does it need one. Any thread."""
         return self._resetter.is_over and self._answers
+
+    @property
+    def is_wanted_back(self) -> bool:
+        """The host waits until it is closed."""
+        return self._wanted_back
 
     def begin_reset(self) -> bool:
         with self.lock:

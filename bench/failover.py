@@ -1,0 +1,213 @@
+"""`python -m bench.failover`: how a guest with a failover pair migrates, beside QEMU on the same emulated host.
+
+For virtual functions of an igb, and for whole e1000e, each on a host of its own: a guest of QEMU's, one of kvmpy's, and
+one whose pair has no primary, go there and back between two processes, by turns. The same kernel and the same
+back ends, native hot-plug in both. What QEMU leaves to whoever manages it, that a virtual function's address goes with
+the traffic, is done for it as soon as it says something (`hooks`); kvmpy does it by itself.
+
+"blackout" is from STOP on the source to RESUME on the destination; "gap" what a station on the wire, which pings ten
+times a second, heard nothing for, and "lost" how many of its pings. "enslaved" and "in service" are from RESUME until
+the guest has taken its primary in, and until that has a link. "in all" is from `migrate` to RESUME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final, NamedTuple
+
+from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
+from scripts.lab.host import EmulatedHost
+from scripts.lab.kernels import CHECKOUT
+from scripts.lab.nics import functions, uplink
+from tests.lab import tables
+from tests.lab.guest import QUIET
+from tests.lab.journey import PINGER
+
+STDOUT: Final = 1
+ROUNDS: Final = 3
+TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
+OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
+BOOT: Final = CHECKOUT / ".lab/guest/generic"
+DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
+FIGURES: Final = ("blackout", "gap", "lost", "wait-unplug", "enslaved", "in service", "in all")
+BUDGETS: Final = {"igb": 0.25, "e1000e": 0.1}
+"""Of QEMU's blackout."""
+OWN_BUDGET: Final = 1.1
+"""Of kvmpy's own without a primary."""
+LATER_BUDGET: Final = 1.0
+"""Of the time until QEMU's is back in service."""
+
+CONFIG: Final = """\
+[machine]
+memory = "256MiB"
+cpus = 1
+
+[boot]
+kernel = "{kernel}"
+initrd = "{initrd}"
+cmdline = "{line}"
+
+[console]
+serial = "unix:{serial}"
+
+"""
+
+
+class Row(NamedTuple):
+    """What of kvmpy's is compared with what, and how often more it may be; NaN: it may be anything."""
+
+    name: str
+    ours: float
+    theirs: float
+    budget: float
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.ours <= self.budget * self.theirs else "missed"
+
+
+def hardware(model: str) -> Hardware:
+    """Two NICs for a guest of QEMU's, two for one of kvmpy's. Whole ones have the address of their guest's pair."""
+    if model == "igb":
+        return replace(HARDWARE[model], vfs=4)
+    macs = (NIC_MACS[0], NIC_MACS[0], OTHER_MAC, OTHER_MAC)
+    passed = (Nic(model, mac, port=port) for port, mac in enumerate(macs, 1))
+    return replace(HARDWARE[model], nics=(Nic("virtio-net-pci", UPLINK_MAC), *passed))
+
+
+def line(model: str, address: str) -> str:
+    """The guest's kernel's."""
+    return f"{QUIET} mode=shell modules=virtio_pci,virtio_net,{DRIVERS[model]} address={address}/24"
+
+
+class Yard:
+    """An emulated host, and whom it has seats for."""
+
+    def __init__(self, host: EmulatedHost, model: str) -> None:
+        self._host, self._model = host, model
+        self._functions, self._uplink = functions(host), uplink(host)
+
+    def contenders(self) -> dict[str, Any]:
+        """What failover_turns.py is told."""
+        first, second = NIC_MACS[0], OTHER_MAC
+        return {
+            "QEMU": self._contender("10.77.0.51", first, [self._qemu(n, first, "10.77.0.51") for n in (0, 1)]),
+            "kvmpy": self._contender("10.77.0.52", second, [self._kvmpy(n, second, "10.77.0.52") for n in (0, 1)]),
+            "alone": self._contender("10.77.0.53", THIRD_MAC, [self._alone(n, "10.77.0.53") for n in (0, 1)], False),
+        }
+
+    @staticmethod
+    def _contender(address: str, mac: str, seats: list[dict[str, Any]], primary: bool = True) -> dict[str, Any]:
+        return {"address": address, "mac": mac, "primary": primary, "seats": seats}
+
+    def _qemu(self, number: int, mac: str, address: str) -> dict[str, Any]:
+        """q35 with the function ``number``, which is reserved for it, and with native hot-plug."""
+        tap, function, at = f"tap-q{number}", self._functions[number], f"/run/qemu{number}"
+        make_tap = f"ip tuntap add {tap} mode tap; ip link set {tap} master {BRIDGE} up"
+        take = (
+            f"cd /sys/bus/pci/devices/{function}; [ ! -e driver ] || echo {function} >driver/unbind;"
+            f" echo vfio-pci >driver_override; echo {function} >/sys/bus/pci/drivers_probe"
+        )
+        self._host.run(["sh", "-ec", f"{make_tap}; {take}"], check=True)
+        if number == 0:
+            self._host.run(self._steer(0, mac) or ["true"], check=True)
+        words = [
+            *("qemu-system-x86_64", "-accel", "kvm", "-M", "q35", "-cpu", "host", "-m", "256", "-nodefaults"),
+            *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off", "-display", "none", "-no-reboot"),
+            *("-kernel", str(BOOT / "vmlinuz"), "-initrd", str(BOOT / "initrd.img")),
+            *("-append", line(self._model, address), "-serial", f"unix:{at}.serial,server=on,wait=off"),
+            *("-device", "pcie-root-port,id=rp1,chassis=1,slot=1", "-device", "pcie-root-port,id=rp2,chassis=2,slot=2"),
+            *("-netdev", f"tap,id=hostnet,ifname={tap},script=no,downscript=no,vhost=on"),
+            *("-device", f"virtio-net-pci,netdev=hostnet,id=net1,mac={mac},bus=rp2,failover=on"),
+            *("-device", f"vfio-pci,host={function},id=hostdev0,bus=rp1,failover_pair_id=net1"),
+            *("-qmp", f"unix:{at}.qmp,server=on,wait=off"),
+        ]
+        hooks = {"source:MIGRATION active": self._steer(number, NO_MAC)}
+        hooks["destination:FAILOVER_NEGOTIATED"] = self._steer(number, mac)
+        seat = {"qmp": f"{at}.qmp", "serial": f"{at}.serial", "uri": f"unix:{at}.stream"}
+        moved = {event: [words] for event, words in hooks.items() if words}
+        return seat | {"command": words, "incoming": ["-incoming", seat["uri"]], "hooks": moved}
+
+    def _steer(self, number: int, mac: str) -> list[str]:
+        """What gives a virtual function an address."""
+        return ["ip", "link", "set", self._uplink, "vf", str(number), "mac", mac] if self._model == "igb" else []
+
+    def _kvmpy(self, number: int, mac: str, address: str) -> dict[str, Any]:
+        keys = {"driver": "vfio-pci", "id": "hostdev0", "host": self._functions[2 + number], "bus": "rp1"}
+        return self._seat(f"k{number}", mac, address, tables.table("device", **keys, failover_pair_id="net1"))
+
+    def _alone(self, number: int, address: str) -> dict[str, Any]:
+        return self._seat(f"a{number}", THIRD_MAC, address, "")
+
+    def _seat(self, name: str, mac: str, address: str, primary: str) -> dict[str, Any]:
+        """kvmpy with a standby, and with its ``primary``."""
+        standby = tables.nic("net1", f"tap-{name}", BRIDGE, bus="rp2", mac=mac) + "failover = true\n"
+        serial, file = f"/run/{name}.serial", f"/run/{name}.toml"
+        boot = {"kernel": BOOT / "vmlinuz", "initrd": BOOT / "initrd.img", "line": line(self._model, address)}
+        self._host.write_file(
+            file, CONFIG.format(serial=serial, **boot) + tables.root_ports("rp1", "rp2") + standby + primary
+        )
+        uri = f"unix:/run/{name}.stream"
+        seat = {"qmp": f"/run/kvmpy/{name}/qmp.sock", "serial": serial, "uri": uri, "hooks": {}}
+        return seat | {"command": ["kvmpy", "run", file, "--name", name], "incoming": ["--incoming", uri]}
+
+
+def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
+    """The medians of each figure of each contender."""
+    with EmulatedHost(memory="4G", hardware=hardware(model)) as host:
+        known = {name: each for name, each in Yard(host, model).contenders().items() if name in names}
+        program = ["bench/failover_turns.py", str(rounds), str(PINGER), json.dumps(known)]
+        shown = bytearray()
+
+        def show(stream: int, data: bytes) -> None:
+            if stream == STDOUT:
+                shown.extend(data)
+            else:
+                print(data.decode(), end="", file=sys.stderr, flush=True)
+
+        process = host.spawn(["python", *program], sink=show)
+        if process.wait(len(known) * (rounds + 2) * TURN_SECONDS):
+            logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
+            raise SystemExit(f"bench.failover:\n{logs}\n{host.console_tail()}")
+        said: dict[str, list[dict[str, float | None]]] = json.loads(shown)
+    return {who: {what: _median(each, what) for what in each[0]} for who, each in said.items()}
+
+
+def _median(turns: list[dict[str, float | None]], what: str) -> float:
+    found = [turn[what] for turn in turns]
+    return statistics.median(value for value in found if value is not None) if None not in found else float("nan")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="bench.failover", description="Migrate a guest with a failover pair.")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each guest, of which the median is taken")
+    parser.add_argument("--model", choices=BUDGETS, action="append", help="the NICs: both kinds, one after the other")
+    parser.add_argument("--only", action="append", choices=("QEMU", "kvmpy", "alone"), help="not all of them")
+    options = parser.parse_args()
+    for model in options.model or BUDGETS:
+        taken = turns(model, options.rounds, options.only or ("QEMU", "kvmpy", "alone"))
+        report(model, taken)
+
+
+def report(model: str, taken: Mapping[str, Mapping[str, float]]) -> None:
+    print(f"{model:<14}" + "".join(f"{who:>10}" for who in taken))
+    for what in FIGURES:
+        print(f"{what:<14}" + "".join(f"{each[what]:>10.3f}" for each in taken.values()))
+    if len(taken) < len(("QEMU", "kvmpy", "alone")):
+        return
+    ours, theirs, alone = taken["kvmpy"], taken["QEMU"], taken["alone"]
+    rows = [Row("blackout, QEMU's", ours["blackout"], theirs["blackout"], BUDGETS[model])]
+    rows.append(Row("blackout, no primary", ours["blackout"], alone["blackout"], OWN_BUDGET))
+    rows += [Row(f"{what}, QEMU's", ours[what], theirs[what], LATER_BUDGET) for what in ("enslaved", "in service")]
+    for row in rows:
+        print(f"{row.name:<24} ratio {row.ours / row.theirs:>6.3f}  budget {row.budget:.2f}  {row.verdict}")
+
+
+if __name__ == "__main__":
+    main()
