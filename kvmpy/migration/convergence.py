@@ -36,15 +36,17 @@ ALLOWANCE: Final = 0.020
 """Seconds for what cannot be measured beforehand."""
 LOADING: Final = 3
 """To load a state takes so many times as long as to save it, where nobody has measured it."""
-TRIPS: Final = 2
-"""Times that a small round takes: pages and state go there and READY comes back, then GO goes there, behind nothing."""
+SENDING: Final = 1
+"""To stop devices, and to send what was saved, takes so many times as long as to save it."""
+TRIPS: Final = 3
+"""Times that a small round takes: for the last pages, for the state behind them, for READY and GO."""
 STARTING: Final = 1
 """To take over what a machine has of the host, and to let it run, takes so much of what its loading takes."""
 LEAST_ROUNDS: Final = 2
 TRIES: Final = 3
 """Rounds of few pages before it is believed that the limit cannot be kept: a host may have been busy otherwise."""
 REHEARSALS: Final = 2
-"""What is done for the first time takes longer; the last one counts."""
+"""What is done for the first time takes longer; the shortest counts, for a host may be busy otherwise."""
 BANDWIDTH: Final = 100 * MIB
 """Bytes a second, where no round has been large enough to tell."""
 ENOUGH: Final = MIB
@@ -136,11 +138,9 @@ class Convergence:
     def _fixed(self) -> float:
         """Seconds of the switchover that do not depend on how many pages are left."""
         if self._saving is None:
-            for _ in range(REHEARSALS):
-                self._saving = self._rehearse()
-        assert self._saving is not None
+            self._saving = min(self._rehearse() for _ in range(REHEARSALS))
         loading = LOADING * self._saving if self._loading is None else self._loading
-        return self._saving + TRIPS * self._trip + (1 + STARTING) * loading + ALLOWANCE
+        return (1 + SENDING) * self._saving + TRIPS * self._trip + (1 + STARTING) * loading + ALLOWANCE
 
     @property
     def _trip(self) -> float:
