@@ -164,9 +164,13 @@ def _show_pair(pair: dict[str, Any]) -> None:
     else:
         own = pair.get("primary-mac", "no address now")
         print(f"  failover pair {standby} ({address}), {primary} ({own}): {PRIMARIES[pair['state']]}")
-        print(f"    frames take the {pair['path']}")
-    if pair.get("error"):
-        print(f"    last error: {pair['error']}")
+        gap = f"; at its last change frames went nowhere for {pair['rx-gap-ms']:g} ms" if "rx-gap-ms" in pair else ""
+        print(f"    frames take the {pair['path']}{gap}")
+    if "standby-rx-frames" in pair:
+        print(f"    over the standby: {pair['standby-rx-frames']} frames in, {pair['standby-tx-frames']} out")
+    for key, what in (("error", "last error"), ("network-error", "the network around it")):
+        if pair.get(key):
+            print(f"    {what}: {pair[key]}")
 
 
 def _driver_status(device: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def _nested(extension: str | None) -> Finding:
             WARN,
             "neither vmx nor svm in /proc/cpuinfo",
             "switch it on in the firmware, or for the virtual machine that this is; on a KVM without it a Linux guest "
-            "most likely hangs without a word, whatever else is ok here; make demo uses an emulated host",
+            "most likely hangs without a word, whatever else is ok here; make demo-boot uses an emulated host",
         )
     return Finding("hardware virtualization", OK, extension)
 

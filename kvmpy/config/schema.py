@@ -78,6 +78,7 @@ class Machine(Table, frozen=True, kw_only=True):
     reserve: bool = False  # take all RAM from the host at start
     shared: bool = False  # RAM in a memfd, for backends that map it
     dirty_ring: bool = False  # log dirty pages in rings instead of a bitmap
+    failover_hook: HostPath | None = None  # a program, run whenever the path of a failover pair changes; default: none
     failover_compat: bool = False  # as QEMU: MACs of pairs are not compared, a primary without its standby is visible
 
 

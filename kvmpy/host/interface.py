@@ -7,6 +7,7 @@ read back: a driver may take less than it was given, and say nothing.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,9 @@ from kvmpy.abi.ioctl import Put
 from kvmpy.errors import HostError, IoctlError, refusal
 
 LONGEST_NAME: Final = 15  # bytes
+COUNTS: Final = "/proc/thread-self/net/dev"
+LARGEST_COUNTS: Final = 1 << 20
+RECEIVED, SENT = 2, 10  # which field of a line after its name: man 5 proc
 
 ADVICE: Final = {
     errno.EPERM: "needs CAP_NET_ADMIN: run as root",
@@ -109,3 +113,43 @@ class Interface:
         with telling(self.name):
             request(self._socket.fileno(), answer)
         return answer
+
+
+class Counts:
+    """How many frames an interface has received and sent, in the network namespace of the thread that makes this.
+
+    The kernel counts them, whoever moves them. /proc has that without the lock of the kernel's network configuration,
+    which netlink would wait for, and a descriptor of it stays in its namespace. Any thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Raises HostError."""
+        self._line = f"{name}:".encode()
+        try:
+            self._fd = os.open(COUNTS, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            raise HostError(f"{COUNTS}: {refusal(e.errno, 'the counts of interfaces cannot be read')}") from e
+
+    def frames(self) -> tuple[int, int]:
+        """Received and sent by the host. Raises HostError where the interface has been removed."""
+        for line in self._read().splitlines():
+            name, _, counts = line.strip().partition(b" ")
+            if name == self._line:
+                fields = counts.split()
+                return int(fields[RECEIVED - 1]), int(fields[SENT - 1])
+        raise HostError(f"{self._line[:-1].decode()}: {ADVICE[errno.ENODEV]}")
+
+    def _read(self) -> bytes:
+        text = b""
+        try:
+            while len(text) < LARGEST_COUNTS and (data := os.pread(self._fd, 1 << 16, len(text))):
+                text += data
+        except OSError as e:
+            raise HostError(f"{COUNTS}: {refusal(e.errno, 'the counts of interfaces cannot be read')}") from e
+        return text
+
+    def close(self) -> None:
+        """Give the descriptor back; closing twice is allowed."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

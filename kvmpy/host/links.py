@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import importlib.util
 import socket
 import struct
@@ -22,8 +23,8 @@ from kvmpy.errors import HostError, errno_name
 from kvmpy.host.netns import NetworkNamespace
 
 
-def _message_class() -> Any:
-    """pyroute2's ifinfmsg, imported without the rest: its package stands empty in sys.modules meanwhile."""
+def message_class(name: str) -> Any:
+    """A message of pyroute2's, imported without the rest: its package stands empty in sys.modules meanwhile."""
     spec = importlib.util.find_spec("pyroute2")
     if spec is None:
         raise HostError("pyroute2 is not installed; pip install pyroute2")
@@ -31,14 +32,13 @@ def _message_class() -> Any:
     if empty:
         sys.modules["pyroute2"] = importlib.util.module_from_spec(spec)
     try:
-        from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+        return getattr(importlib.import_module(f"pyroute2.netlink.rtnl.{name}"), name)
     finally:
         if empty:
             del sys.modules["pyroute2"]
-    return ifinfmsg
 
 
-Message: Final = _message_class()
+Message: Final = message_class("ifinfmsg")
 
 # linux/netlink.h, linux/rtnetlink.h, linux/if.h
 SOL_NETLINK: Final = 270
@@ -70,7 +70,11 @@ BRIDGE_SETTINGS: Final = {"IFLA_BR_STP_STATE": 0, "IFLA_BR_FORWARD_DELAY": 0, "I
 
 
 class Link(NamedTuple):
-    """A link as the kernel shows it. ``kind`` is empty for hardware, ``master`` is another's ifindex, 0 for none."""
+    """A link as the kernel shows it. ``kind`` is empty for hardware, ``master`` is another's ifindex, 0 for none.
+
+    ``below`` is the ifindex of what a VLAN is on, ``device`` the PCI address of hardware. ``learning``: it is a port
+    whose bridge learns addresses from what comes in.
+    """
 
     ifindex: int
     name: str
@@ -83,6 +87,9 @@ class Link(NamedTuple):
     group: int = 0
     port_state: str = ""
     settings: tuple[tuple[str, int], ...] = ()
+    below: int = 0
+    device: str = ""
+    learning: bool = False
 
 
 class Vf(NamedTuple):
@@ -138,7 +145,7 @@ class Links:
         """A bridge, up, with BRIDGE_SETTINGS; the alias and HALF_MADE leave no moment in which it is nobody's."""
         info = [("IFLA_INFO_KIND", "bridge"), ("IFLA_INFO_DATA", {"attrs": list(BRIDGE_SETTINGS.items())})]
         request = _message(IFLA_IFNAME=name, IFLA_ADDRESS=mac, IFLA_GROUP=HALF_MADE, IFLA_LINKINFO={"attrs": info})
-        self._talk(RTM_NEWLINK, request, NLM_F_CREATE_NEW)
+        self.talk(RTM_NEWLINK, request, NLM_F_CREATE_NEW)
         try:
             made = self._require(name)
             self.change(made.ifindex, alias=alias, group=0, up=True)
@@ -163,12 +170,18 @@ class Links:
         request = _message(index, **{name: value for name, value in values.items() if value is not None})
         if up is not None:
             request["flags"], request["change"] = IFF_UP if up else 0, IFF_UP
-        self._talk(RTM_SETLINK, request)
+        self.talk(RTM_SETLINK, request)
+
+    def set_learning(self, index: int, *, learning: bool) -> None:
+        """Whether the bridge of the port ``index`` learns addresses from what comes in there."""
+        data = {"attrs": [("IFLA_BRPORT_LEARNING", int(learning))]}
+        info = {"attrs": [("IFLA_INFO_SLAVE_KIND", "bridge"), ("IFLA_INFO_SLAVE_DATA", data)]}
+        self.talk(RTM_NEWLINK, _message(index, IFLA_LINKINFO=info))
 
     def vf(self, index: int, number: int) -> Vf | None:
         """Virtual function ``number`` of the PF with that index."""
         mask = RTEXT_FILTER_VF | RTEXT_FILTER_SKIP_STATS
-        answers, _ = self._talk(RTM_GETLINK, _message(index, IFLA_EXT_MASK=mask))
+        answers, _ = self.talk(RTM_GETLINK, _message(index, IFLA_EXT_MASK=mask))
         return _vf(answers[0], number)
 
     def change_vf(
@@ -182,11 +195,11 @@ class Links:
             wanted.append(("IFLA_VF_VLAN", {"vf": number, "vlan": vlan[0], "qos": vlan[1]}))
         if wanted:
             functions = {"attrs": [("IFLA_VF_INFO", {"attrs": wanted})]}
-            self._talk(RTM_SETLINK, _message(index, IFLA_VFINFO_LIST=functions))
+            self.talk(RTM_SETLINK, _message(index, IFLA_VFINFO_LIST=functions))
 
     def delete(self, index: int) -> None:
         """Remove a link."""
-        self._talk(RTM_DELLINK, _message(index))
+        self.talk(RTM_DELLINK, _message(index))
 
     def _require(self, name: str) -> Link:
         if (link := self.find(name)) is None:
@@ -195,7 +208,7 @@ class Links:
 
     def _get(self, index: int = 0, **attributes: Any) -> Link | None:
         try:
-            answers, _ = self._talk(RTM_GETLINK, _message(index, IFLA_EXT_MASK=RTEXT_FILTER_SKIP_STATS, **attributes))
+            answers, _ = self.talk(RTM_GETLINK, _message(index, IFLA_EXT_MASK=RTEXT_FILTER_SKIP_STATS, **attributes))
         except LinkError as e:
             if e.errno == errno.ENODEV:
                 return None
@@ -206,12 +219,12 @@ class Links:
         """The links that have one of ``needles`` in their message; which attributes filter, the kernel decides."""
         request = _message(IFLA_EXT_MASK=RTEXT_FILTER_SKIP_STATS, **attributes)
         for _ in range(MOST_DUMPS):
-            answers, whole = self._talk(RTM_GETLINK, request, NLM_F_DUMP)
+            answers, whole = self.talk(RTM_GETLINK, request, NLM_F_DUMP)
             if whole:
                 return [_link(data) for data in answers if not needles or any(needle in data for needle in needles)]
         raise HostError("netlink: the list of links changes faster than it can be read")
 
-    def _talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
+    def talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
         """Send a request; returns the answers, and whether they are of one moment. Raises LinkError, HostError."""
         self._sequence += 1
         header = request["header"]
@@ -262,7 +275,11 @@ def _link(data: bytes) -> Link:
     message = Message(data)
     message.decode()
     settings = {name: message.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA", name) for name in BRIDGE_SETTINGS}
-    state = message.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", "IFLA_BRPORT_STATE")
+    state, learning = (
+        message.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", f"IFLA_BRPORT_{name}")
+        for name in ("STATE", "LEARNING")
+    )
+    is_pci = message.get_attr("IFLA_PARENT_DEV_BUS_NAME") == "pci"
     return Link(
         ifindex=message["index"],
         name=message.get_attr("IFLA_IFNAME"),
@@ -275,6 +292,9 @@ def _link(data: bytes) -> Link:
         group=message.get_attr("IFLA_GROUP") or 0,
         port_state=PORT_STATES[state] if state in range(len(PORT_STATES)) else "",
         settings=tuple((name, value) for name, value in settings.items() if value is not None),
+        below=message.get_attr("IFLA_LINK") or 0,
+        device=message.get_attr("IFLA_PARENT_DEV_NAME") or "" if is_pci else "",
+        learning=bool(learning),
     )
 
 

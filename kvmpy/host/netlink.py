@@ -7,7 +7,8 @@ The VMM imports nothing while vCPUs run, and can do without what pyroute2 takes.
 because the VMM was killed, the helper takes back what it has changed, says in a last line {"left": [...]} what it could
 not, and ends. Where it is killed too, the marks of `kvmpy.host.ownership` tell the machine's next start what it left.
 
-What it can do is in `kvmpy.host.ports` and `kvmpy.host.virtual_functions`; here are its requests, and its life.
+What it can do is in `kvmpy.host.ports`, `kvmpy.host.fdb` and `kvmpy.host.virtual_functions`; here are its requests, and
+its life.
 """
 
 from __future__ import annotations
@@ -18,22 +19,26 @@ import re
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from kvmpy.errors import HostError
 from kvmpy.host.changes import Refused
+from kvmpy.host.companion import CONTROL
 from kvmpy.host.links import Links
 from kvmpy.host.netns import NetworkNamespace
 from kvmpy.host.ownership import Mark
 from kvmpy.host.ports import Namespace
 from kvmpy.host.virtual_functions import VirtualFunctions
 
-CONTROL: Final = 3
+if TYPE_CHECKING:
+    from kvmpy.host.fdb import Fdb
+
 # Bytes of a request: it holds names and a path.
 LONGEST_LINE: Final = 1 << 16
 LONGEST_NAME: Final = 15
 LONGEST_PATH: Final = 4096
 LARGEST_MTU: Final = 65535
+MOST_UPLINKS: Final = 256
 LARGEST_VF, LARGEST_VLAN, LARGEST_QOS = 65535, 4094, 7
 MAC: Final = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.ASCII)
 MOST_DESCRIPTORS: Final = 1 << 20
@@ -46,6 +51,7 @@ class Helper:
         self._owner = owner
         self._namespaces: dict[str | None, Namespace] = {}
         self._functions: VirtualFunctions | None = None
+        self._fdbs: dict[str | None, Fdb] = {}
 
     def attach(self, *, ifname: str, bridge: str | None, mtu: int | None, netns: str | None) -> dict[str, Any]:
         """See Namespace.attach; ``netns`` is the path of the namespace, None for our own. Raises HostError."""
@@ -64,9 +70,18 @@ class Helper:
         """See VirtualFunctions.put_back. Raises HostError."""
         return self._virtual_functions().put_back(**request)
 
+    def uplinks(self, *, ifname: str, netns: str | None) -> dict[str, Any]:
+        """See Fdb.uplinks. Raises HostError."""
+        return self._fdb(netns).uplinks(ifname)
+
+    def steer(self, *, netns: str | None, **request: Any) -> dict[str, Any]:
+        """See Fdb.steer. Raises HostError."""
+        return self._fdb(netns).steer(**request)
+
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
         left = self._functions.close() if self._functions else []
+        left += [problem for fdb in self._fdbs.values() for problem in fdb.close()]
         return left + [problem for namespace in self._namespaces.values() for problem in namespace.close()]
 
     def _virtual_functions(self) -> VirtualFunctions:
@@ -74,6 +89,13 @@ class Helper:
         if self._functions is None:
             self._functions = VirtualFunctions(self._namespace(None).links)
         return self._functions
+
+    def _fdb(self, path: str | None) -> Fdb:
+        if path not in self._fdbs:
+            from kvmpy.host.fdb import Fdb  # most machines have no failover pair
+
+            self._fdbs[path] = Fdb(self._namespace(path))
+        return self._fdbs[path]
 
     def _namespace(self, path: str | None) -> Namespace:
         if path not in self._namespaces:
@@ -99,6 +121,14 @@ def _is_mtu(value: object) -> bool:
 
 def _is_mac(value: object) -> bool:
     return isinstance(value, str) and MAC.fullmatch(value) is not None
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and len(value) <= MOST_UPLINKS and all(map(_is_name, value))
 
 
 def _is_number(largest: int) -> Callable[[object], bool]:
@@ -130,11 +160,19 @@ PUT_VF_BACK: Final[Fields] = FUNCTION | {
 }
 OPTIONAL: Final = frozenset({"bridge", "mtu", "netns", "mac", "vlan"})  # may be null
 DETACH: Final[Fields] = {"ifname": ATTACH["ifname"], "netns": ATTACH["netns"]}
+STEER: Final[Fields] = DETACH | {
+    "address": (_is_mac, "a MAC address"),
+    "uplinks": (_are_names, "names of interfaces"),
+    "here": (_is_flag, "true or false"),
+    "learn": (_is_flag, "true or false"),
+}
 REQUESTS: Final[dict[str, tuple[Callable[..., dict[str, Any] | None], Fields]]] = {
     "attach": (Helper.attach, ATTACH),
     "detach": (Helper.detach, DETACH),
     "set-vf": (Helper.set_vf, SET_VF),
     "put-vf-back": (Helper.put_vf_back, PUT_VF_BACK),
+    "uplinks": (Helper.uplinks, DETACH),
+    "steer": (Helper.steer, STEER),
 }
 
 

@@ -7,15 +7,13 @@
     network.close()                                 # bridges, interfaces and virtual functions as they were
 
 The work is netlink's, by pyroute2, and that is not for a process with vCPUs (`kvmpy.host.netlink` says why). The helper
-is no child of the terminal: Ctrl-C and a signal to our group pass it by. It lives as long as our end of its socket, so
-however we end, it takes back what it did.
+lives as long as our end of its socket (`kvmpy.host.companion`), so however we end, it takes back what it did.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -27,21 +25,17 @@ import msgspec
 from msgspec import Meta
 
 from kvmpy.errors import HostError, errno_name, refusal
+from kvmpy.host.companion import spawn
 from kvmpy.host.ownership import process_start
 
 log = logging.getLogger(__name__)
 
-# The helper's end of the socket, by number: `kvmpy.host.netlink` has the same.
-CONTROL: Final = 3
 LONGEST_LINE: Final = 1 << 16
 # Seconds: importing takes some on an emulated host, and other helpers may be before ours.
 ANSWER_LIMIT: Final = 120.0
 CLOSE_LIMIT: Final = 30.0
 REAP_LIMIT: Final = 5.0
 REAP_POLL: Final = 0.002
-# Nobody but us ends the helper, lest it leave something half done; systemd, say, signals a service's every process.
-BLOCKED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-
 
 MacText = Annotated[str, Meta(pattern=r"^[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")]
 
@@ -78,6 +72,19 @@ class VfChange(msgspec.Struct, frozen=True, kw_only=True):
     after: VfSettings
 
 
+class Uplinks(msgspec.Struct, frozen=True):
+    """The interfaces beside a tap, in its bridge or below one that is, whose NIC has a switch of its own."""
+
+    uplinks: list[str]
+
+
+class Steered(msgspec.Struct, frozen=True):
+    """What came of a request to steer frames: what could not be done, a sentence each, and where an entry is new."""
+
+    problems: list[str]
+    made: list[str]
+
+
 T = TypeVar("T")
 
 
@@ -107,6 +114,8 @@ class Network:
         # Made now: nothing is built, and nothing imported, beside running vCPUs.
         self._decode_port = msgspec.json.Decoder(Answer[Port]).decode
         self._decode_vf = msgspec.json.Decoder(Answer[VfChange]).decode
+        self._decode_uplinks = msgspec.json.Decoder(Answer[Uplinks]).decode
+        self._decode_steered = msgspec.json.Decoder(Answer[Steered]).decode
         self._encode = msgspec.json.Encoder().encode
 
     def start(self) -> None:
@@ -172,6 +181,30 @@ class Network:
             self._start()
             self._changed = self._changed | {f"VF {request['number']} of {request['interface']}"}
             answer = self._ask(request, self._decode_vf)
+        if answer.ok is None:
+            raise HostError(answer.error)
+        return answer.ok
+
+    def uplinks(self, ifname: str, *, netns: str | None = None) -> list[str]:
+        """The interfaces by which the bridge of ``ifname`` hangs on a NIC with virtual functions. Raises HostError."""
+        request = {"do": "uplinks", "ifname": ifname, "netns": netns}
+        return self._require(request, self._decode_uplinks).uplinks
+
+    def steer(
+        self, ifname: str, mac: str, uplinks: list[str], *, here: bool, learn: bool, netns: str | None = None
+    ) -> Steered:
+        """Have the bridge of ``ifname``, and the switches of ``uplinks``, send what is for ``mac`` there, or no longer.
+
+        With ``learn`` the bridge learns from it what it did before. Raises HostError.
+        """
+        request = {"do": "steer", "ifname": ifname, "netns": netns, "address": mac, "uplinks": uplinks}
+        return self._require(request | {"here": here, "learn": learn}, self._decode_steered)
+
+    def _require(self, request: dict[str, Any], decode: Callable[[bytes], Answer[T]]) -> T:
+        with self._lock:
+            self._start()
+            self._changed = self._changed | {request["ifname"]}
+            answer = self._ask(request, decode)
         if answer.ok is None:
             raise HostError(answer.error)
         return answer.ok
@@ -281,22 +314,4 @@ def _warn(bridge: str, port: Port) -> None:
 
 
 def _spawn(control: int, *arguments: str) -> int:
-    """Start the helper with ``control`` as its socket, in a session of its own; returns its process id. Raises OSError.
-
-    posix_spawn has nothing to import, and nothing to copy of a guest's RAM.
-    """
-    # Whichever way kvmpy was found here, by a path, an editable install or the working directory, it is found there.
-    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
-    return os.posix_spawn(
-        sys.executable,
-        (sys.executable, "-P", "-m", "kvmpy.host.netlink", *arguments),
-        {**os.environ, "PYTHONPATH": path},
-        file_actions=(
-            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-            (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-            (os.POSIX_SPAWN_DUP2, control, CONTROL),
-        ),
-        setsid=True,
-        setsigmask=BLOCKED,
-    )
+    return spawn("kvmpy.host.netlink", control, *arguments)

@@ -15,28 +15,35 @@ from typing import Final, NamedTuple, Self
 PREFIX: Final = "kvmpy:"
 # linux/if.h: IFALIASZ, less the terminating zero
 LONGEST: Final = 255
+LEARNED: Final = "l"
 # States of a process that has ended, in /proc/PID/stat (man 5 proc): nothing of it runs any more
 ENDED: Final = ("Z", "X")
 
 
 class Before(NamedTuple):
-    """An interface as it was: the index of its master (0 for none), its MTU, whether it was up, and its alias."""
+    """An interface as it was: the index of its master (0 for none), its MTU, whether it was up, and its alias.
+
+    ``learned``: its bridge learned addresses from it, which kvmpy has turned off.
+    """
 
     master: int
     mtu: int
     up: bool
     alias: str
+    learned: bool = False
 
     def __str__(self) -> str:
-        return f"{self.master},{self.mtu},{int(self.up)},{self.alias}"
+        return f"{self.master},{self.mtu},{int(self.up)}{LEARNED if self.learned else ''},{self.alias}"
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
         """What `__str__` made, else None."""
         master, mtu, up, alias = (*text.split(",", 3), "", "", "", "")[:4]
+        learned = up.endswith(LEARNED)
+        up = up.removesuffix(LEARNED)
         if not (master.isdecimal() and mtu.isdecimal() and up in ("0", "1")):
             return None
-        return cls(int(master), int(mtu), up == "1", alias)
+        return cls(int(master), int(mtu), up == "1", alias, learned)
 
 
 class Mark(NamedTuple):

@@ -29,7 +29,7 @@ from kvmpy.host import pci_journal
 from kvmpy.host.network import Network, VfChange
 from kvmpy.host.passable import Obstacle, group_in_use, is_vfio, obstacles
 from kvmpy.host.pci_function import VFIO_PCI, SysfsFunction, VirtualFunction
-from kvmpy.host.pci_journal import Record, VfRecord
+from kvmpy.host.pci_journal import EntryRecord, Record, VfRecord
 from kvmpy.host.pci_use import uses
 from kvmpy.host.tree import Host
 
@@ -192,6 +192,10 @@ def recover(journal_dir: str, host: Host = HOST) -> None:
                 pci_journal.drop(journal_dir, record.address)
             except HostError as e:
                 log.warning("%s; left over from process %d", e, journal.pid)
+        for entry in journal.entries:
+            if journal.from_this_boot():
+                _remove_entry(entry, journal.machine)
+            pci_journal.drop_entry(journal_dir, entry)
     except HostError as e:
         log.warning("%s", e)
 
@@ -218,6 +222,18 @@ def _put_vf_back(vf: VfRecord, machine: str) -> None:
             network.put_vf_back(vf.interface, vf.number, vf.change)
         except HostError as e:
             log.warning("%s", e)
+
+
+def _remove_entry(entry: EntryRecord, machine: str) -> None:
+    """Have NICs forget the guest of a standby; where that fails there is mostly none of that name any more."""
+    with closing(Network(machine)) as network:
+        try:
+            asked = entry.ifname, entry.mac, entry.uplinks
+            problems = network.steer(*asked, here=False, learn=True, netns=entry.netns).problems
+        except HostError as e:
+            problems = [str(e)]
+    for problem in problems:
+        log.warning("%s", problem)
 
 
 def _lock(function: SysfsFunction, in_the_way: Callable[[SysfsFunction], Iterator[Obstacle]]) -> int:

@@ -1,5 +1,7 @@
 """What a machine has changed at the host's PCI functions, written down before it is: pci.json in its runtime directory.
 
+What it has told the NICs beside its failover standbys is there too (`kvmpy.host.standby_port`).
+
 A machine that ends gives everything back and removes it. After a crash the next start of that machine finds it, and
 does that (`kvmpy.host.pci.recover`). It names the process as the marks of `kvmpy.host.ownership` do, and the boot: a
 reboot has undone it all.
@@ -22,7 +24,7 @@ from msgspec import Meta
 
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host import rundir
-from kvmpy.host.network import VfChange
+from kvmpy.host.network import MacText, VfChange
 from kvmpy.host.ownership import Mark, process_start
 from kvmpy.host.rundir import PCI_JOURNAL, PCI_JOURNAL_NEW
 
@@ -50,6 +52,15 @@ class Record(msgspec.Struct, frozen=True):
     vf: VfRecord | None = None
 
 
+class EntryRecord(msgspec.Struct, frozen=True):
+    """Entries for ``mac`` at the tap ``ifname``, in the namespace ``netns``, and at the NICs of ``uplinks``."""
+
+    ifname: Annotated[str, Meta(min_length=1, max_length=15)]
+    netns: Annotated[str, Meta(max_length=4096)] | None
+    mac: MacText
+    uplinks: Annotated[list[Annotated[str, Meta(min_length=1, max_length=15)]], Meta(max_length=256)]
+
+
 class Journal(msgspec.Struct, frozen=True):
     """The whole file."""
 
@@ -58,6 +69,7 @@ class Journal(msgspec.Struct, frozen=True):
     pid: int
     started: int
     records: list[Record]
+    entries: list[EntryRecord] = []
 
     def from_this_boot(self) -> bool:
         """Whether what it says can still be so."""
@@ -97,13 +109,27 @@ def load(directory: str) -> Journal | None:
 def put(directory: str, record: Record) -> None:
     """Write ``record`` down, in the place of an earlier one of its function. Raises HostError."""
     with _writing:
-        _save(directory, [*_others(directory, record.address), record])
+        others, entries = _others(directory, record.address)
+        _save(directory, [*others, record], entries)
 
 
 def drop(directory: str, address: str) -> None:
     """Forget a function; with the last one the file goes. Raises HostError."""
     with _writing:
-        _save(directory, _others(directory, address))
+        _save(directory, *_others(directory, address))
+
+
+def put_entry(directory: str, entry: EntryRecord) -> None:
+    """Write ``entry`` down, in the place of an earlier one of its tap. Raises HostError."""
+    with _writing:
+        records, entries = _other_entries(directory, entry)
+        _save(directory, records, [*entries, entry])
+
+
+def drop_entry(directory: str, entry: EntryRecord) -> None:
+    """Forget the one of that tap. Raises HostError."""
+    with _writing:
+        _save(directory, *_other_entries(directory, entry))
 
 
 def find(directory: str, address: str) -> Record | None:
@@ -112,15 +138,25 @@ def find(directory: str, address: str) -> Record | None:
     return next((record for record in journal.records if record.address == address), None) if journal else None
 
 
-def _others(directory: str, address: str) -> list[Record]:
+def _others(directory: str, address: str) -> tuple[list[Record], list[EntryRecord]]:
     journal = load(directory)
-    return [record for record in journal.records if record.address != address] if journal else []
+    if journal is None:
+        return [], []
+    return [record for record in journal.records if record.address != address], journal.entries
 
 
-def _save(directory: str, records: list[Record]) -> None:
+def _other_entries(directory: str, entry: EntryRecord) -> tuple[list[Record], list[EntryRecord]]:
+    journal = load(directory)
+    if journal is None:
+        return [], []
+    others = [other for other in journal.entries if (other.ifname, other.netns) != (entry.ifname, entry.netns)]
+    return journal.records, others
+
+
+def _save(directory: str, records: list[Record], entries: list[EntryRecord]) -> None:
     path = os.path.join(directory, PCI_JOURNAL)
     try:
-        if not records:
+        if not records and not entries:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             _remove(directory)
@@ -128,7 +164,7 @@ def _save(directory: str, records: list[Record]) -> None:
         if rundir.make(directory):
             _made.add(directory)
         pid = os.getpid()
-        journal = Journal(_boot(), os.path.basename(directory), pid, process_start(pid), records)
+        journal = Journal(_boot(), os.path.basename(directory), pid, process_start(pid), records, entries)
         new = os.path.join(directory, PCI_JOURNAL_NEW)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(new)

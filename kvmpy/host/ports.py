@@ -33,6 +33,7 @@ class Namespace:
         # Interfaces as they were and as we wanted them, and the bridges they joined, by index: a name may change hands.
         self._ports: list[tuple[Link, Link]] = []
         self._bridges: set[int] = set()
+        self._unlearning: set[int] = set()
         self._leftovers_cleared = False
 
     def attach(self, ifname: str, bridge: str | None, mtu: int | None) -> dict[str, Any]:
@@ -64,6 +65,37 @@ class Namespace:
             left = self._bridges - {wanted.master for _, wanted in self._ports}
             self._bridges -= left
             return self._take_back(mine, left)
+
+    def set_learning(self, port: Link, *, learning: bool) -> None:
+        """Whether the bridge of ``port`` learns addresses from it. To allow that again undoes what we have done alone.
+
+        The mark says what there was before that is changed, so that a next start could put it back. Raises LinkError.
+        """
+        if learning:
+            mark = Mark.parse(port.alias)
+            noted = mark is not None and mark.owner == self._owner and mark.before is not None and mark.before.learned
+            if noted or port.ifindex in self._unlearning:  # noted by a helper before us, where we do not know it
+                self.links.set_learning(port.ifindex, learning=True)
+                self._note_learning(port, learned=False)
+                self._unlearning.discard(port.ifindex)
+        elif port.learning:
+            self._note_learning(port, learned=True)
+            self._unlearning.add(port.ifindex)
+            self.links.set_learning(port.ifindex, learning=False)
+
+    def _note_learning(self, port: Link, *, learned: bool) -> None:
+        number = next((n for n, (_, wanted) in enumerate(self._ports) if wanted.ifindex == port.ifindex), None)
+        before, wanted = (port, port) if number is None else self._ports[number]
+        earlier = Before(before.master, before.mtu, before.up, before.alias, learned)
+        mark = self._owner._replace(before=earlier)
+        if len(mark.text.encode()) > LONGEST or wanted.alias != port.alias:
+            return
+        wanted = wanted._replace(alias=mark.text)
+        self.links.change(port.ifindex, alias=wanted.alias)
+        if number is None:
+            self._ports.append((before, wanted))
+        else:
+            self._ports[number] = before, wanted
 
     def close(self) -> list[str]:
         """Take everything back; returns what could not be."""
@@ -116,6 +148,9 @@ class Namespace:
         now = self.links.get(before.ifindex)
         if now is None or now.alias != wanted.alias:
             return
+        if before.ifindex in self._unlearning and now.master:
+            self._unlearning.discard(before.ifindex)
+            self.links.set_learning(before.ifindex, learning=True)
         for field in ("master", "up", "mtu", "alias"):  # the mark last: until then a next start could do it
             old = getattr(before, field)
             if getattr(now, field) == getattr(wanted, field) != old:
@@ -184,7 +219,10 @@ class Namespace:
         if before is None:
             self._leave_bridge(link.ifindex)
             return
-        self._restore(link._replace(**before._asdict()), link)
+        if before.learned:
+            self._unlearning.add(link.ifindex)
+        was = link._replace(master=before.master, mtu=before.mtu, up=before.up, alias=before.alias)
+        self._restore(was, link)
         if link.master not in (0, before.master):
             self._leave_bridge(link.master)
 

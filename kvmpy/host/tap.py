@@ -23,7 +23,7 @@ from typing import Final, Self
 
 from kvmpy.abi import tun
 from kvmpy.errors import HostError, IoctlError, refusal
-from kvmpy.host.interface import ADVICE, Interface, check_name, telling
+from kvmpy.host.interface import ADVICE, Counts, Interface, check_name, telling
 from kvmpy.host.visit import inside
 
 HEADER_SIZE: Final = 12  # struct virtio_net_hdr_v1
@@ -76,6 +76,8 @@ class Tap:
         self._in_use = queues
         self._undo: list[Callable[[], object]] = []
         with contextlib.ExitStack() as rollback:
+            self._counts = Counts(ifname)
+            rollback.callback(self._counts.close)
             self.interface = Interface(ifname)
             rollback.callback(self.close)
             self._attach(queues)
@@ -147,6 +149,11 @@ class Tap:
         with telling(f"tap {self.name}"):
             tun.TUNSETSNDBUF(self.fds[0], size)
 
+    def frames(self) -> tuple[int, int]:
+        """How many frames the host has sent to us since the tap was made, and how many it has had of us."""
+        received, sent = self._counts.frames()
+        return sent, received
+
     def close(self) -> None:
         """Give the queues back; a tap that we created vanishes. Closing twice is allowed."""
         while self._undo:
@@ -158,6 +165,7 @@ class Tap:
             os.close(fd)
         self.fds.clear()
         self.interface.close()
+        self._counts.close()
 
     def _attach(self, queues: int) -> None:
         wanted = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | (tun.IFF_MULTI_QUEUE if queues > 1 else 0)

@@ -41,6 +41,7 @@ from kvmpy.memory import GuestMemory, Ram
 
 if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
+    from kvmpy.host.hook import Hook
     from kvmpy.host.network import Network
 
 
@@ -127,7 +128,7 @@ def build(
     system = resources.enter_context(System())
     system.require()
     check_vcpu_limit(config, system)
-    network = _start_network(config, resources)
+    network, hook = _start_network(config, resources), _start_hook(config, resources)
     cpu = processor.baseline(config)
     vm = Vm(system)
     resources.callback(vm.close)
@@ -167,7 +168,7 @@ def build(
     groups = VfioGroups(vm)
     resources.callback(groups.close)
     directory = os.path.join(rundir.base(), config.name)
-    host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named)
+    host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named, hook=hook)
     plugger = Plugger(config, pci, host, inventory, resources)
     plugger.plug_all(locked=not incoming)
     return Board(
@@ -242,6 +243,19 @@ def _start_network(config: Config, resources: ExitStack) -> Network | None:
     if needed:
         network.start()
     return network
+
+
+def _start_hook(config: Config, resources: ExitStack) -> Hook | None:
+    """What runs the operator's program, started like the network helper; without root ports there is no failover."""
+    program = config.machine.failover_hook
+    if program is None or not config.root_port:
+        return None
+    from kvmpy.host.hook import Hook
+
+    hook = Hook(str(program), config.name)
+    resources.callback(hook.close)
+    hook.start()
+    return hook
 
 
 def _is_assigned(table: DeviceTable) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -73,6 +74,8 @@ def _unbuildable(config: Config) -> Iterator[tuple[str, str]]:
     """Key and problem."""
     if config.machine.dirty_ring:
         yield "machine.dirty_ring", "this version of kvmpy logs dirty pages in the bitmap only; leave it out"
+    if (hook := config.machine.failover_hook) is not None and not (os.path.isfile(hook) and os.access(hook, os.X_OK)):
+        yield "machine.failover_hook", f"{hook}: is no executable file; make it one (chmod +x), or leave it out"
     on_root_bus = len(config.root_port) + sum(device.bus is None for device in config.device)
     if on_root_bus > ROOT_BUS_SLOTS:
         yield (

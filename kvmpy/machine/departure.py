@@ -45,7 +45,7 @@ class Departure:
     """``give_back`` has the host have a function again that is in no slot; by the control thread.
 
     One migration at a time: `begin`, then `come_back` or `gone`, by its thread, which reads `fd` meanwhile. `wake` is
-    for any thread.
+    for any thread, and so is `release`.
     """
 
     def __init__(self, machine: Runs, pairs: Pairs, give_back: Callable[[PciFunction[Any]], object]) -> None:
@@ -102,9 +102,9 @@ class Departure:
         self._close()
         return said
 
-    def gone(self, *, release: bool) -> None:
-        """The guest is elsewhere. Its primaries stay ours, for one that comes back by force; or not: ``release``."""
-        self._machine.in_control(self._release if release else self._pairs.gone)
+    def gone(self) -> None:
+        """The guest is elsewhere. Its primaries stay ours until `release`, for one that comes back by force."""
+        self._machine.in_control(self._pairs.gone)
         self._close()
 
     # Any thread
@@ -114,6 +114,10 @@ class Departure:
         with self._lock:
             if self._changed is not None:
                 self._changed.signal()
+
+    def release(self) -> None:
+        """The guest, which has gone, is not to come back: the host has all primaries again, unless it has by now."""
+        self._machine.in_control(self._release)
 
     def abandon(self) -> None:
         """The machine ends: nobody is to be waited for."""
@@ -173,12 +177,10 @@ class Departure:
         return said
 
     def _release(self) -> None:
-        self._pairs.gone()
-        for pairing in self._leavers:
-            pairing.give_up()
-            if pairing.primary is not None and pairing.is_hidden:
-                self._give_back(pairing.primary.function)
         self._leavers = []
+        for primary in self._pairs.left_behind():
+            self._pairs.give_up(primary)
+            self._give_back(primary.function)
 
     def _wait(self, seconds: float) -> None:
         poll = select.poll()

@@ -17,6 +17,7 @@ from kvmpy.devices.pci.function import PciFunction
 
 if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
+    from kvmpy.machine.standby import StandbyNetwork
     from kvmpy.machine.steering import Steering
 
 
@@ -26,7 +27,7 @@ class Plugged:
 
     ``device`` is what is behind the function: one that is all of the device is that itself. ``mac`` is a network
     device's address, ``standby`` the id of the device that a failover primary is paired with, and ``steering`` what
-    gives such a one its address.
+    gives such a one its address; ``around`` is what a failover standby's network is told by.
     """
 
     table: DeviceTable
@@ -36,6 +37,7 @@ class Plugged:
     mac: str = ""
     standby: str | None = None
     steering: Steering | None = None
+    around: StandbyNetwork | None = None
 
     @property
     def driver(self) -> str:

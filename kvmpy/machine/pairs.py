@@ -21,10 +21,12 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.errors import HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.machine.inventory import Plugged
+from kvmpy.machine.standby import Path
 
 if TYPE_CHECKING:
     from kvmpy.devices.vfio.pci import VfioPci
     from kvmpy.devices.virtio.net import VirtioNet
+    from kvmpy.machine.steering import Steering
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,10 @@ class PairFacts(NamedTuple):
     standby_mac: str | None
     primary_mac: str | None
     error: str | None
+    network_error: str | None = None
+    standby_rx_frames: int | None = None
+    standby_tx_frames: int | None = None
+    rx_gap_ms: float | None = None
 
 
 class Pairing:
@@ -72,8 +78,11 @@ class Pairing:
         self._returns_until = -math.inf
         self.problem = ""  # with the primary's address
         self.acks = 0
+        self.steering: Steering | None = None  # of the primary, also when that has gone: its last word is to come
+        self.rx_gap_ms: float | None = None  # of the last change of the path, once it is known
         self._said: set[str] = set()
         self.pair = Pair(self, held=held)
+        self.is_here = False  # the guest runs, and here
 
     @property
     def is_over(self) -> bool:
@@ -107,16 +116,22 @@ class Pairing:
         if primary is not None and state is PairState.PLUGGED and self.port.is_releasing:
             state = PairState.LEAVING  # the host has asked for it
         steering = None if primary is None else primary.steering
+        around = None if self.standby is None else self.standby.around
+        received, sent = (None if around is None else around.frames()) or (None, None)
         return PairFacts(
             standby_id=self.standby_id,
             standby=self.standby is not None,
             negotiated=self.pair.acked,
             primary_id=self.primary_id,
             state=state,
-            path="primary" if self.driven else "standby",
+            path=self.path.value,
             standby_mac=None if self.standby is None else self.standby.mac,
             primary_mac=None if steering is None else steering.fixed or (steering.mac if self.driven else None),
             error=self.problem or self.pair.error or None,
+            network_error=None if around is None else around.problem,
+            standby_rx_frames=received,
+            standby_tx_frames=sent,
+            rx_gap_ms=self.rx_gap_ms,
         )
 
     def look(self) -> None:
@@ -135,12 +150,66 @@ class Pairing:
             self.problem = str(problem)
             self._tell_failed(self.problem)
             return
-        self.problem, self.driven = "", driven
+        self.problem, self.driven, self.rx_gap_ms = "", driven, None
+        since = 0.0 if self.steering is None else self.steering.since
+        if self.standby is None or self.standby.around is None or not self.is_here:
+            self._reached(driven, since)
+        else:
+            self.standby.around.tell(self.path, self._host_facts(), lambda: self._reached(driven, since))
+
+    def _reached(self, driven: bool, since: float) -> None:
+        """The network knows the path. Also by the thread that has told it."""
+        gap = None
+        if not driven and (net := self.net) is not None:  # R46: what was for the primary is for the standby now
+            net.announce_from_here()
+            gap = _milliseconds(time.monotonic() - since)
+        self.post(lambda: self._path_changed(driven, gap))
+
+    def _path_changed(self, driven: bool, gap: float | None) -> None:
+        report, path = self._machine.report, Path.PRIMARY if driven else Path.STANDBY
+        if gap is None:
+            report("FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": path.value})
+            return
+        if driven is self.driven:
+            self.rx_gap_ms = gap
+        report("FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": path.value, "rx-gap-ms": gap})
+
+    def receives(self, gap: float) -> None:
+        """The guest can take frames from the primary, to which the network sends them since ``gap`` seconds."""
+        if not self.driven:
+            return
+        self.rx_gap_ms = _milliseconds(gap)
         self._machine.report(
-            "FAILOVER_PATH_CHANGED", **{"device-id": self.standby_id, "path": "primary" if driven else "standby"}
+            "FAILOVER_PRIMARY_RECEIVES",
+            **{"device-id": str(self.primary_id), "standby-id": self.standby_id, "rx-gap-ms": self.rx_gap_ms},
         )
-        if not driven and self.net is not None:  # R46: what was for the primary is for the standby now
-            self.net.announce_from_here()
+
+    def appear(self) -> None:
+        """The guest runs here: the network is told, unless it has been."""
+        self.is_here = True
+        around = None if self.standby is None else self.standby.around
+        if around is not None and around.path is not self.path:
+            around.tell(self.path, self._host_facts())
+
+    def vanish(self) -> None:
+        """The guest runs elsewhere from now on."""
+        self.is_here = False
+        around = None if self.standby is None else self.standby.around
+        if around is not None and around.path is not Path.NOWHERE:
+            around.tell(Path.NOWHERE, self._host_facts())
+
+    @property
+    def path(self) -> Path:
+        """Which way the guest's frames go."""
+        return Path.PRIMARY if self.driven else Path.STANDBY
+
+    def _host_facts(self) -> dict[str, str]:
+        """Which of the host's functions the primary is, or was last, for the operator's program."""
+        facts = {"PRIMARY": self.primary_id or ""}
+        if self.steering is not None:
+            vf = self.steering.vf
+            facts |= {"HOST": self.steering.host, "PF": vf.interface if vf else "", "VF": str(vf.number) if vf else ""}
+        return facts
 
     # For a migration (`kvmpy.machine.departure`)
 
@@ -266,6 +335,10 @@ class Pairing:
             self._machine.control.post(call)
 
 
+def _milliseconds(seconds: float) -> float:
+    return round(max(seconds, 0.0) * 1000, 1)
+
+
 class Pairs:
     """All pairs of a machine, by the ids of their standbys. With ``held`` none is shown before `runs`.
 
@@ -276,6 +349,7 @@ class Pairs:
         self._machine, self._ports, self._held = machine, ports, held
         self._is_departing = False
         self._pairings: dict[str, Pairing] = {}
+        self._runs = False
         self.on_change: Callable[[], object] = lambda: None
 
     def facts(self) -> list[PairFacts]:
@@ -289,9 +363,9 @@ class Pairs:
             pairing = self._pairing(plugged.standby)
             pairing.primary, pairing.primary_id, pairing.problem = plugged, str(table.id), ""
             if plugged.steering is not None:
-                plugged.steering.on_change = lambda driven, problem: pairing.post(
-                    lambda: pairing.moved(driven, problem)
-                )
+                steering = pairing.steering = plugged.steering
+                steering.on_change = lambda driven, problem: pairing.post(lambda: pairing.moved(driven, problem))
+                steering.on_receiving = lambda when: pairing.post(lambda: pairing.receives(when - steering.carried))
             pairing.pair.primary_came()
             if pairing.pair.state is PairState.WAITING:
                 log.warning("%s: is hidden until its standby '%s' is added", table.id, plugged.standby)
@@ -303,6 +377,8 @@ class Pairs:
             device.on_standby = lambda: pairing.post(pairing.look)
             pairing.pair.standby_came()
             pairing.look()
+            if self._runs:
+                pairing.appear()
         return False
 
     def left(self, plugged: Plugged) -> None:
@@ -378,17 +454,31 @@ class Pairs:
         """It is a primary in no slot, so that no guest is to be asked for it."""
         return plugged.standby is not None and self._pairings[plugged.standby].is_hidden
 
+    def left_behind(self) -> list[Plugged]:
+        """The primaries that are in no slot after `gone`; none once the machine runs again."""
+        found = [pairing.primary for pairing in self._pairings.values() if self._held and pairing.is_hidden]
+        return [primary for primary in found if primary is not None]
+
     def reset(self) -> None:
-        """A system reset: every primary is hidden again. The machine stands still."""
+        """A system reset: every primary is hidden again. The machine stands still.
+
+        One that the guest is asked for has left with that, whatever the guest was about to make of it.
+        """
         for pairing in self._pairings.values():
             pairing.driven = False
-            if not pairing.is_leaving:
+            was_asked = pairing.pair.state is PairState.LEAVING
+            if not (pairing.is_leaving or was_asked):
                 pairing.give_up()
             pairing.pair.reset()
+            if was_asked:
+                pairing.port.tear_out()
         self.on_change()
 
     def runs(self) -> None:
-        """The machine runs: what came with a move may be shown (R42), or was to go with one (R41)."""
+        """The guest runs here: what came with a move may be shown (R42), or was to go with one (R41)."""
+        self._runs = True
+        for pairing in self._pairings.values():
+            pairing.appear()
         if self._held and not self._is_departing:
             self.arrive()
 
@@ -429,6 +519,12 @@ class Pairs:
             if name in here:
                 here[name].pair.want()
         return [name for name in primaries if name not in here]
+
+    def moved_away(self) -> None:
+        """The machine's guest runs elsewhere."""
+        self._runs = False
+        for pairing in self._pairings.values():
+            pairing.vanish()
 
     def _pairing(self, standby: str) -> Pairing:
         if standby not in self._pairings:

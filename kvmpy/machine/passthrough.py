@@ -16,7 +16,7 @@ from kvmpy.devices.vfio.device import VfioDevice
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
 from kvmpy.host.pci import HostFunction
-from kvmpy.host.pci_function import SysfsFunction
+from kvmpy.host.pci_function import SysfsFunction, VirtualFunction
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.tree import read
 from kvmpy.irq import MsiSink
@@ -56,7 +56,7 @@ class Claimed(Protocol):
     def group(self) -> int: ...
 
     @property
-    def vf(self) -> object | None: ...
+    def vf(self) -> VirtualFunction | None: ...
 
     def assign(self, network: Network, *, mac: str | None = None, vlan: int | None = None) -> None: ...
 
@@ -93,7 +93,7 @@ class Passthrough:
                 mac = None if standby is not None or table.mac is None else str(table.mac)
                 if mac is not None or table.vlan is not None:
                     claimed.assign(self._network, mac=mac, vlan=table.vlan)
-                steering = None if standby is None else self._steer(name, claimed, address)
+                steering = None if standby is None else self._steer(name, str(table.host), claimed, address)
                 if steering is not None:
                     undo.callback(steering.close)
                 device = VfioDevice(str(table.host), claimed.group, self._container)
@@ -109,6 +109,7 @@ class Passthrough:
                 resources.push(undo.pop_all())
                 if steering is not None:
                     function.on_driven = steering.drive
+                    function.on_receiving = steering.receives
                     function.blocks_migration = None  # it leaves before
                     self.steerings[name] = steering
         except HostError as e:
@@ -134,10 +135,10 @@ class Passthrough:
         ports = function.interfaces()
         return read(f"{function.path}/net/{ports[0]}/address") or None if len(ports) == 1 else None
 
-    def _steer(self, name: str, claimed: Claimed, address: str | None) -> Steering:
+    def _steer(self, name: str, host: str, claimed: Claimed, address: str | None) -> Steering:
         """What gives a primary its address; a virtual function has none from here on (R49)."""
         if claimed.vf is None:
-            return Steering(name, None, fixed=address)
+            return Steering(name, None, fixed=address, host=host)
         network = self._network
         claimed.carry(network, None)
-        return Steering(name, partial(claimed.carry, network))
+        return Steering(name, partial(claimed.carry, network), host=host, vf=claimed.vf)

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never, cast
 
 from kvmpy.config.schema import (
     Cache,
@@ -49,8 +49,11 @@ if TYPE_CHECKING:
     from kvmpy.devices.virtio.device import VirtioDevice
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.devices.virtio.rng import VirtioRng
+    from kvmpy.host.hook import Hook
     from kvmpy.host.network import Network
+    from kvmpy.host.tap import Tap
     from kvmpy.machine.passthrough import Passthrough
+    from kvmpy.machine.standby import StandbyNetwork
     from kvmpy.machine.steering import Steering
 
 log = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ class Host(NamedTuple):
 
     ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as
     it must know of devices passed through; ``directory`` the machine's runtime directory, ``named`` whether somebody
-    has locked its name already.
+    has locked its name already. ``hook`` is the operator's program for changes of a failover pair's path.
     """
 
     memory: GuestMemory
@@ -82,6 +85,7 @@ class Host(NamedTuple):
     directory: str
     now: Callable[[], float] = time.monotonic
     named: bool = False
+    hook: Hook | None = None
 
 
 def give_back(name: str, close: Callable[[], object]) -> None:
@@ -149,8 +153,25 @@ class Plugger:
                 return self._vfio(table, config, resources)
             device, function = self._virtio_pci(table, config, resources, locked=locked)
             resources.callback(function.close)
-            mac = self.mac_of(table) if isinstance(table, VirtioNetPci) else ""
-            return Plugged(table, device, function, resources.pop_all(), mac)
+            if not isinstance(table, VirtioNetPci):
+                return Plugged(table, device, function, resources.pop_all())
+            mac = self.mac_of(table)
+            around = self._around(table, config, mac, cast("VirtioNet", device)) if table.failover else None
+            if around is not None:
+                resources.callback(around.close)
+            return Plugged(table, device, function, resources.pop_all(), mac, around=around)
+
+    def _around(self, table: VirtioNetPci, config: Config, mac: str, device: VirtioNet) -> StandbyNetwork | None:
+        """Who is told where the guest of a standby is: its bridge, the NICs there, and the operator's program."""
+        from kvmpy.machine.standby import StandbyNetwork
+
+        if (network := self._host.network) is None:  # without root ports there is no primary
+            return None
+        self._take_name()
+        netdev = next(netdev for netdev in config.netdev if netdev.id == table.netdev)
+        netns = None if netdev.netns is None else str(netdev.netns.path)
+        tap, host = cast("Tap", device.tap), self._host
+        return StandbyNetwork.of(str(table.id), tap, mac, network, host.directory, netns, host.hook)
 
     def _virtio_pci(
         self, table: DeviceTable, config: Config, resources: ExitStack, *, locked: bool
@@ -196,7 +217,7 @@ class Plugger:
             raise HostError(f'{primary.host}: {problem}; give the standby mac = "{steering.fixed}"')
 
     def _take_name(self) -> None:
-        """What a machine does to the host's functions is in a journal, which has one writer: who has the name.
+        """What a machine does to the host's functions and NICs is in a journal, which has one writer: who has the name.
 
         `kvmpy run` has it anyway. A program's machine takes it with its first passed-through function, and then gives
         back what an earlier one of that name left; without such a function nothing of it outlives its process.

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Final
 
 from kvmpy.errors import HostError
+from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.machine.vcpu import hold_back
 
 log = logging.getLogger(__name__)
@@ -31,15 +33,28 @@ class Steering:
 
     ``on_change(driven, problem)`` is told when that is done: by the thread that has done it, so it may only post.
     Without ``carry``, as for a NIC that is all the guest's, there is nothing to do but to tell: it has its own address,
-    ``fixed``, if that is known.
+    ``fixed``, if that is known. ``host`` and ``vf`` say which of the host's functions it is.
+
+    ``since`` is when the guest began to drive it, or ceased to, and ``carried`` when that was done, by time.monotonic.
+    ``on_receiving`` is told when a guest that drives it has an interrupt of it on: under locks, so it may only post.
     """
 
     def __init__(
-        self, name: str, carry: Callable[[str | None], object] | None = None, *, fixed: str | None = None
+        self,
+        name: str,
+        carry: Callable[[str | None], object] | None = None,
+        *,
+        fixed: str | None = None,
+        host: str = "",
+        vf: VirtualFunction | None = None,
     ) -> None:
         self._name, self._carry, self.fixed = name, carry, fixed
+        self.host, self.vf = host, vf
         self.mac: str | None = None
+        self.since = self.carried = 0.0
         self.on_change: Changed = lambda driven, problem: None
+        self.on_receiving: Callable[[float], object] = lambda when: None
+        self._receives = False
         self._lock = threading.Lock()
         self._driven = self._closed = self._failed = False
         self._working: threading.Thread | None = None
@@ -50,9 +65,9 @@ class Steering:
         with self._lock:
             if self._closed or driven is self._driven:
                 return
-            self._driven = driven
+            self._driven, self._receives, self.since = driven, False, time.monotonic()
             if self._carry is None:
-                self.on_change(driven, None)
+                self._done(driven, None)
                 return
             if driven:
                 self._waiting.append(hold_back(PATIENCE))
@@ -63,6 +78,14 @@ class Steering:
                 except RuntimeError as e:  # "can't start new thread"
                     self._working = None
                     self._done(driven, HostError(f"{self._name}: no thread to move its address: {e}"))
+
+    def receives(self) -> None:
+        """The guest has an interrupt of it on, as its driver does when it can take frames. Any thread, often."""
+        if self._driven and not self._receives:
+            with self._lock:
+                first, self._receives = self._driven and not self._receives, self._driven
+            if first:
+                self.on_receiving(time.monotonic())
 
     def close(self) -> None:
         """Do no more, and wait for what is being done."""
@@ -100,6 +123,7 @@ class Steering:
     def _done(self, driven: bool, problem: HostError | None) -> None:
         """With the lock."""
         if driven is self._driven:
+            self.carried = time.monotonic()
             self._let_go()
         self.on_change(driven, problem)
 

@@ -201,6 +201,8 @@ class Migrations:
         elif not self._cancelled:
             log.error("migration: %s", printable("; ".join(failure.said.splitlines())))
         self._end(outgoing, failure)
+        if failure is None:
+            outgoing.release_primaries()
 
     def _carry_out(self, outgoing: Outgoing) -> Failure | None:
         try:

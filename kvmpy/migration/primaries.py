@@ -114,16 +114,14 @@ def _at_the_source(here: Sequence[Moment]) -> Iterator[Wait]:
             case "FAILOVER_PRIMARY_RELEASED" if name in leaving:
                 yield _wait(SOURCE, name, "leaves", leaving.pop(name), moment.ms, "released")
                 away[name] = moment.ms
+            case "FAILOVER_PRIMARY_PLUGGED" if name in leaving:
+                yield _wait(SOURCE, name, "leaves", leaving.pop(name), moment.ms, "kept")
             case "FAILOVER_PRIMARY_PLUGGED" if name in away:
                 yield _wait(SOURCE, name, "comes", away.pop(name), moment.ms, "in use")
             case "FAILOVER_PRIMARY_FAILED" if name in away:
                 yield _wait(SOURCE, name, "comes", away.pop(name), moment.ms, moment.of("reason"))
             case "MIGRATION" if moment.of("status") in ENDED:
                 away = dict.fromkeys(away, moment.ms)  # until now nothing was to bring it back
-                if moment.of("status") != "cancelling":
-                    for kept, start in leaving.items():
-                        yield _wait(SOURCE, kept, "leaves", start, moment.ms, "kept")
-                    leaving.clear()
     for name, start in leaving.items():
         yield Wait(side=SOURCE, device_id=name, what="leaves", start_ms=start)
 

@@ -145,6 +145,12 @@ class Outgoing:
         with self._lock:
             self._handover.on(Event.FORCED)
 
+    def release_primaries(self) -> None:
+        """It is completed: free them, if that is wanted."""
+        if self._departure is not None and self.parameters.x_release_primaries:
+            with suppress(CommandError):  # the machine has been closed meanwhile
+                self._departure.release()
+
     # The migration
 
     def migrate(self) -> None:
@@ -271,13 +277,13 @@ class Outgoing:
         except BaseException:
             with suppress(CommandError):  # the machine has been closed meanwhile
                 if not self.phase.may_run:
-                    departure.gone(release=False)
+                    departure.gone()
                 else:
                     with self.progress.phase("primaries back"):
                         self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
             raise
         with suppress(CommandError):
-            departure.gone(release=self.parameters.x_release_primaries)
+            departure.gone()
 
     # Rounds, while the guest runs
 

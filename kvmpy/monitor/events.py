@@ -182,13 +182,31 @@ class FailoverPathChanged(Event, frozen=True, kw_only=True, rename="kebab"):
     """What is sent to a pair's address reaches its other device from now on: the guest has the primary do DMA, or not.
 
     The network has learned of it, as far as that is the host's: the PF of a virtual function holds that to the address,
-    or does not any more.
+    or does not any more, bridge and NICs know whether the guest is at its tap, and if so a RARP has been sent.
+
+    `rx-gap-ms` is how long that took, from the moment at which the guest ceased to drive its primary: what was sent to
+    it meanwhile went nowhere. To the primary there is none yet: FAILOVER_PRIMARY_RECEIVES.
     """
 
     NAME = "FAILOVER_PATH_CHANGED"
     OURS = True
     device_id: str  # the standby's id
     path: str  # "primary" or "standby"
+    rx_gap_ms: float | None = None  # to the standby: for how long frames went nowhere
+
+
+class FailoverPrimaryReceives(Event, frozen=True, kw_only=True, rename="kebab"):
+    """The guest has an interrupt of its primary on, as its driver does when it can take frames, once a path change.
+
+    Since the network sends them there, for `rx-gap-ms`, they went nowhere, but for what of that time passed before the
+    guest had put its primary below net_failover: until then it heard its standby.
+    """
+
+    NAME = "FAILOVER_PRIMARY_RECEIVES"
+    OURS = True
+    device_id: str  # the primary's id
+    standby_id: str  # its standby's
+    rx_gap_ms: float  # from the address's being there until now
 
 
 class Migration(Event, frozen=True, kw_only=True):
@@ -226,7 +244,7 @@ EVENTS: Final = (
     *(Stop, Resume, Reset, Shutdown, Powerdown, GuestPanicked),
     *(DeviceDeleted, DeviceUnplugGuestError, DevicePlugGuestError, DeviceBroken, DeviceWantedBack),
     *(FailoverNegotiated, UnplugPrimary, FailoverPrimaryPlugged, FailoverPrimaryReleased),
-    *(FailoverPrimaryFailed, FailoverPathChanged),
+    *(FailoverPrimaryFailed, FailoverPathChanged, FailoverPrimaryReceives),
     *(Migration, MigrationPass, MigrationNotConverging),
     Traced,
 )

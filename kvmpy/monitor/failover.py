@@ -34,6 +34,10 @@ class FailoverInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     standby_mac: str | None = None  # the pair's address
     primary_mac: str | None = None  # the address that the primary has now; none while nobody drives a VF
     error: str | None = None  # why the primary could not be used, or given back, last
+    network_error: str | None = None  # what around the standby could not be told of the path: bridge, NICs, or the hook
+    standby_rx_frames: int | None = None  # frames that the host has sent to the standby, whoever they were for
+    standby_tx_frames: int | None = None  # frames that came from it: the guest's, and kvmpy's announcements
+    rx_gap_ms: float | None = None  # of the last change of the path: for how long frames went nowhere, once it is known
 
 
 @command("query-failover", NoArguments, list[FailoverInfo], ours=True)

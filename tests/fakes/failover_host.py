@@ -19,6 +19,7 @@ from kvmpy.abi import ioctl
 from kvmpy.devices.pci.express import SlotStatus
 from kvmpy.devices.vfio.container import Container
 from kvmpy.host import tap as tap_module
+from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.machine import passthrough
 from kvmpy.machine.machine import Machine
 from tests.fakes.hotplug_guest import BLINK, CONTROL, EVENTS, ON, STATUS, HotplugGuest
@@ -42,7 +43,7 @@ class UpTap(FakeTap):
 class Claim:
     """A virtual function of the host; ``carried`` are the addresses that its PF has held it to."""
 
-    vf: object | None = "a virtual function"
+    vf: VirtualFunction | None = VirtualFunction("0000:5e:00.0", 2, "enp94s0f0")
 
     def __init__(self, group: int = GROUP) -> None:
         self.group = group

@@ -13,7 +13,7 @@ there.ready()
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -22,11 +22,14 @@ import pytest
 
 from kvmpy.devices.virtio.device import VirtioDevice
 from kvmpy.errors import CommandError
+from kvmpy.migration.messages import Kind
 from kvmpy.migration.status import Status
 from kvmpy.monitor.server import MonitorServer
+from tests.counts import count
 from tests.fakes.failover_host import ADDRESSES, FailoverHost, NicGuest
 from tests.fakes.journey import Journey, Stop
 from tests.fakes.loop import poll
+from tests.fakes.middle import Middle
 from tests.fakes.monitor import Client
 from tests.fakes.virtio_rig import Guest
 
@@ -99,10 +102,12 @@ class Place:
         guest.start(takes(device.features), enable=set(), go=False)
 
     def ready(self, n: int = 0) -> None:
-        """The guest takes the primary of a pair into use, which it was given."""
-        poll(lambda: self.pair(n)["state"] in ("plugging", "plugged"))
+        """The guest does what it is asked for, until it uses the primary of a pair."""
+        poll(lambda: self._uses(n))
+
+    def _uses(self, n: int) -> bool:
         self.guests[n].serve()
-        poll(lambda: self.pair(n)["state"] == "plugged")
+        return bool(self.pair(n)["state"] == "plugged")
 
     def begins(self, n: int = 0) -> None:
         """The guest hears that it is asked, and begins to let the primary go."""
@@ -112,8 +117,7 @@ class Place:
 
     def ask(self, command: str, **arguments: Any) -> Any:
         """What it returns. Raises CommandError."""
-        named = {key.replace("_", "-"): value for key, value in arguments.items()}
-        answer = self._client.ask({"execute": command, "arguments": named})
+        answer = self._client.ask({"execute": command, "arguments": arguments})
         while "event" in answer:
             answer = self._client.receive()
         if "error" in answer:
@@ -124,6 +128,11 @@ class Place:
     def status(self) -> str:
         """query-migrate's."""
         return str(self.ask("query-migrate").get("status"))
+
+    def stays(self, status: str) -> None:
+        """That is what query-migrate says, however often it is asked."""
+        for _ in range(count(100, 5000)):
+            assert self.status == status
 
     def pair(self, n: int = 0) -> dict[str, Any]:
         """query-failover's answer for it."""
@@ -176,9 +185,23 @@ class FailoverJourney:
             place.ready(n)
         return place
 
-    def wait_at(self, **parameters: Any) -> Place:
-        """A machine that waits for one that comes."""
+    def wait_at(self, *, devices: str | None = None, **parameters: Any) -> Place:
+        """A machine that waits for one that comes, at a ``uri`` or a place of its own; with other ``devices``."""
+        if devices is not None:
+            self._journey.extra = devices
         return self._at(self._journey.wait_at, parameters)
+
+    def middle(self, there: Place, hooks: Mapping[Kind, Callable[[], object]]) -> str:
+        """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind."""
+        here = self._journey.socket("middle")
+        middle = Middle(here, there.uri.removeprefix("unix:"), hooks=hooks)
+        self._stack.callback(middle.close)
+        return f"unix:{here}"
+
+    @property
+    def nowhere(self) -> Path:
+        """A socket that is not there."""
+        return self._directory / "nowhere.sock"
 
     def check(self) -> None:
         """The guest has run in one place at a time, and has missed nothing."""

@@ -21,11 +21,14 @@ from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.virtio.net import VirtioNet
 from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.devices.virtio.pci import VirtioPci
+from kvmpy.errors import HostError
+from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.machine.changes import Change, Changes, at_once
 from kvmpy.machine.departure import Departure
 from kvmpy.machine.hotplug import HotPlug
 from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.machine.pairs import PairFacts
+from kvmpy.machine.standby import StandbyNetwork
 from kvmpy.machine.steering import Steering
 from kvmpy.monitor.pci import PciDeviceInfo, query_pci
 from kvmpy.monitor.table import NoArguments
@@ -71,6 +74,43 @@ class SteeredCard(Card):
         self.steering.drive(enabled)
 
 
+class FakePort:
+    """A standby's port: ``told`` is what it was, and the frames that the guest's tap had sent by then."""
+
+    ifname, mac = "tap0", "52:54:00:6f:55:cc"
+
+    def __init__(self, tap: FakeTap) -> None:
+        self._tap = tap
+        self.told: list[str] = []
+        self.sent: list[bytes] = []
+        self.problems: list[str] = []
+
+    def steer(self, *, here: bool) -> list[str]:
+        self.sent += self._tap.sent()
+        self.told.append("here" if here else "not here")
+        return self.problems
+
+    def leave(self) -> list[str]:
+        self.told.append("nowhere")
+        return self.problems
+
+    def close(self) -> None:
+        self.told.append("closed")
+
+
+class FakeProgram:
+    """An operator's: ``runs`` are the path and facts of each."""
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, dict[str, str]]] = []
+        self.fails = ""
+
+    def run(self, standby: str, path: str, facts: Mapping[str, str]) -> None:
+        self.runs.append((path, dict(facts)))
+        if self.fails:
+            raise HostError(self.fails)
+
+
 class FailoverRig:
     """``events`` is what the machine has reported; ``addresses`` what each primary was given, in order."""
 
@@ -92,6 +132,8 @@ class FailoverRig:
         self.addresses: dict[str, list[str | None]] = {}
         self.carry_fails: Exception | None = None
         self.cards: dict[str, Card] = {}
+        self.switches: dict[str, FakePort] = {}
+        self.program = FakeProgram()
         self._free = iter(range(PORTS + 1, 32))
         self._thread = threading.current_thread()
         added = [self.pci.add_port(n, n, bus=n) for n in range(1, PORTS + 1)]
@@ -160,7 +202,10 @@ class FailoverRig:
             resources.callback(net.close)
             function = VirtioPci(table.id, net, self.pci.sink)
             resources.callback(function.close)
-            return Plugged(table, net, function, resources.pop_all(), mac)
+            port = self.switches[table.id] = FakePort(tap)
+            around = StandbyNetwork(table.id, port, tap.frames, self.program)
+            resources.callback(around.close)
+            return Plugged(table, net, function, resources.pop_all(), mac, around=around)
 
     def _primary(self, table: VfioPci, config: Config, resources: ExitStack) -> Plugged:
         given = self.addresses.setdefault(table.id, [])
@@ -170,7 +215,8 @@ class FailoverRig:
                 raise self.carry_fails
             given.append(mac)
 
-        steering = Steering(table.id, carry)
+        vf = VirtualFunction("0000:5e:00.0", 2, "enp94s0f0")
+        steering = Steering(table.id, carry, host=str(table.host), vf=vf)
         resources.callback(steering.close)
         card = self.cards[table.id] = SteeredCard(table.id, steering)
         resources.callback(card.close)
@@ -229,7 +275,7 @@ class FailoverRig:
         """Until nothing is to be done any more by control, nor by the threads that work for it."""
         for _ in range(4):
             for thread in threading.enumerate():
-                if thread.name.startswith(("unplug-", "steer-")):
+                if thread.name.startswith(("unplug-", "steer-", "hook-")):
                     thread.join()
             self.control.serve()
         for guest in self.guests.values():

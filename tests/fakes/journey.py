@@ -74,7 +74,7 @@ class Journey:
     """``stops`` are the machines made so far. Those with ``extra`` tables have them all."""
 
     def __init__(self, directory: Path, stack: ExitStack, code: bytes = COUNTS, extra: str = "") -> None:
-        self._directory, self._stack, self._extra = directory, stack, extra
+        self._directory, self._stack, self.extra = directory, stack, extra
         (directory / "kernel").write_bytes(pvh_kernel(code))
         self.stops: list[Stop] = []
 
@@ -82,7 +82,7 @@ class Journey:
         file = self._directory / f"{len(self.stops)}.toml"
         file.write_text(
             f'name = "traveller"\n[boot]\nkernel = "kernel"\n[machine]\nmemory = "{NEEDS}"\n'
-            f'[console]\nserial = "file:console{len(self.stops)}"\n{self._extra}'
+            f'[console]\nserial = "file:console{len(self.stops)}"\n{self.extra}'
         )
         return load(file, overrides)
 

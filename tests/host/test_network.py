@@ -485,11 +485,11 @@ class Failing(Links):
         super().__init__(namespace)
         self.left = fails
 
-    def _talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
+    def talk(self, kind: int, request: Any, flags: int = 0) -> tuple[list[bytes], bool]:
         self.left -= 1
         if self.left == 0:
             raise LinkError(errno.EIO, "as the test wants it")
-        return super()._talk(kind, request, flags)
+        return super().talk(kind, request, flags)
 
 
 def test_request_that_fails_at_any_step_leaves_everything_as_it_was(netns: Namespace) -> None:

@@ -106,6 +106,7 @@ def test_r9_r10_a_primary_is_prepared_at_the_start_and_hidden_until_its_driver_h
     pair = rig.wait(lambda pair: pair.state is PairState.PLUGGED and pair.path == "primary")
     assert (pair.standby_mac, pair.primary_mac, pair.error) == (MAC, MAC, None)
     assert rig.claim.carried == [None, MAC]
+    rig.events.wait_until(lambda _: rig.told("FAILOVER_PATH_CHANGED") == 1)  # when the network knows it too
     assert [rig.told(f"FAILOVER_{what}") for what in ("NEGOTIATED", "PRIMARY_PLUGGED", "PATH_CHANGED")] == [1, 1, 1]
 
 

@@ -17,8 +17,8 @@ from kvmpy.devices.virtio.net_state import NetFeature
 from kvmpy.kvm.system import System
 from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
-from tests.counts import count
 from tests.fakes.failover_journey import FailoverJourney, Place, primary, standby
+from tests.fakes.loop import poll
 
 BOTH = {"standby0", "primary0"}
 PAIR = standby() + primary()
@@ -49,17 +49,11 @@ def without_standby(offered: int) -> int:
     return offered & ~feature_mask(NetFeature.STANDBY)
 
 
-def stays(place: Place, status: str) -> None:
-    """However often it is asked for."""
-    for _ in range(count(100, 5000)):
-        assert place.status == status
-
-
 def test_r52_migrate_on_out(journey: FailoverJourney) -> None:
     source, there = journey.begin(), journey.wait_at()
     source.ask("migrate", uri=there.uri)
     source.until(Status.WAIT_UNPLUG)
-    stays(source, "wait-unplug")
+    source.stays("wait-unplug")
     assert source.told("UNPLUG_PRIMARY") == [("UNPLUG_PRIMARY", "primary0")]
     assert source.visible() == BOTH
     source.guests[0].serve()
@@ -69,7 +63,7 @@ def test_r52_migrate_on_out(journey: FailoverJourney) -> None:
     assert source.visible() == {"standby0"}
 
 
-def test_r52_migrate_on_in(journey: FailoverJourney) -> None:
+def test_r42_r52_migrate_on_in(journey: FailoverJourney) -> None:
     source, there = journey.begin(), journey.wait_at()
     assert there.visible() == {"standby0"}
     source.ask("migrate", uri=there.uri)
@@ -90,7 +84,7 @@ OFF = standby(failover=False)
 """The reference's primary is an ordinary device then, which can migrate; a NIC of the host cannot."""
 
 
-def test_r52_migrate_off_out(make: Make) -> None:
+def test_r32_r52_migrate_off_out(make: Make) -> None:
     journey = make(OFF + ORDINARY)
     source, there = journey.begin(ack=False), journey.wait_at()
     source.ack()
@@ -133,7 +127,7 @@ def test_r52_migrate_off_with_a_nic_of_the_host_is_refused_before_anything_is_as
     assert source.visible() == BOTH
 
 
-def test_r52_migrate_guest_off_out(journey: FailoverJourney) -> None:
+def test_r32_r52_migrate_guest_off_out(journey: FailoverJourney) -> None:
     source, there = journey.begin(ack=False), journey.wait_at()
     source.ack(takes=without_standby)
     assert source.visible() == {"standby0"}
@@ -172,7 +166,7 @@ def test_r52_r37_migrate_abort_wait_unplug(journey: FailoverJourney, keeps: bool
     source.ask("migrate", uri=there.uri)
     source.until(Status.WAIT_UNPLUG)
     source.ask("migrate_cancel")
-    stays(source, "cancelling")
+    source.stays("cancelling")
     if keeps:
         source.begins()
         source.begins()  # by the second press it goes back
@@ -222,7 +216,7 @@ def test_r52_r31_migrate_multi_out(make: Make, order: tuple[int, int]) -> None:
     first, second = order
     source.guests[first].serve()
     source.until("FAILOVER_PRIMARY_RELEASED")
-    stays(source, "wait-unplug")
+    source.stays("wait-unplug")
     source.guests[second].serve()
     source.wait(Status.COMPLETED)
     assert source.statuses() == GOES_UNPLUGGED
@@ -246,3 +240,40 @@ def test_r52_migrate_multi_in(make: Make) -> None:
         *(("FAILOVER_NEGOTIATED", "standby0"), ("FAILOVER_NEGOTIATED", "standby1"), ("RESUME", "")),
     ]
     assert there.statuses()[-1] == "completed"
+
+
+# What the reference's suite has no case for
+
+
+def test_r35_where_nobody_listens_the_primary_is_not_touched(journey: FailoverJourney) -> None:
+    source = journey.begin()
+    source.ask("migrate", uri=f"unix:{journey.nowhere}")
+    source.wait(Status.FAILED)
+    assert source.statuses() == ["setup", "failed"]
+    assert "ENOENT" in source.ask("query-migrate")["error-desc"]
+    assert source.told("UNPLUG_PRIMARY", "STOP", "FAILOVER_PRIMARY_RELEASED") == []
+    assert (source.pair()["state"], source.visible()) == ("plugged", BOTH)
+
+
+def path_told(place: Place) -> str:
+    """What the network around the standby was told last."""
+    around = place.machine.board.inventory.plugged["standby0"].around
+    assert around is not None
+    return around.path.value
+
+
+def test_r46_the_network_has_the_guest_where_it_runs_alone(journey: FailoverJourney) -> None:
+    source, there = journey.begin(), journey.wait_at()
+    poll(lambda: (path_told(source), path_told(there)) == ("primary", "none"))
+    source.ask("migrate", uri=there.uri)
+    source.begins()
+    source.guests[0].let_go()
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    poll(lambda: (path_told(source), path_told(there)) == ("none", "standby"))
+    there.boot()
+    there.ready()
+    poll(lambda: path_told(there) == "primary")
+    there.machine.stop()
+    source.machine.resume(force=True)
+    poll(lambda: path_told(source) in ("standby", "primary"))

@@ -1,16 +1,20 @@
-"""`make demo`, as a newcomer runs it: at a terminal."""
+"""`make demo` and `make demo-boot`, as a newcomer runs them: at a terminal."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
+
+import pytest
 
 from scripts.lab import images
 
@@ -59,8 +63,8 @@ def at_a_terminal(*argv: str) -> Iterator[Terminal]:
         os.close(ours)
 
 
-def test_the_demo_reaches_a_shell_that_echoes_and_powers_off(lab_images: images.Images) -> None:
-    with at_a_terminal("make", "demo") as demo:
+def test_the_booted_guest_reaches_a_shell_that_echoes_and_powers_off(lab_images: images.Images) -> None:
+    with at_a_terminal("make", "demo-boot") as demo:
         demo.expect(r"KVMPY-GUEST UP kernel=\S+ cpus=2 ")
         demo.expect("guest# ")
         demo.type("echo $((6 * 7)) typed")
@@ -71,3 +75,37 @@ def test_the_demo_reaches_a_shell_that_echoes_and_powers_off(lab_images: images.
         while demo.read():
             pass
         assert demo.process.wait(60) == 0
+
+
+def of_session(leader: int) -> list[int]:
+    """The processes of a session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            if os.getsid(int(path.name)) == leader:
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.timeout(1500)
+def test_the_demo_moves_a_guest_with_its_nic_says_so_and_leaves_a_picture_alone(
+    lab_images: images.Images, tmp_path: Path
+) -> None:
+    with at_a_terminal(sys.executable, "-m", "scripts.demo", str(tmp_path)) as demo:
+        demo.expect(r"hostdev0 \([0-9a-f:]+\): in use\r\n +frames take the primary")
+        demo.expect("waiting for the guest to let hostdev0 go, [0-9]+ s")
+        demo.expect("the guest has hostdev0 in use, [0-9.]+ s after it ran; its frames take it")
+        demo.expect(r"The guest's own pings of the station: [0-9]+ packets transmitted")
+        demo.expect("it has let hostdev0 go; now its memory is sent")
+        demo.expect("the blackout was [0-9]+ ms")
+        demo.expect("it has the other host's NIC, hostdev0 there, in use")
+        demo.expect("Of the station's pings: .*of [0-9]+ pings lost")
+        while demo.read():
+            pass
+        assert demo.process.wait(60) == 0
+        assert of_session(demo.process.pid) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.html", "demo.json", "demo.svg"]
+    told = json.loads((tmp_path / "demo.json").read_text())
+    assert [wait["outcome"] for wait in told["waits"]] == ["released", "in use"]
+    assert [stretch["path"] for stretch in told["paths"]] == ["primary", "standby", "primary"]
+    assert told["pings"]["answered-ms"]

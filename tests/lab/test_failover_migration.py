@@ -103,7 +103,7 @@ def assert_came_back(journey: Journey) -> None:
     assert journey.unexcused == [], (journey.excused, names)
 
 
-def test_r47_there_and_back_with_nothing_lost_but_in_the_blackout(voyage: Voyage) -> None:
+def test_r28_r45_r47_there_and_back_with_nothing_lost_but_in_the_blackout(voyage: Voyage) -> None:
     for _ in range(2 * count(1, 5)):
         journey = voyage.go()
         told = {name: journey.figures[name] for name in ("total-ms", "blackout-ms")}

@@ -40,6 +40,13 @@ def test_the_commands_for_migration_work_in_their_order_on_two_hosts(two_hosts: 
     assert two_hosts.second.run(["ls", "-A", "/run/kvmpy"]).stdout == ""
 
 
+@pytest.mark.timeout(2000)
+def test_the_commands_for_failover_work_in_their_order_on_two_hosts_with_nics(two_igb_hosts: HostPair) -> None:
+    said = ["virtual function 0 of 0000:01:00.0", "hostdev0", "'outcome': 'in use'", "3 packets received"]
+    assert_commands_work(two_igb_hosts.first, "failover", said, timeout=1900)
+    assert two_igb_hosts.second.run(["ls", "-A", "/run/kvmpy"]).stdout == ""
+
+
 def assert_commands_work(host: EmulatedHost, page: str, said: list[str], timeout: float = 500) -> None:
     commands = re.findall(r"^\$ (.*)$", (DOCS / f"{page}.md").read_text(), re.MULTILINE)
     script = "\n".join(["set -ex", *commands])

@@ -186,6 +186,12 @@ CONFIG_MISTAKES: Final = (
         "m.toml:5: machine.dirty_ring: this version of kvmpy logs dirty pages in the bitmap only; leave it out",
     ),
     refusals(
+        "a hook that cannot be run",
+        GOOD + 'failover_hook = "m.toml"\n',
+        "m.toml:5: machine.failover_hook: {here}/m.toml: is no executable file; "
+        "make it one (chmod +x), or leave it out",
+    ),
+    refusals(
         "command line too long",
         GOOD.replace("[machine]", f'cmdline = "{"x" * 3000}"\n[machine]'),
         ("m.toml:3: boot.cmdline: 3000 characters, and the kernel takes at most 2047"),

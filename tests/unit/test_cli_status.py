@@ -87,5 +87,17 @@ def test_r13_a_failover_pair_is_shown_with_its_addresses_and_what_is_wrong(capsy
     )
 
 
+def test_r13_the_frames_of_a_standby_and_the_last_gap_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    mac = "52:54:00:6f:55:cc"
+    pair = {"standby-id": "net1", "standby-mac": mac, "primary-id": "hostdev0", "state": "plugged", "primary-mac": mac}
+    counts = {"standby-rx-frames": 5, "standby-tx-frames": 7, "rx-gap-ms": 12.0, "network-error": "eth0: EOPNOTSUPP"}
+    _show_pair(pair | {"path": "primary"} | counts)
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "    frames take the primary; at its last change frames went nowhere for 12 ms",
+        "    over the standby: 5 frames in, 7 out",
+        "    the network around it: eth0: EOPNOTSUPP",
+    ]
+
+
 def test_there_are_words_for_every_state_of_a_primary() -> None:
     assert set(PRIMARIES) == {state.value for state in PairState} - {"no-primary"}

@@ -286,7 +286,7 @@ def test_r41_a_guest_that_is_let_go_on_here_has_it_again(rig: FailoverRig) -> No
     rig.departure.begin()
     rig.pass_()
     staying(rig)
-    rig.departure.gone(release=False)
+    rig.departure.gone()
     assert (rig.state(), rig.told(DELETED)) == (PairState.RELEASED, [])
     rig.hotplug.pairs.runs()
     rig.pass_()
@@ -296,7 +296,8 @@ def test_r41_a_guest_that_is_let_go_on_here_has_it_again(rig: FailoverRig) -> No
 def test_r50_one_that_is_to_be_released_is_the_hosts_again(rig: FailoverRig) -> None:
     rig.departure.begin()
     rig.pass_()
-    rig.departure.gone(release=True)
+    rig.departure.gone()
+    rig.departure.release()
     rig.settle()
     assert rig.told(DELETED) == [(DELETED, "primary0")]
     assert rig.state() is PairState.NONE

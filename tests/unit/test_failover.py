@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import permutations
@@ -440,6 +441,103 @@ def test_r46_when_the_path_is_the_standbys_again_the_network_hears_of_it(plugged
     drive(plugged, on=False)
     (frame,) = tap.sent()  # type: ignore[attr-defined]
     assert frame[12 + 6 : 12 + 14] == bytes.fromhex(MAC.replace(":", "")) + b"\x80\x35", "RARP, from the pair's address"
+
+
+@pytest.fixture
+def running(plugged: FailoverRig) -> FailoverRig:
+    """In use by the guest of a machine that runs, over the standby."""
+    plugged.hotplug.pairs.runs()
+    plugged.settle()
+    assert plugged.switches["standby0"].told == ["here"]
+    return plugged
+
+
+def test_r46_bridge_and_nics_are_told_of_each_path_and_hear_the_guest_after_that(running: FailoverRig) -> None:
+    port, tap = running.switches["standby0"], running.net().tap
+    drive(running)
+    assert (port.told, tap.sent()) == (["here", "not here"], [])  # type: ignore[attr-defined]
+    drive(running, on=False)
+    assert port.told == ["here", "not here", "here"]
+    assert (port.sent, len(tap.sent())) == ([], 1)  # type: ignore[attr-defined]
+    assert running.told() == [("FAILOVER_PATH_CHANGED", "standby0")] * 2
+
+
+def test_r45_the_gap_to_the_standby_is_from_the_bus_masters_end_to_the_rarp(running: FailoverRig) -> None:
+    drive(running)
+    running.events.clear()
+    begun = time.monotonic()
+    drive(running, on=False)
+    ((event, data),) = running.events
+    assert (event, data["path"]) == ("FAILOVER_PATH_CHANGED", "standby")
+    assert 0 <= data["rx-gap-ms"] <= (time.monotonic() - begun) * 1000
+    assert running.pair().rx_gap_ms == data["rx-gap-ms"]
+
+
+def test_r45_the_gap_to_the_primary_ends_when_the_guest_has_an_interrupt_of_it_on(running: FailoverRig) -> None:
+    steering = running.cards["primary0"].steering  # type: ignore[attr-defined]
+    steering.receives()
+    running.settle()
+    assert (running.told(), running.pair().rx_gap_ms) == ([], None), "a guest that does not drive it hears nothing"
+    drive(running)
+    assert (running.told(), running.pair().rx_gap_ms) == ([("FAILOVER_PATH_CHANGED", "standby0")], None)
+    for _ in range(2):
+        steering.receives()
+        running.settle()
+    gap = running.pair().rx_gap_ms
+    assert running.events == [
+        ("FAILOVER_PRIMARY_RECEIVES", {"device-id": "primary0", "standby-id": "standby0", "rx-gap-ms": gap})
+    ]
+    drive(running, on=False)
+    assert running.pair().rx_gap_ms is not None
+
+
+def test_the_hook_is_told_of_each_path_what_there_is_to_know(running: FailoverRig) -> None:
+    facts = {"PRIMARY": "primary0", "HOST": "0000:5e:00.0", "PF": "enp94s0f0", "VF": "2", "MAC": MAC, "TAP": "tap0"}
+    drive(running)
+    drive(running, on=False)
+    assert running.program.runs == [(path, facts) for path in ("standby", "primary", "standby")]
+    running.remove("standby0")
+    running.pass_()
+    assert running.program.runs[3:] == [("none", facts)]
+    assert running.switches["standby0"].told[-1] == "closed"
+
+
+def test_what_cannot_be_told_is_shown_and_fails_nothing(running: FailoverRig) -> None:
+    running.switches["standby0"].problems = ["eth0: EOPNOTSUPP"]
+    running.program.fails = "failover_hook: /hook: exit code 3"
+    drive(running)
+    assert (running.pair().path, running.pair().error) == ("primary", None)
+    assert running.pair().network_error == "eth0: EOPNOTSUPP; failover_hook: /hook: exit code 3"
+    running.switches["standby0"].problems, running.program.fails = [], ""
+    drive(running, on=False)
+    assert running.pair().network_error is None
+
+
+def test_a_guest_that_was_moved_away_is_nowhere_until_it_is_resumed_here(running: FailoverRig) -> None:
+    port = running.switches["standby0"]
+    for _ in range(2):
+        running.hotplug.pairs.moved_away()
+        running.settle()
+    assert port.told == ["here", "nowhere"]
+    for _ in range(2):
+        running.hotplug.pairs.runs()
+        running.settle()
+    assert port.told == ["here", "nowhere", "here"]
+    assert [path for path, _ in running.program.runs] == ["standby", "none", "standby"]
+
+
+def test_a_standby_that_comes_to_a_machine_that_runs_is_told_of_at_once_else_when_it_does(tmp_path: Path) -> None:
+    with made(tmp_path) as rig:
+        rig.add_standby()
+        assert rig.switches["standby0"].told == []
+        rig.hotplug.pairs.runs()
+        rig.add_standby(1, bus="root2")
+        assert [rig.switches[f"standby{n}"].told for n in range(2)] == [["here"]] * 2
+
+
+def test_the_standbys_frames_are_the_kernels_count(running: FailoverRig) -> None:
+    running.net().tap.counted = (5, 7)  # type: ignore[attr-defined]
+    assert (running.pair().standby_rx_frames, running.pair().standby_tx_frames) == (5, 7)
 
 
 @pytest.mark.parametrize("how", ["release", "reset", "torn out", "slot power"])

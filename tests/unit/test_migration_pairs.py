@@ -115,9 +115,16 @@ def test_cancelled_in_time_the_guest_keeps_it() -> None:
         here("MIGRATION", 1000, status="cancelling"),
         here("MIGRATION", 1600, status="cancelled"),
     ]
-    (wait,) = told(source, None, **CANCELLED).waits
+    kept = here("FAILOVER_PRIMARY_PLUGGED", 1200, device_id=PRIMARY, standby_id=STANDBY)
+    (wait,) = told([*source, kept], None, **CANCELLED).waits
     assert wait.outcome == "kept"
-    assert (wait.start_ms, wait.end_ms) == milliseconds(100, 1600)
+    assert (wait.start_ms, wait.end_ms) == milliseconds(100, 1200)
+
+
+def test_one_that_the_guest_neither_keeps_nor_lets_go_is_still_there() -> None:
+    source = [*SOURCE_SAID[:3], here("MIGRATION", 30000, status="failed")]
+    (wait,) = told(source, None, **CANCELLED).waits
+    assert (wait.what, wait.end_ms, wait.outcome) == ("leaves", None, "")
 
 
 def test_cancelled_later_it_comes_back_here() -> None:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kvmpy.errors import HostError
 from kvmpy.host import netlink, network
+from kvmpy.host.companion import CONTROL
 from kvmpy.host.netlink import Helper, answer, serve
 from kvmpy.host.network import Network, Port
 from kvmpy.host.ownership import LONGEST, Before, Mark, process_start
@@ -174,7 +175,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines = ["read line <&3"]
 
     def spawn(control: int, *_: str) -> int:
-        actions = [(os.POSIX_SPAWN_DUP2, control, network.CONTROL)]
+        actions = [(os.POSIX_SPAWN_DUP2, control, CONTROL)]
         return os.posix_spawn("/bin/sh", ["sh", "-c", "\n".join(lines)], dict(os.environ), file_actions=actions)
 
     monkeypatch.setattr(network, "_spawn", spawn)

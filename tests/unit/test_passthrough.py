@@ -19,6 +19,7 @@ from kvmpy.devices.vfio.container import Container
 from kvmpy.devices.vfio.pci import VfioPci
 from kvmpy.errors import HostError
 from kvmpy.host.memory import Mapping
+from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
 from kvmpy.machine import passthrough
@@ -51,7 +52,7 @@ class Claim:
         self.taken: list[str] = []
         self.assigned: list[tuple[object, str | None, int | None]] = []
         self.carried: list[str | None] = []
-        self.vf: object | None = "a virtual function"
+        self.vf: VirtualFunction | None = VirtualFunction("0000:5e:00.0", 2, "enp94s0f0")
 
     def __call__(self, address: str, journal_dir: str) -> Claim:
         assert journal_dir == "/run/kvmpy/m"
@@ -176,6 +177,11 @@ def test_r49_a_prepared_primary_has_no_address_and_gets_it_with_its_bus_master_b
         function.config_write(4, 2, Command.BUS_MASTER)
         moved.wait(1)
         assert rig.claim.carried == [None, "52:54:00:6f:55:cc"]
+        assert (steering.host, steering.vf) == (str(TABLE.host), rig.claim.vf)
+        heard: Inbox[float] = Inbox()
+        steering.on_receiving = heard.put
+        function.on_receiving()
+        heard.wait(1)
         with function.lock:
             function.release()
         assert moved.wait(2) == [True, False]

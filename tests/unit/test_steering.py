@@ -112,3 +112,30 @@ def test_nothing_is_done_after_it_is_closed(switch: Switch, steering: Steering) 
     steering.close()
     steering.drive(True)
     assert switch.asked.items == []
+
+
+def test_r45_that_the_guest_can_receive_is_told_once_for_each_time_it_drives(
+    switch: Switch, steering: Steering, held: list[bool]
+) -> None:
+    told: Inbox[float] = Inbox()
+    changed: Inbox[bool] = Inbox()
+    steering.on_receiving = told.put
+    steering.on_change = lambda driven, problem: changed.put(driven)
+    steering.receives()
+    for count in (1, 2):
+        steering.drive(True)
+        changed.wait(2 * count - 1)
+        for _ in range(2):
+            steering.receives()
+        assert len(told.items) == count
+        assert steering.since <= steering.carried <= told.items[-1]
+        steering.drive(False)
+        changed.wait(2 * count)
+        steering.receives()
+    assert len(told.items) == 2
+
+
+def test_r45_a_nic_that_is_all_the_guests_has_its_address_at_once() -> None:
+    steering = Steering("hostdev0", None, fixed=MAC)
+    steering.drive(True)
+    assert 0 < steering.since <= steering.carried

@@ -308,6 +308,20 @@ def test_msix_reaches_the_guest_as_the_table_says(rig: NicRig) -> None:
     assert rig.board.sink.take() == [MESSAGE]
 
 
+def test_r45_that_the_guest_wants_interrupts_is_told(rig: NicRig) -> None:
+    told: list[bool] = []
+    rig.function.on_receiving = lambda: told.append(True)
+    rig.msix(0xC000)
+    rig.entry(2, masked=False)
+    rig.msix(0x8000)
+    assert told == [], "no message of a function goes out that is no bus master"
+    rig.entry(2, masked=True)
+    rig.enable()
+    assert told == []
+    rig.entry(2, masked=False)
+    assert told == [True]
+
+
 def test_what_comes_while_a_vector_is_masked_is_pending_and_comes_then(rig: NicRig) -> None:
     rig.enable()
     rig.msix(0x8000)

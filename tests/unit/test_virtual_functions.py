@@ -14,6 +14,7 @@ import pytest
 from kvmpy.errors import HostError
 from kvmpy.host import network
 from kvmpy.host.changes import Refused
+from kvmpy.host.companion import CONTROL
 from kvmpy.host.links import Link, LinkError, Links, Vf
 from kvmpy.host.netlink import Helper, answer
 from kvmpy.host.network import Network, VfChange, VfSettings
@@ -169,7 +170,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     lines: list[str] = []
 
     def spawn(control: int, *_: str) -> int:
-        actions = [(os.POSIX_SPAWN_DUP2, control, network.CONTROL)]
+        actions = [(os.POSIX_SPAWN_DUP2, control, CONTROL)]
         return os.posix_spawn("/bin/sh", ["sh", "-c", "\n".join(lines)], dict(os.environ), file_actions=actions)
 
     monkeypatch.setattr(network, "_spawn", spawn)

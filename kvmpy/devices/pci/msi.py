@@ -87,13 +87,14 @@ class MsiCapability(Capability, size=0x18):
 class Msi:
     """A function's MSI. Its function's lock is held, but for `signal`, which any thread may call.
 
-    ``on_change`` is told after the guest has changed a register of it.
+    ``on_change`` is told after the guest has changed a register of it, ``on_routed`` that it wants messages.
     """
 
     def __init__(self, name: str, capability: MsiCapability, vector: MsiVector) -> None:
         self._capability, self._vector, self._routed = capability, vector, RoutedVector(name, 0, vector)
         self.bus_master = False
         self.on_change: Callable[[], object] = lambda: None
+        self.on_routed: Callable[[], object] = lambda: None
         capability.on_change = self._changed
         capability.is_pending = lambda: vector.pending
 
@@ -122,6 +123,8 @@ class Msi:
         if self.enabled and self.bus_master and not c.mask:
             message = MsiMessage(c.address_high << 32 | c.address, c.data)
         self._routed.route(message)
+        if message is not None:
+            self.on_routed()
 
     def reset(self) -> None:
         """Forget what waits; the registers are reset already."""

@@ -73,7 +73,8 @@ def take(sink: MsiSink, count: int) -> list[MsiVector]:
 class Msix:
     """A function's MSI-X. Its function's lock is held, but for `vector`, which any thread may call.
 
-    ``on_change`` is told after the guest has switched or masked anything, or changed a message.
+    ``on_change`` is told after the guest has switched or masked anything, or changed a message; ``on_routed`` that it
+    wants the messages of a vector.
     """
 
     def __init__(self, name: str, capability: MsixCapability, vectors: Sequence[MsiVector]) -> None:
@@ -81,6 +82,7 @@ class Msix:
         self._routed = tuple(RoutedVector(name, index, vector) for index, vector in enumerate(vectors))
         self.bus_master = False
         self.on_change: Callable[[], object] = lambda: None
+        self.on_routed: Callable[[], object] = lambda: None
         self.table = Table(self, bytearray(RESET_ENTRY * len(vectors)))
         self.pba = PendingBits(self)
         capability.on_change = self._changed
@@ -160,6 +162,8 @@ class Msix:
             entry = self.table.entry(index)
             message = MsiMessage(entry & 0xFFFF_FFFF_FFFF_FFFF, entry >> 64 & 0xFFFF_FFFF)
         self._routed[index].route(message)
+        if message is not None:
+            self.on_routed()
 
 
 class Table:

@@ -96,8 +96,8 @@ class VfioPci(PciFunction[VfioPciState]):
     """``device``, which it owns; ``io`` watches for what the kernel says of it.
 
     ``on_broken`` is told why the device does no more, by any thread; ``on_wanted_back`` that the host waits for us to
-    let go of it, by the io thread; ``on_driven`` whether the guest has it do DMA, under the lock: it may only post.
-    `close` takes as long as a reset.
+    let go of it, by the io thread; ``on_driven`` whether the guest has it do DMA, and ``on_receiving``, often, that it
+    has an interrupt on, both under the lock: they may only post. `close` takes as long as a reset.
     """
 
     blocks_migration: str | None = (
@@ -115,6 +115,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self.on_broken: Callable[[str], object] = lambda why: None
         self.on_wanted_back: Callable[[], object] = lambda: None
         self.on_driven: Callable[[bool], object] = lambda driven: None
+        self.on_receiving: Callable[[], object] = lambda: None
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = False
         self._wanted_back = False  # by the host, which waits until it is closed
@@ -266,6 +267,7 @@ class VfioPci(PciFunction[VfioPciState]):
         if MSI in self.device.config.capabilities and self.device.interrupts(Kind.MSI):
             msi = self.add_msi(sink)
             msi.on_change = self._select
+            msi.on_routed = lambda: self.on_receiving()
             self._irqs.offer(Kind.MSI, [msi.fd])
         place = self.device.config.msix
         if place is not None and self.device.interrupts(Kind.MSIX):
@@ -284,6 +286,7 @@ class VfioPci(PciFunction[VfioPciState]):
         except ValueError as e:
             raise HostError(f"{self.device.address}: its MSI-X makes no sense: {e}") from e
         msix.on_change = self._select
+        msix.on_routed = lambda: self.on_receiving()
         descriptors = [vector.fd for n in range(vectors) if (vector := msix.vector(n)) is not None]
         self._irqs.offer(Kind.MSIX, descriptors)
 
