@@ -316,14 +316,17 @@ class Outgoing:
     def _precopy(self, main: MainChannel) -> None:
         """Send pages until the rest, and the state, fit into the downtime limit; then stop the machine."""
         self.progress.become(Status.ACTIVE)
-        start = time.monotonic_ns()
+        start, is_durable = time.monotonic_ns(), False
         while True:
             self._log.collect(self._dirty)
             if self.progress.passes and self._fits():
-                self.progress.become(Status.DEVICE)
-                if self._stop_machine(start):
-                    return
-                self.progress.become(Status.ACTIVE)
+                if is_durable:
+                    self.progress.become(Status.DEVICE)
+                    if self._stop_machine(start):
+                        return
+                    self.progress.become(Status.ACTIVE)
+                self._make_durable()  # of what disks have in their caches little is left to do then
+                is_durable = True
             elif self.progress.passes:
                 self._breathe()
             self._send_round(main, awaited=True)
@@ -381,7 +384,7 @@ class Outgoing:
         """All that is left, and then the guest itself. Raises MigrationError."""
         progress = self.progress
         for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
-            channel.timeout = silence(channel.timeout)
+            channel.timeout = silence(channel.timeout, self._convergence.on_the_way)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
             state = MachineState(running=running, stopped_ns=progress.stopped_ns, primaries=self._primaries())
