@@ -1,8 +1,8 @@
 """`python -m bench.failover`: how a guest with a failover pair migrates, beside QEMU on the same emulated host.
 
 For virtual functions of an igb, and for whole e1000e, each on a host of its own: a guest of QEMU's, one of kvmpy's, and
-one whose pair has no primary, go there and back between two processes, by turns. The same kernel and the same back ends,
-native hot-plug in both. What QEMU leaves to whoever manages it, that a virtual function's address goes with the
+one whose pair has no primary, go there and back between two processes, by turns. The same kernel and the same back
+ends, native hot-plug in both. What QEMU leaves to whoever manages it, that a virtual function's address goes with the
 traffic, is done for it as soon as it says something (`hooks`); kvmpy does it by itself.
 
 "blackout" is from STOP on the source to RESUME on the destination; "gap" what a station on the wire, which pings ten
