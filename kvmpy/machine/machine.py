@@ -49,7 +49,7 @@ from kvmpy.machine.vcpu import Gate, VcpuThread
 if TYPE_CHECKING:
     from kvmpy.machine.departure import Departure
     from kvmpy.machine.hotplug import HotPlug
-    from kvmpy.machine.pairs import PairFacts
+    from kvmpy.machine.pairing import PairFacts
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from kvmpy.config.schema import load
 from kvmpy.devices.failover import PairState
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
-from kvmpy.machine.pairs import PairFacts
+from kvmpy.machine.pairing import PairFacts
 from kvmpy.monitor.ports import root_ports
 from tests.fakes.failover_host import FailoverHost, NicGuest
 from tests.fakes.loop import Inbox, poll
