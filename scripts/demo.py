@@ -159,6 +159,7 @@ def story(line: Timeline) -> Iterator[str]:
         elif wait.end_ms is not None:
             told.append((wait.end_ms, f"it has the other host's NIC, {wait.device_id} there, in use"))
     told += [(stretch.start_ms, f"its frames take the {stretch.path}") for stretch in line.paths[1:]]
+    told += [(gap.end_ms, f"for {gap.end_ms - gap.start_ms:.0f} ms, until now, they went nowhere") for gap in line.gaps]
     if line.stopped_ms is not None and line.runs_ms is not None:
         told.append((line.stopped_ms, "it stands still"))
         told.append((line.runs_ms, f"it runs there: the blackout was {line.blackout_ms:.0f} ms"))

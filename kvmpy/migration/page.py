@@ -42,6 +42,9 @@ def _pair_rows(line: Timeline) -> Iterator[tuple[str, ...]]:
         yield ways, wait.side, f"{wait.start_ms:.1f}", end
     for stretch in line.paths:
         yield f"{stretch.standby_id}: {stretch.path}", "", f"{stretch.start_ms:.1f}", f"{stretch.end_ms:.1f}"
+    for gap in line.gaps:
+        what = f"{gap.standby_id}: frames go nowhere, on the way to the {gap.path}"
+        yield what, "", f"{gap.start_ms:.1f}", f"{gap.end_ms:.1f}"
 
 
 def _round_rows(line: Timeline) -> Iterator[tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """The part of a migration's picture that is about failover pairs, on the axis of the phases.
 
 Each host's primaries on their way: out of the guest before its memory is sent, in again once it runs. Below that, which
-path the guest's frames took, and where somebody pinged it meanwhile, which pings came back.
+path the guest's frames took, marked where they went nowhere, and which pings came back, if somebody pinged.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from kvmpy.migration.primaries import DESTINATION, SOURCE, Stretch, Wait
 from kvmpy.migration.report import Phase, Timeline
 
 PATHS: Final = {"primary": COLOURS[0], "standby": COLOURS[4]}
+GAP: Final = 3  # the height of a mark below the path: frames go nowhere
 OUT, IN = COLOURS[5], COLOURS[2]
 WORDS: Final = {
     ("leaves", "released"): "asked, let go after",
@@ -69,6 +70,11 @@ def _path(canvas: Canvas, axis: Axis, top: float, line: Timeline, name: str) -> 
         canvas.bar(left, top, right - left, BAR, PATHS.get(stretch.path, PALE), title)
         if len(stretch.path) * CHARACTER + 6 <= right - left:
             canvas.text((left + right) / 2, top + 12.5, stretch.path, anchor="middle", colour="#ffffff")
+    for gap in line.gaps:
+        if gap.standby_id == name:
+            left, right = axis.x(max(0.0, gap.start_ms)), axis.x(min(gap.end_ms, line.end_ms))
+            title = f"{name}: frames go nowhere for {gap.end_ms - gap.start_ms:.1f} ms, on the way to the {gap.path}"
+            canvas.bar(left, top + BAR, right - left, GAP, DARK, title)
     return top + ROW
 
 

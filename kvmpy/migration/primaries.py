@@ -15,6 +15,8 @@ import msgspec
 
 MOST: Final = 1000
 """Events that are looked at, of each side."""
+LONGEST_GAP: Final = 1e7
+"""Milliseconds. One that is longer is a mistake."""
 NS_PER_MS: Final = 1_000_000
 SOURCE, DESTINATION = "source", "destination"
 ENDED: Final = ("cancelling", "failed", "cancelled")
@@ -67,6 +69,15 @@ class Wait(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
 
 class Stretch(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
     """The pair of ``standby_id`` has its frames on one ``path``, "primary" or "standby"."""
+
+    standby_id: str
+    path: str
+    start_ms: float
+    end_ms: float
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True, rename="kebab"):
+    """Frames for the pair of ``standby_id`` went nowhere: no more the one way, and not yet the other, to ``path``."""
 
     standby_id: str
     path: str
@@ -155,6 +166,25 @@ def paths(here: Sequence[Moment], there: Sequence[Moment] | None, end_ms: float)
         if moment.event == "FAILOVER_PATH_CHANGED" and path in OTHER:
             changes.setdefault(moment.of("device-id"), []).append((moment.ms, path))
     return tuple(stretch for name, found in changes.items() for stretch in _stretches(name, found, end_ms))
+
+
+def gaps(here: Sequence[Moment], there: Sequence[Moment] | None) -> tuple[Gap, ...]:
+    """What changes of the path cost, as either side has measured it."""
+    return tuple(gap for moment in (*here, *(there or ())) if (gap := _gap(moment)) is not None)
+
+
+def _gap(moment: Moment) -> Gap | None:
+    ms = moment.data.get("rx-gap-ms")
+    if not isinstance(ms, int | float) or not 0 < ms < LONGEST_GAP:
+        return None
+    match moment.event:
+        case "FAILOVER_PATH_CHANGED":
+            name, path = moment.of("device-id"), "standby"
+        case "FAILOVER_PRIMARY_RECEIVES":
+            name, path = moment.of("standby-id"), "primary"
+        case _:
+            return None
+    return Gap(standby_id=name, path=path, start_ms=moment.ms - ms, end_ms=moment.ms)
 
 
 def _stretches(name: str, changes: list[tuple[float, str]], end_ms: float) -> Iterator[Stretch]:

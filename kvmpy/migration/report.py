@@ -20,7 +20,7 @@ import msgspec
 
 from kvmpy.migration import primaries
 from kvmpy.migration.pings import Pings
-from kvmpy.migration.primaries import Stretch, Wait
+from kvmpy.migration.primaries import Gap, Stretch, Wait
 
 PAGE_SIZE: Final = 4096
 PHASES_MOST: Final = 1000
@@ -131,6 +131,7 @@ class Timeline(Said, frozen=True, kw_only=True):
     rounds: tuple[Round, ...]
     waits: tuple[Wait, ...] = ()
     paths: tuple[Stretch, ...] = ()
+    gaps: tuple[Gap, ...] = ()
     pings: Pings | None = None
 
     @property
@@ -280,7 +281,8 @@ def _with_pairs(line: Timeline, here: Events, there: Events | None, said: Destin
         theirs = primaries.moments(there, said.first_run_ns, line.runs_ms)
     line = msgspec.structs.replace(line, waits=primaries.waits(ours, theirs, line.runs_ms))
     known = line.end_ms if theirs is not None or line.stopped_ms is None or line.runs_ms is None else line.stopped_ms
-    return msgspec.structs.replace(line, paths=primaries.paths(ours, theirs, known))
+    gaps = primaries.gaps(ours, theirs)
+    return msgspec.structs.replace(line, paths=primaries.paths(ours, theirs, known), gaps=gaps)
 
 
 def _rounded(told: Any) -> Any:

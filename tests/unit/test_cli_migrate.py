@@ -112,6 +112,16 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+@pytest.mark.parametrize(("status", "code"), [("failed", 1), ("cancelled", CANCELLED)])
+def test_one_that_came_to_nothing_says_what_became_of_each_primary(
+    source: Source, capsys: pytest.CaptureFixture[str], status: str, code: int
+) -> None:
+    source.answers = [ACTIVE, {"status": status, "primaries": ["hostdev0 is plugged in again", "hostdev1 is no more"]}]
+    assert main(["migrate", "web1", URI]) == code
+    said = capsys.readouterr().err
+    assert "web1: hostdev0 is plugged in again\nkvmpy: web1: hostdev1 is no more\n" in said
+
+
 def test_a_refusal_is_the_machines_own_words(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     def refuse(_: object) -> None:
         raise Refusal("a migration is under way")
@@ -187,6 +197,22 @@ def test_a_dry_run_with_nothing_in_the_way_is_a_success(source: Source, capsys: 
     told = capsys.readouterr().err
     assert "warning: boot.kernel: not the same" in told
     assert f"web1 can migrate to {URI}" in told
+
+
+def test_after_a_dry_run_the_machines_parameters_are_as_before(source: Source) -> None:
+    before = {"downtime-limit": 300, "multifd-channels": 2, "max-bandwidth": 0}
+    multifd = {"capability": "multifd", "state": True}
+    source.handlers["query-migrate-parameters"] = lambda _: before
+    source.handlers["query-migrate-capabilities"] = lambda _: [multifd, {"capability": "events", "state": True}]
+    source.handlers["x-migrate-check"] = lambda _: {"problems": ["no"], "warnings": []}
+    assert main(["migrate", "web1", URI, "--dry-run", "--downtime-limit", "50", "--channels", "4"]) == BLOCKED
+    said = [arguments for command, arguments in source.asked if command.startswith("migrate-set")]
+    assert said == [
+        {"downtime-limit": 50, "multifd-channels": 4},
+        {"capabilities": [multifd]},
+        {"downtime-limit": 300, "multifd-channels": 2},
+        {"capabilities": [multifd]},
+    ]
 
 
 def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed(

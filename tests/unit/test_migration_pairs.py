@@ -94,6 +94,20 @@ def test_nothing_is_made_up_of_a_destination_that_nobody_asked() -> None:
     assert line.paths[-1].end_ms == STOPPED
 
 
+def test_a_change_that_lasted_no_time_is_none() -> None:
+    flash = [here("FAILOVER_PATH_CHANGED", 5200, device_id=STANDBY, path=path) for path in ("primary", "standby")]
+    early = [there("FAILOVER_PATH_CHANGED", 5000 - RUNS, device_id=STANDBY, path="primary"), *DESTINATION_SAID]
+    for source, other in ((SOURCE_SAID + flash, DESTINATION_SAID), (SOURCE_SAID, early)):
+        stretches = told(source, other).paths
+        assert all(each.start_ms < each.end_ms for each in stretches)
+        assert [each.end_ms for each in stretches[:-1]] == [each.start_ms for each in stretches[1:]]
+
+
+def test_a_primary_came_when_it_was_first_in_use() -> None:
+    again = there("FAILOVER_PRIMARY_PLUGGED", 9000, device_id=PRIMARY, standby_id=STANDBY)
+    assert told(other=[*DESTINATION_SAID, again]).waits == told().waits
+
+
 def test_a_primary_that_the_destination_does_not_tell_of_has_not_come() -> None:
     line = told(other=[])
     assert line.waits[1] == Wait(side=DESTINATION, device_id=PRIMARY, what="comes", start_ms=line.waits[1].start_ms)
@@ -163,8 +177,31 @@ def test_the_picture_and_the_page_tell_of_all_of_it() -> None:
 
 
 def test_no_frames_are_drawn_where_the_guest_stands_still() -> None:
-    bars = picture.draw(told()).count("net1: standby from")
-    assert bars == 2, "one on either side of the blackout"
+    drawn = picture.draw(told())
+    assert drawn.count("net1: standby from") == 2, "one on either side of the blackout"
+    assert drawn.count("net1: primary from") == 2, "before that, and after"
+
+
+def gap(event: dict[str, Any], ms: object) -> dict[str, Any]:
+    return event | {"data": event["data"] | {"rx-gap-ms": ms}}
+
+
+RECEIVES: Final = there("FAILOVER_PRIMARY_RECEIVES", 800, device_id=PRIMARY, standby_id=STANDBY)
+
+
+def test_how_long_frames_went_nowhere_is_shown_where_they_did() -> None:
+    source = [gap(each, 12.5) if each["event"] == "FAILOVER_PATH_CHANGED" else each for each in SOURCE_SAID]
+    line = told(source, [*DESTINATION_SAID, gap(RECEIVES, 500.0)])
+    assert [(each.standby_id, each.path) for each in line.gaps] == [(STANDBY, "standby"), (STANDBY, "primary")]
+    assert (line.gaps[0].start_ms, line.gaps[0].end_ms) == milliseconds(5187.5, 5200)
+    assert (line.gaps[1].start_ms, line.gaps[1].end_ms) == milliseconds(RUNS + 300, RUNS + 800)
+    assert "net1: frames go nowhere for 12.5 ms, on the way to the standby" in picture.draw(line)
+    assert "net1: frames go nowhere, on the way to the primary" in page(line)
+
+
+@pytest.mark.parametrize("ms", [None, "long", -1, 0, 1e300])
+def test_a_gap_that_makes_no_sense_is_none(ms: object) -> None:
+    assert told(SOURCE_SAID, [gap(RECEIVES, ms)]).gaps == ()
 
 
 def test_a_migration_without_a_pair_has_nothing_of_it() -> None:
