@@ -209,7 +209,8 @@ class Contender:
                 **pings,
             }
         )
-        print(self._name, self.turns[-1], parts(told), file=sys.stderr, flush=True)
+        told_there = there.qmp("query-migrate")
+        print(self._name, self.turns[-1], parts(told), parts(told_there), file=sys.stderr, flush=True)
         source.end()
         self._source, self._here = there, 1 - self._here
 
@@ -218,9 +219,10 @@ class Contender:
 
 
 def parts(told: dict[str, Any]) -> dict[str, float]:
-    """What the source did while the guest stood still, in ms, where it tells."""
-    begun = [phase["start-ms"] for phase in told.get("phases", ()) if phase["name"] == "stop"]
-    return {phase["name"]: phase["ms"] for phase in told.get("phases", ()) if begun and phase["start-ms"] >= begun[0]}
+    """What a side did and how many ms that took, from when the guest stood still or was there, if it tells."""
+    phases = [(phase["name"], phase["start-ms"], phase["ms"]) for phase in told.get("phases") or ()]
+    begun = [start for name, start, _ in phases if name in ("stop", "load state")]
+    return {name: ms for name, start, ms in phases if begun and start >= begun[0]}
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def test_r34_without_its_driver_the_primary_leaves_and_comes_back_and_a_reset_ma
         )
         destination.wait("FAILOVER_PRIMARY_PLUGGED", PRIMARY)
         voyage.moved(there)
-    voyage.guest.type("until [ -e /sys/class/net/eth2 ]; do sleep 0.1; done", SLOW)
+    voyage.guest.type("until [ -e /sys/class/net/eth* ]; do sleep 0.1; done", SLOW)  # all names are free again
     assert voyage.guest.type("cat /sys/class/net/*/address").split() == [MAC, "00:00:00:00:00:00"]
     voyage.guest.kvmpy("reset", voyage.name)
     voyage.guest.wait_shell()
