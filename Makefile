@@ -51,6 +51,8 @@ bench: setup ## measure kvmpy beside QEMU and print the ratios
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.pages
 	$(BIN)/python -m bench.hotplug
+	$(BIN)/python -m bench.exits
+	$(BIN)/python -m bench.failover
 
 check: lint types layers ## all static checks
 

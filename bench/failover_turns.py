@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -203,15 +204,23 @@ class Contender:
                 "wait-unplug": active - asked if asked else None,
                 "enslaved": enslaved - resumed if enslaved else None,
                 "in service": linked - resumed if linked else None,
+                "back": linked - stopped if linked else None,
                 "in all": resumed - begun,
                 **pings,
             }
         )
+        print(self._name, self.turns[-1], parts(told), file=sys.stderr, flush=True)
         source.end()
         self._source, self._here = there, 1 - self._here
 
     def end(self) -> None:
         self._source.end()
+
+
+def parts(told: dict[str, Any]) -> dict[str, float]:
+    """What the source did while the guest stood still, in ms, where it tells."""
+    begun = [phase["start-ms"] for phase in told.get("phases", ()) if phase["name"] == "stop"]
+    return {phase["name"]: phase["ms"] for phase in told.get("phases", ()) if begun and phase["start-ms"] >= begun[0]}
 
 
 @contextmanager
@@ -220,7 +229,9 @@ def pinged(program: str, address: str, seen: dict[str, float]) -> Iterator[None]
     words = ["ip", "netns", "exec", STATION, sys.executable, "-I", "-S", program, address]
     pinger = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert pinger.stdout
-    pinger.stdout.readline()
+    if not select.select([pinger.stdout], [], [], PATIENCE)[0]:
+        pinger.kill()
+        raise SystemExit(f"{address}: never answers {STATION}")
     yield
     said, _ = pinger.communicate()
     entries = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -248,12 +259,12 @@ def connected(path: str) -> socket.socket:
 def main(rounds: str, pinger: str, contenders: str) -> None:
     known: dict[str, dict[str, Any]] = json.loads(contenders)
     guests = {name: Contender(name, each, pinger) for name, each in known.items()}
-    for guest in guests.values():
+    for name, guest in guests.items():
         guest.boot()
+        print(name, "is up", file=sys.stderr, flush=True)
     for _ in range(int(rounds)):
-        for name, guest in guests.items():
+        for guest in guests.values():
             guest.turn()
-            print(name, guest.turns[-1], file=sys.stderr, flush=True)
     for guest in guests.values():
         guest.end()
     print(json.dumps({name: guest.turns for name, guest in guests.items()}))

@@ -3,6 +3,7 @@
     KvmpyError
     ├── ConfigError          operator   the message starts with file:line and the TOML path; exit code 2
     ├── HostError            host       exit code 1; says what to do
+    │   ├── HostProblems                several of them, found in one run
     │   ├── IoctlError       also an OSError: names the request, errno kept
     │   └── MissingCapability           names the KVM_CAP and the kernel release that has it
     ├── GuestError           guest      caught by the device; never fatal to the process
@@ -20,6 +21,8 @@ that escapes is a bug of ours and shows a traceback.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 # What to do about an errno that can come from anywhere.
@@ -59,6 +62,45 @@ class ConfigError(KvmpyError):
 
 class HostError(KvmpyError):
     """This host cannot do what was asked: a missing device, right, resource or file. Says what to do."""
+
+
+class HostProblems(HostError):
+    """Several things that this host cannot do: each entry of ``problems`` is one, in a line."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Problems:
+    """Collects what is wrong with things that do not depend on each other, so that all of it is said at once."""
+
+    def __init__(self) -> None:
+        self._config: list[str] = []
+        self._host: list[str] = []
+        self._only: KvmpyError | None = None
+
+    @contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within, a ConfigError or HostError is for later."""
+        try:
+            yield
+        except ConfigError as e:
+            self._config += e.problems
+            self._only = e
+        except HostError as e:
+            self._host += e.problems if isinstance(e, HostProblems) else [str(e)]
+            self._only = e
+
+    def raise_all(self) -> None:
+        """Raise what was noted, as ConfigError if the operator has a part in it."""
+        found, only = list(dict.fromkeys(self._config + self._host)), self._only
+        self._only = None  # its traceback holds the frames of all who have us
+        if only is None:
+            return
+        if len(found) == 1:
+            raise only
+        raise ConfigError(*found) if self._config else HostProblems(*found)
 
 
 class IoctlError(HostError, OSError):

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import ADVICE, ConfigError, KvmpyError, VcpuError, errno_name
+from kvmpy.errors import ADVICE, ConfigError, HostProblems, KvmpyError, VcpuError, errno_name
 
 HOST_ERROR: Final = 1
 CONFIG_ERROR: Final = 2
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 def say(e: KvmpyError | OSError) -> int:
     """Tell the operator what went wrong, each mistake on a line; returns the exit code."""
-    for problem in e.problems if isinstance(e, ConfigError) else (_sentence(e),):
+    for problem in e.problems if isinstance(e, ConfigError | HostProblems) else (_sentence(e),):
         tell(f"kvmpy: {printable(problem)}")
     if isinstance(e, VcpuError) and e.registers:
         tell(e.registers)

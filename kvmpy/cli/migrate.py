@@ -10,7 +10,7 @@ import argparse
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from enum import Enum
 from typing import Any, Final
@@ -69,8 +69,7 @@ def migrate(args: argparse.Namespace) -> int:
     if option := "--remote-config" if args.remote_config else "--set" if args.set else "":
         raise ConfigError(f"{option}: only with ssh://; elsewhere the destination's kvmpy run says what it has")
     uri = absolute(args.uri)
-    with Client(find(args.name), CHECK_PATIENCE) as client:
-        set_parameters(client, args)
+    with Client(find(args.name), CHECK_PATIENCE) as client, parameters(client, args):
         return check(client, args.name, uri) if args.dry_run else move(client, args, uri)
 
 
@@ -94,6 +93,32 @@ def absolute(uri: str) -> str:
 
 def set_parameters(client: Client, args: argparse.Namespace) -> None:
     """Tell the machine what the options say; what they do not say stays as it is there."""
+    if said := _wanted(args):
+        client("migrate-set-parameters", **said)
+    if args.channels is not None:
+        client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
+
+
+@contextmanager
+def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
+    """Within, the machine has what the options say; after a dry run as before, which changes nothing."""
+    if not (args.dry_run and _wanted(args)):
+        set_parameters(client, args)
+        yield
+        return
+    before = client("query-migrate-parameters")
+    capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
+    set_parameters(client, args)
+    try:
+        yield
+    finally:
+        client("migrate-set-parameters", **{name: before[name] for name in _wanted(args)})
+        if args.channels is not None:
+            client("migrate-set-capabilities", capabilities=capabilities)
+
+
+def _wanted(args: argparse.Namespace) -> dict[str, Any]:
+    """The migration parameters that the options say."""
     wanted = {
         "max-bandwidth": args.max_bandwidth,
         "downtime-limit": args.downtime_limit,
@@ -109,21 +134,22 @@ def set_parameters(client: Client, args: argparse.Namespace) -> None:
         "x-primaries": args.primaries,
         "x-release-primaries": args.release_primaries or None,
     }
-    if said := {name: value for name, value in wanted.items() if value is not None}:
-        client("migrate-set-parameters", **said)
-    if args.channels is not None:
-        client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
+    return {name: value for name, value in wanted.items() if value is not None}
 
 
 def check(client: Client, name: str, uri: str, shown: str | None = None) -> int:
     """Ask both sides, and print everything that stands in the way of going to ``uri``, which is called ``shown``."""
     answer = client("x-migrate-check", uri=uri)
-    blockers: list[object] = answer["problems"]
+    return tell_blockers(name, shown or uri, answer["problems"], answer["warnings"])
+
+
+def tell_blockers(name: str, uri: str, blockers: Sequence[object], warnings: Sequence[object] = ()) -> int:
+    """Print all that stands in the way, if anything does; returns the exit code."""
     for blocker in blockers:
         print(printable(str(blocker)))
-    for warning in answer["warnings"]:
+    for warning in warnings:
         tell(f"kvmpy: warning: {printable(str(warning))}")
-    tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(shown or uri)}")
+    tell(f"kvmpy: {name} {'cannot' if blockers else 'can'} migrate to {printable(uri)}")
     return BLOCKED if blockers else 0
 
 

@@ -15,10 +15,10 @@ from typing import Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import HOST_ERROR, printable, tell
-from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, set_parameters
+from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, parameters, tell_blockers
 from kvmpy.cli.receive import ENDED, INCOMING
 from kvmpy.cli.remote import Remote
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, HostProblems
 
 OUTCOME_SECONDS: Final = 60.0  # for a destination that was told to run the guest, to do it or to end
 PRIMARY_SECONDS: Final = 60.0  # for a guest to find its primaries; it runs meanwhile
@@ -31,7 +31,12 @@ def migrate(args: argparse.Namespace) -> int:
         name = client("query-name")["name"]
         config = None if args.remote_config else client("query-config")["config"]
         with Remote(args.uri, ssh=args.ssh, kvmpy=args.remote_kvmpy) as remote:
-            started = remote.start(name=name, config=config, file=args.remote_config, overrides=args.set)
+            try:
+                started = remote.start(name=name, config=config, file=args.remote_config, overrides=args.set)
+            except HostProblems as e:
+                if not args.dry_run:
+                    raise
+                return tell_blockers(args.name, args.uri, [*client("x-migrate-check")["problems"], *e.problems])
             tell(f"{args.uri}: {printable(started['said'])}")
             return _go(client, args, remote)
 
@@ -39,12 +44,12 @@ def migrate(args: argparse.Namespace) -> int:
 def _go(client: Client, args: argparse.Namespace, remote: Remote) -> int:
     uri, code = f"unix:{remote.stream}", HOST_ERROR
     try:
-        set_parameters(client, args)
-        if args.dry_run:
-            return check(client, args.name, uri, args.uri)
-        primaries = partial(remote.primaries, PRIMARY_SECONDS)
-        code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote), primaries=primaries)
-        return code
+        with parameters(client, args):
+            if args.dry_run:
+                return check(client, args.name, uri, args.uri)
+            primaries = partial(remote.primaries, PRIMARY_SECONDS)
+            code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote), primaries=primaries)
+            return code
     finally:
         if code != UNKNOWN:  # else it may be about to run the guest
             _leave(remote, arrived=code == 0)

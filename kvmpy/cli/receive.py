@@ -1,6 +1,7 @@
 """`kvmpy receive`: what `kvmpy migrate NAME ssh://HOST` runs on HOST. It starts the destination and looks after it.
 
-JSON, an object a line: on standard input what is wanted, on standard output what came of it, with "error" if nothing.
+JSON, an object a line: on standard input what is wanted, on standard output what came of it, with "error" if nothing,
+and with "problems" beside it where a machine cannot be made here.
 
     {"start": Wanted}      makes a directory, starts the machine, which waits there for its guest -> {"pid", "log"}
     {"outcome": seconds}   waits until the machine has ended, or has its guest -> {"status"}: "ended", or the machine's
@@ -33,7 +34,7 @@ import msgspec
 
 from kvmpy.cli.client import Client
 from kvmpy.config.writer import toml
-from kvmpy.errors import ConfigError, HostError, errno_name
+from kvmpy.errors import ConfigError, HostError, HostProblems, errno_name
 from kvmpy.host import rundir
 
 STREAM: Final = "stream.sock"
@@ -83,11 +84,19 @@ def _answer(machine: Incoming, line: bytes) -> dict[str, Any]:
                 return machine.primaries(seconds)
             case {"end": True}:
                 return {"status": machine.end()}
+    except HostProblems as e:
+        return {"error": str(e), "problems": e.problems}
     except (HostError, ConfigError) as e:
         return {"error": str(e)}
     except (ValueError, OSError) as e:
         return {"error": f"kvmpy receive: {e}"}
     return {"error": "kvmpy receive: this version does not know what was asked"}
+
+
+def _problems(said: str) -> list[str]:
+    """Of what `kvmpy run` said before it ended, what it ended for."""
+    lines = [line for line in said.splitlines() if line]
+    return [line for line in lines if not line.startswith("kvmpy: warning: ")] or lines
 
 
 class Incoming:
@@ -112,7 +121,7 @@ class Incoming:
             started = subprocess.run(self._command(wanted), stdin=subprocess.DEVNULL, capture_output=True, check=False)
             said = started.stderr.decode(errors="replace").strip()
             if started.returncode:
-                raise HostError(said or f"kvmpy run ended with {started.returncode}")
+                raise HostProblems(*(_problems(said) or [f"kvmpy run ended with {started.returncode}"]))
             self._find(wanted.name)
         except BaseException:
             self._clean_up()

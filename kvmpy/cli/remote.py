@@ -21,7 +21,7 @@ from contextlib import ExitStack, suppress
 from typing import Any, Final, NamedTuple, Self
 
 from kvmpy.cli.receive import STREAM
-from kvmpy.errors import ConfigError, HostError, errno_name
+from kvmpy.errors import ConfigError, HostError, HostProblems, errno_name
 
 WORD: Final = r"[A-Za-z0-9_][A-Za-z0-9._-]*"
 URI: Final = re.compile(rf"ssh://(?:({WORD})@)?({WORD}|\[[0-9A-Fa-f:.%\w]+\])(?::([0-9]{{1,5}}))?/?")
@@ -98,7 +98,7 @@ class Remote:
         return str(self.ask({"end": True}, ANSWER_SECONDS)["status"])
 
     def ask(self, question: dict[str, Any], seconds: float) -> dict[str, Any]:
-        """Raises HostError where nobody answers, or with what is answered."""
+        """Raises HostError where nobody answers, or with what is; HostProblems where no machine can be made there."""
         assert self._process.stdin
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -107,7 +107,8 @@ class Remote:
             raise self._gone() from e
         answer: Any = json.loads(self._line(seconds))
         if "error" in answer:
-            raise HostError("\n".join(f"{self.uri}: {line}" for line in str(answer["error"]).splitlines()))
+            lines = [f"{self.uri}: {line}" for line in str(answer["error"]).splitlines()]
+            raise HostProblems(*lines) if "problems" in answer else HostError("\n".join(lines))
         assert isinstance(answer, dict)
         return answer
 

@@ -41,6 +41,7 @@ STDOUT: Final = 1
 NO_GUEST: Final = (RunState.INMIGRATE, RunState.POSTMIGRATE)
 """It is to come, or has gone: nobody can be asked to power off."""
 DEFER: Final = "defer"
+FILE_POLL: Final = 0.1
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
 SWITCH_INTERVAL: Final = 1e-4
@@ -98,7 +99,8 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
                 if migrations is not None and args.incoming not in (None, DEFER):
                     migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
-            ready()
+            if _has_come(machine, migrations, args.incoming or ""):
+                ready()
             outcome = machine.wait()
             _finish_callback(machine)
         with signals.ending():
@@ -110,6 +112,16 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
     elif outcome is Outcome.GUEST_PANIC:
         log.error("the guest's kernel panicked; its console says why")
     return Outcome.HOST_ERROR.value if outcome is None else outcome.value
+
+
+def _has_come(machine: Machine, migrations: Migrations | None, uri: str) -> bool:
+    """Whether all is well so far: a file is read first, for nobody is waited for with it; False where it is no good."""
+    if migrations is None or not uri.startswith("file:"):
+        return True
+    while machine.outcome is None:
+        if migrations.wait(FILE_POLL).value in ("completed", "failed"):
+            break
+    return machine.error is None and migrations.progress.error is None
 
 
 class _Signals:

@@ -22,7 +22,8 @@ from typing import Any, Final, Protocol, TypeVar
 from kvmpy.devices.failover import IN_SLOT, PairState
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.host.eventfd import EventFd
-from kvmpy.machine.pairs import Pairing, Pairs
+from kvmpy.machine.pairing import Pairing
+from kvmpy.machine.pairs import Pairs
 
 T = TypeVar("T")
 

@@ -26,7 +26,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
 
 from kvmpy.config.schema import Config
-from kvmpy.errors import CommandError, HostError, KvmpyError, VcpuError
+from kvmpy.errors import CommandError, HostError, KvmpyError, Problems, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.terminal import reopen
@@ -40,7 +40,7 @@ from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
 from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
-from kvmpy.machine.check import check, located
+from kvmpy.machine.check import check, check_devices, located
 from kvmpy.machine.failure import explain
 from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
@@ -49,7 +49,7 @@ from kvmpy.machine.vcpu import Gate, VcpuThread
 if TYPE_CHECKING:
     from kvmpy.machine.departure import Departure
     from kvmpy.machine.hotplug import HotPlug
-    from kvmpy.machine.pairs import PairFacts
+    from kvmpy.machine.pairing import PairFacts
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,12 @@ class Machine:
         self._boots = self._asked = 0
         self._gate = Gate()
         self._threads: tuple[VcpuThread, ...] = ()
-        self.boot = check(config)
+        problems = Problems()
+        with problems.noted():
+            self.boot = check(config)
+        if not incoming:
+            problems.raise_all()
+        check_devices(config)  # or it could not even be tried
         with ExitStack() as resources:
             self._io = Reactor("io")
             resources.callback(self._io.close)
@@ -117,17 +122,19 @@ class Machine:
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()
-            self.board: Board = build(
-                config,
-                self,
-                self.console,
-                self._io,
-                self.control,
-                self.report,
-                resources,
-                named=named,
-                incoming=incoming,
-            )
+            with problems.noted():
+                self.board: Board = build(
+                    config,
+                    self,
+                    self.console,
+                    self._io,
+                    self.control,
+                    self.report,
+                    resources,
+                    named=named,
+                    incoming=incoming,
+                )
+            problems.raise_all()
             self._hotplug = self._make_hotplug()
             self.board.set_up_pci()
             self._power_on = self._read_power_on()

@@ -31,7 +31,7 @@ from kvmpy.devices.pci.host_bridge import HostBridge
 from kvmpy.devices.pci.root import PciRoot
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.devices.pci.slot import MakeTimer
-from kvmpy.errors import HostError, KvmpyError
+from kvmpy.errors import HostError, KvmpyError, Problems
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.rundir import RuntimeDirectory
@@ -119,7 +119,7 @@ class Plugger:
     def plug_all(self, *, locked: bool = True) -> None:
         """Disks are ``locked`` unless they are another machine's still.
 
-        Raises HostError, with its place in the configuration, where this host cannot.
+        Raises HostError, with its place in the configuration, where this host cannot: of all devices, what each lacks.
         """
         self._on_root_bus(HostBridge("host-bridge"))
         taken = {port.slot for port in self._config.root_port}
@@ -130,13 +130,18 @@ class Plugger:
             self.ports[port.id] = RootPort(port.id, number, sink, timer, now, power_controller=port.power_controller)
             self._on_root_bus(self.ports[port.id])
         self._resources.callback(self._close)
+        problems = Problems()
         for table in self._config.device:
-            plugged = self.make(table, self._config, locked=locked)
-            self._inventory.add(plugged)
-            if table.bus is None:
-                self._pci.add(plugged.function, next(self._free))
-            elif plugged.standby is None:  # else it is hidden: kvmpy.machine.pairs plugs it in
-                self.ports[table.bus].plug(plugged.function)
+            with problems.noted():
+                self._plug(self.make(table, self._config, locked=locked))
+        problems.raise_all()
+
+    def _plug(self, plugged: Plugged) -> None:
+        self._inventory.add(plugged)
+        if plugged.table.bus is None:
+            self._pci.add(plugged.function, next(self._free))
+        elif plugged.standby is None:  # else it is hidden: kvmpy.machine.pairs plugs it in
+            self.ports[plugged.table.bus].plug(plugged.function)
 
     def make(self, table: DeviceTable, config: Config, *, locked: bool = True) -> Plugged:
         """The device of ``table``, plugged in nowhere; ``config`` has its netdev or drive. Any thread, one at a time.

@@ -81,7 +81,7 @@ class StandbyNetwork:
     @property
     def problem(self) -> str | None:
         """What could not be told last."""
-        return "; ".join([*self._problems, self._hook_problem]).strip("; ") or None
+        return "; ".join(filter(None, (*self._problems, self._hook_problem))) or None
 
     def frames(self) -> tuple[int, int] | None:
         """How many its guest has received and sent over it, None where that cannot be found out."""
@@ -99,6 +99,8 @@ class StandbyNetwork:
         self._steers.add(partial(self._steer, path, told))
         if self._program is not None:
             self._runs.add(partial(self._run, path, facts))
+            if self._runs.left_out:
+                self._warn("failover_hook: it takes longer than the guest's changes of path, and is not told of each")
 
     def close(self) -> None:
         """The guest is not here any more. Waits until everybody has been told."""
@@ -120,6 +122,10 @@ class StandbyNetwork:
             self._hook_problem = ""
         except HostError as e:
             self._hook_problem = str(e)
-            if self._hook_problem not in self._said and len(self._said) < MOST_WARNINGS:
-                self._said.add(self._hook_problem)
-                log.warning("%s: %s", self._name, e)
+            self._warn(self._hook_problem)
+
+    def _warn(self, problem: str) -> None:
+        """Once each, and not for ever: a guest can bring it about again and again."""
+        if problem not in self._said and len(self._said) < MOST_WARNINGS:
+            self._said.add(problem)
+            log.warning("%s: %s", self._name, problem)

@@ -35,14 +35,15 @@ class Channel:
     """A descriptor that does not block, and bytes both ways or one way.
 
     ``raw_fd`` is for whoever moves bytes without us, such as the page pump: it must cope with EAGAIN, and poll
-    ``stop.fd`` beside. It is None where the bytes on the descriptor are not those of the stream (TLS).
+    ``stop.fd`` beside. It is None where the bytes on the descriptor are not those of the stream (TLS). ``is_kept``:
+    nobody reads yet what is sent, nor waits for it.
     """
 
     def __init__(self, name: str, stop: Stop, *, can_answer: bool) -> None:
         self.name = name
         self.stop = stop
         self.can_answer = can_answer
-        self.hears_first = False
+        self.hears_first = self.is_kept = False
         self.timeout = TIMEOUT
         self.sent = 0
         self.received = 0

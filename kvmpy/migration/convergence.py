@@ -16,6 +16,7 @@ A guest that writes more than half of what is sent, twice in a row, does not con
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Final, Self
 
@@ -26,19 +27,26 @@ from kvmpy.migration.messages import Section, encode
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.sections import save_devices
+from kvmpy.trace import Tracepoint
+
+trace_forecast = Tracepoint("migration.forecast", "pages_ms saving_ms trip_ms loading_ms")
 
 MIB: Final = 1 << 20
 ALLOWANCE: Final = 0.020
 """Seconds for what cannot be measured beforehand."""
 LOADING: Final = 3
 """To load a state takes so many times as long as to save it, where nobody has measured it."""
-TRIPS: Final = 1.5
-"""Times that a small round takes: pages and state go there and READY comes back, then GO goes there."""
-STARTING: Final = 0.5
+SENDING: Final = 1
+"""To stop devices, and to send what was saved, takes so many times as long as to save it."""
+TRIPS: Final = 3
+"""Times that a small round takes: for the last pages, for the state behind them, for READY and GO."""
+STARTING: Final = 1
 """To take over what a machine has of the host, and to let it run, takes so much of what its loading takes."""
 LEAST_ROUNDS: Final = 2
+TRIES: Final = 3
+"""Rounds of few pages before it is believed that the limit cannot be kept: a host may have been busy otherwise."""
 REHEARSALS: Final = 2
-"""What is done for the first time takes longer; the last one counts."""
+"""What is done for the first time takes longer; the shortest counts, for a host may be busy otherwise."""
 BANDWIDTH: Final = 100 * MIB
 """Bytes a second, where no round has been large enough to tell."""
 ENOUGH: Final = MIB
@@ -49,7 +57,8 @@ LEAST_SHARE: Final = 4
 
 class Convergence:
     """Decides after each round. ``on_stall`` is told, in words, of a guest that writes too fast, or of a limit that
-    cannot be kept. ``loading`` is the seconds that the destination takes for a state, if it has measured that.
+    cannot be kept. ``loading`` is the seconds that the destination takes for a state, if it has measured that;
+    ``on_the_way`` those after which it can have begun with it.
     """
 
     def __init__(
@@ -59,8 +68,9 @@ class Convergence:
         self._throttle = Throttle(machine.threads)
         self._bandwidth = float(BANDWIDTH)
         self._saving: float | None = None
-        self._trip = 0.0
-        self._strikes = 0
+        self._trips: deque[float] = deque(maxlen=TRIES)
+        self.on_the_way = 0.0
+        self._strikes = self._doubts = 0
 
     def __enter__(self) -> Self:
         return self
@@ -78,11 +88,15 @@ class Convergence:
         if last.size >= ENOUGH and last.seconds:
             self._bandwidth = last.size / last.seconds
         else:
-            self._trip = max(0.0, last.seconds - last.size / self._bandwidth)
+            self._trips.append(max(0.0, last.seconds - last.size / self._bandwidth))
         limit, pages, fixed = parameters.downtime_limit / 1000, left / self._bandwidth, self._fixed()
+        self.on_the_way = pages + TRIPS * self._trip
+        if trace_forecast:
+            trace_forecast(*(int(each * 1000) for each in (pages, self._saving or 0, self._trip, self._loading or 0)))
         self._progress.remaining, self._progress.expected_downtime = left, (pages + fixed) * 1000
         if pages <= max(limit - fixed, limit / LEAST_SHARE):
-            if len(self._progress.rounds) < LEAST_ROUNDS:
+            self._doubts += fixed > limit
+            if (fixed > limit and self._doubts < TRIES) or len(self._progress.rounds) < LEAST_ROUNDS:
                 return False
             self._judge(limit, fixed, parameters)
             return True
@@ -124,11 +138,14 @@ class Convergence:
     def _fixed(self) -> float:
         """Seconds of the switchover that do not depend on how many pages are left."""
         if self._saving is None:
-            for _ in range(REHEARSALS):
-                self._saving = self._rehearse()
-        assert self._saving is not None
+            self._saving = min(self._rehearse() for _ in range(REHEARSALS))
         loading = LOADING * self._saving if self._loading is None else self._loading
-        return self._saving + TRIPS * self._trip + (1 + STARTING) * loading + ALLOWANCE
+        return (1 + SENDING) * self._saving + TRIPS * self._trip + (1 + STARTING) * loading + ALLOWANCE
+
+    @property
+    def _trip(self) -> float:
+        """What a round of next to no pages takes: of the last ones the shortest."""
+        return min(self._trips, default=0.0)
 
     def _rehearse(self) -> float:
         """Seconds to stop the machine and to save it, with one vCPU for all."""

@@ -13,18 +13,21 @@ from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.messages import Keepalive
 
 TIMES: Final = 8  # in each time that the other side waits: one that is late does no harm
-SHARE: Final = 4
-LEAST: Final = 1.0
+STILL: Final = 0.8
+"""Seconds without a word that are too many while the guest stands still: it is to go on within one."""
 
 
-def silence(timeout: float) -> float:
-    """Seconds without a word that are too many at the switchover, while the guest stands still: less than at others."""
-    return min(timeout, max(LEAST, timeout / SHARE))
+def silence(timeout: float, on_the_way: float = 0.0) -> float:
+    """Seconds without a word that are too many at the switchover, less than at other times.
+
+    Nobody can answer what is still on its way, for ``on_the_way`` seconds.
+    """
+    return min(timeout, STILL + on_the_way)
 
 
 @contextmanager
 def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
-    """Within, say so often enough for one who waits ``timeout`` seconds, or LEAST. Raises HostError.
+    """Within, say so often enough for one who waits ``timeout`` seconds, or STILL. Raises HostError.
 
     The other side's patience is its own operator's choice, and may be less than ours.
     """
@@ -32,7 +35,7 @@ def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
 
     def tell() -> None:
         try:
-            while not over.wait(min(timeout, LEAST) / TIMES):
+            while not over.wait(min(timeout, STILL) / TIMES):
                 main.say(Keepalive())
         except MigrationError:  # whoever uses the channel hears of it too
             return

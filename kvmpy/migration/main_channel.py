@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Final, TypeVar
@@ -27,6 +28,9 @@ from kvmpy.migration.messages import (
 )
 from kvmpy.migration.stop import Deadline
 from kvmpy.migration.wire import FRAME_SIZE, FrameHeader
+from kvmpy.trace import Tracepoint
+
+trace_heard = Tracepoint("migration.heard", "channel kind waited_ms")
 
 M = TypeVar("M", bound=Message)
 # Where there is nothing left to send or to wait for but the reason why.
@@ -80,7 +84,10 @@ class MainChannel:
         seconds = self.channel.timeout if timeout is None else timeout
         whole = None if limit is None else Deadline(limit)
         while True:
+            began = time.monotonic()
             message = self.next_message(*kinds, timeout=seconds if whole is None else min(seconds, whole.left))
+            if trace_heard:
+                trace_heard(self.channel.name, message.KIND.name, int((time.monotonic() - began) * 1000))
             if isinstance(message, kinds):
                 return message
             if isinstance(message, BAD_NEWS):

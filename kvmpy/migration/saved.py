@@ -51,6 +51,7 @@ class SavedFile(FileChannel):
             said = refusal(e.errno, "cannot be opened", (READING if reading else ADVICE).get(e.errno or 0, ""))
             raise MigrationError(f"{name}: {said}") from e
         super().__init__(name, stop, fd)
+        self.is_kept = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def finish(self) -> None:
         """Raises StreamError where it is not on the disk for sure, or, when it was read, where it goes on."""

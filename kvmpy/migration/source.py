@@ -236,7 +236,7 @@ class Outgoing:
         if self._departure is None or not self._departure.begin():
             return
         self.progress.become(Status.WAIT_UNPLUG)
-        with self.progress.phase("wait-unplug"):
+        with self.progress.phase("wait-unplug"), self._awaited(main):
             if not (staying := self._staying(main, Deadline(self.parameters.x_unplug_timeout / 1000))):
                 return
             said = (
@@ -250,6 +250,14 @@ class Outgoing:
             self._departure.tear_out()
             if staying := self._staying(main, Deadline(TORN)):
                 raise MigrationError(f"{' and '.join(staying)}: cannot be torn out")
+
+    @contextmanager
+    def _awaited(self, main: MainChannel) -> Iterator[None]:
+        """Within, nothing is sent; who waits for it is told that we are at work."""
+        with ExitStack() as stack:
+            if not self._page_channels and not main.channel.is_kept:  # else that is done already, or nobody waits
+                stack.enter_context(keepalive(main, self.parameters.x_timeout))
+            yield
 
     def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
         """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
@@ -308,14 +316,17 @@ class Outgoing:
     def _precopy(self, main: MainChannel) -> None:
         """Send pages until the rest, and the state, fit into the downtime limit; then stop the machine."""
         self.progress.become(Status.ACTIVE)
-        start = time.monotonic_ns()
+        start, is_durable = time.monotonic_ns(), False
         while True:
             self._log.collect(self._dirty)
             if self.progress.passes and self._fits():
-                self.progress.become(Status.DEVICE)
-                if self._stop_machine(start):
-                    return
-                self.progress.become(Status.ACTIVE)
+                if is_durable:
+                    self.progress.become(Status.DEVICE)
+                    if self._stop_machine(start):
+                        return
+                    self.progress.become(Status.ACTIVE)
+                self._make_durable()  # of what disks have in their caches little is left to do then
+                is_durable = True
             elif self.progress.passes:
                 self._breathe()
             self._send_round(main, awaited=True)
@@ -373,7 +384,7 @@ class Outgoing:
         """All that is left, and then the guest itself. Raises MigrationError."""
         progress = self.progress
         for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
-            channel.timeout = silence(channel.timeout)
+            channel.timeout = silence(channel.timeout, self._convergence.on_the_way)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
             state = MachineState(running=running, stopped_ns=progress.stopped_ns, primaries=self._primaries())

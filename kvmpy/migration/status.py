@@ -13,7 +13,6 @@ class Status(Enum):
     SETUP = "setup"
     WAIT_UNPLUG = "wait-unplug"
     ACTIVE = "active"
-    PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
     COMPLETED = "completed"
     CANCELLING = "cancelling"
@@ -27,8 +26,7 @@ LEGAL: Final[dict[Status, frozenset[Status]]] = {
     Status.SETUP: frozenset({Status.WAIT_UNPLUG, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     Status.WAIT_UNPLUG: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     # The guest was reset in the last moment, and pages are sent again.
-    Status.ACTIVE: frozenset({Status.PRE_SWITCHOVER, Status.DEVICE, Status.CANCELLING, Status.FAILED}),
-    Status.PRE_SWITCHOVER: frozenset({Status.DEVICE, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
+    Status.ACTIVE: frozenset({Status.DEVICE, Status.CANCELLING, Status.FAILED}),
     Status.DEVICE: frozenset({Status.COMPLETED, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     Status.CANCELLING: frozenset({Status.CANCELLED, Status.FAILED}),
     Status.COMPLETED: frozenset(),

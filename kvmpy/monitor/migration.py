@@ -46,7 +46,7 @@ class MigrateIncoming(Arguments, frozen=True, kw_only=True):
 class MigrateCheck(Arguments, frozen=True, kw_only=True):
     """Where to."""
 
-    uri: Uri  # as in migrate
+    uri: Uri | None = None  # as in migrate; without it this side alone is asked
 
 
 class MigrationCheck(Reply, frozen=True, kw_only=True):
@@ -252,6 +252,8 @@ def migrate_check(caller: Caller, arguments: MigrateCheck) -> MigrationCheck:
 
     The destination goes on waiting. A file or a command cannot be asked.
     """
+    if arguments.uri is None:
+        return MigrationCheck(problems=caller.machine.handoff.blockers(), warnings=[])
     findings = caller.migrations().check(arguments.uri, _taken(caller, arguments.uri))
     return MigrationCheck(problems=findings.problems, warnings=findings.warnings)
 

@@ -44,16 +44,17 @@ class Nic:
 
 @dataclass(frozen=True)
 class Hardware:
-    """The NICs of a host. The one with UPLINK_MAC becomes a port of BRIDGE, with ``vfs`` virtual functions made first.
+    """The NICs of a host. The one with UPLINK_MAC becomes a port of BRIDGE.
 
-    ``passed`` is the PCI id of those that are there to be passed through, empty where there are none. ``number`` is
-    the host's in a pair, and ``joint`` a connected socket: the wire goes on there. Its addresses are those of host 1;
-    the other's differ as `mac` and `address` say.
+    The one with the address ``pf`` has ``vfs`` virtual functions. ``passed`` is the PCI id of those that are there to
+    be passed through, empty where there are none. ``number`` is the host's in a pair, and ``joint`` a connected socket:
+    the wire goes on there. Its addresses are those of host 1; the other's differ as `mac` and `address` say.
     """
 
     nics: tuple[Nic, ...]
     passed: str = ""
     vfs: int = 0
+    pf: str = UPLINK_MAC
     number: int = 1
     joint: int | None = None
 
@@ -96,6 +97,7 @@ class Hardware:
             "modules": " ".join((*MODULES, *(PASSED_MODULES if self.passed else ()))),
             "uplink": self.mac(UPLINK_MAC),
             "vfs": str(self.vfs),
+            "pf": self.mac(self.pf),
             "bridge": BRIDGE,
             "bridge_address": self.address(BRIDGE_ADDRESS),
             "station": STATION,

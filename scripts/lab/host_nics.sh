@@ -27,16 +27,19 @@ all_functions() { # PF: the addresses of its virtual functions, once all are the
 for module in $modules; do modprobe "$module"; done
 
 uplink=$(until_there interface "$uplink")
-ip link add "$bridge" type bridge
+[ "$vfs" = 0 ] || pf=$(until_there interface "$pf")
+# Of its uplink's address, and of that only: else it would have another's as soon as a guest's tap is a port too.
+ip link add "$bridge" address "$(cat "/sys/class/net/$uplink/address")" type bridge
 ip addr add "$bridge_address/24" dev "$bridge"
 ip link set "$bridge" up
 ip link set "$uplink" master "$bridge" up
 if [ "$vfs" != 0 ]; then
-    pf=/sys/class/net/$uplink/device
+    ip link set "$pf" up
+    carrier=/sys/class/net/$pf/carrier pf=/sys/class/net/$pf/device
     # A virtual function's driver asks the PF's for its address, and gets no answer before that has a link.
     echo 0 >"$pf/sriov_drivers_autoprobe"
     echo "$vfs" >"$pf/sriov_numvfs"
-    until_there grep 1 "/sys/class/net/$uplink/carrier" >/dev/null
+    until_there grep 1 "$carrier" >/dev/null
     echo 1 >"$pf/sriov_drivers_autoprobe"
     for function in $(until_there all_functions "$pf"); do echo "$function" >/sys/bus/pci/drivers_probe; done
 fi

@@ -14,8 +14,17 @@ def functions(host: EmulatedHost) -> list[str]:
 
 
 def uplink(host: EmulatedHost) -> str:
-    """The interface that is the bridge's way out; the PF's, where there are virtual functions."""
-    mac = _hardware(host).mac(UPLINK_MAC)
+    """The interface that is the bridge's way out."""
+    return _interface(host, UPLINK_MAC)
+
+
+def pf(host: EmulatedHost) -> str:
+    """The interface whose NIC has virtual functions."""
+    return _interface(host, _hardware(host).pf)
+
+
+def _interface(host: EmulatedHost, mac: str) -> str:
+    mac = _hardware(host).mac(mac)
     shown = host.run(["sh", "-c", f"grep -l {mac} /sys/class/net/e*/address"], check=True).stdout
     return shown.split("/")[4]
 

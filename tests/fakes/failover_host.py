@@ -118,7 +118,9 @@ class FailoverHost:
         return {address for address, claim in self.claims.items() if claim.taken}
 
     def close(self) -> None:
+        """After its machines."""
         self.kernel.close()
+        assert self.taken == set()
 
 
 class NicGuest(HotplugGuest):

@@ -78,11 +78,17 @@ class Place:
     def __init__(self, stop: Stop, host: FailoverHost, socket: str, stack: ExitStack) -> None:
         self.stop, self.host = stop, host
         self.machine, self.migrations, self.uri = stop.machine, stop.migrations, stop.uri
-        monitor = MonitorServer(self.machine, socket, self.migrations)
-        stack.callback(monitor.close)
+        self._monitor = MonitorServer(self.machine, socket, self.migrations)
         self._client = Client(socket)
-        stack.callback(self._client.close)
+        stack.callback(self.close)
         self.guests: list[NicGuest] = []
+
+    def close(self) -> None:
+        """End it, and its host. Twice is allowed."""
+        self._client.close()
+        self._monitor.close()
+        self.machine.close()
+        self.host.close()
 
     # The guest
 
@@ -136,6 +142,7 @@ class Place:
 
     def pair(self, n: int = 0) -> dict[str, Any]:
         """query-failover's answer for it."""
+        self._let_posted_be_done()  # a client's question may come before what the guest did a moment ago
         return next(pair for pair in self.ask("query-failover") if pair["standby-id"] == f"standby{n}")
 
     def visible(self) -> set[str]:
@@ -148,9 +155,12 @@ class Place:
 
     def told(self, *events: str) -> list[tuple[str, str]]:
         """Event and device, or status, of these ``events``; of all, if none is named."""
-        with suppress(CommandError):  # it is closed, and tells no more
-            self.machine.in_control(lambda: None)  # after all that was posted to be told
+        self._let_posted_be_done()
         return [(name, _subject(data)) for name, data in tuple(self.stop.events) if not events or name in events]
+
+    def _let_posted_be_done(self) -> None:
+        with suppress(CommandError):  # it is closed, and does no more
+            self.machine.in_control(lambda: None)
 
     def statuses(self) -> list[str]:
         """All that there were."""
@@ -210,7 +220,6 @@ class FailoverJourney:
     def _at(self, make: Callable[..., Stop], parameters: dict[str, Any]) -> Place:
         name = f"host{len(self.places)}"
         host = FailoverHost(self._directory / name, self._monkeypatch)
-        self._stack.callback(host.close)
         place = Place(make(**parameters), host, self._journey.socket(f"{name}.qmp"), self._stack)
         self.places.append(place)
         return place

@@ -27,7 +27,7 @@ from kvmpy.machine.changes import Change, Changes, at_once
 from kvmpy.machine.departure import Departure
 from kvmpy.machine.hotplug import HotPlug
 from kvmpy.machine.inventory import Inventory, Plugged
-from kvmpy.machine.pairs import PairFacts
+from kvmpy.machine.pairing import PairFacts
 from kvmpy.machine.standby import StandbyNetwork
 from kvmpy.machine.steering import Steering
 from kvmpy.monitor.pci import PciDeviceInfo, query_pci

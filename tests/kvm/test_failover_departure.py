@@ -5,6 +5,8 @@ Two whole machines, and the guest's side of its slots by hand; see tests/fakes/f
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,16 +16,16 @@ from typing import Any
 import pytest
 
 from kvmpy.devices.pci import slot
-from kvmpy.errors import CommandError
+from kvmpy.errors import CommandError, HostError
 from kvmpy.kvm.system import System
 from kvmpy.machine import departure, pairs
-from kvmpy.machine.runstate import RunState
+from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.parameters import OnNoConvergence, OnUnplugTimeout, Primaries
 from kvmpy.migration.status import Status
 from tests.fakes.failover_host import ADDRESSES, NicGuest
 from tests.fakes.failover_journey import FailoverJourney, Place, primary, standby
-from tests.fakes.loop import poll
+from tests.fakes.loop import BOUND, open_descriptors, poll
 from tests.fakes.vfio import ADDRESS, ERROR
 
 BOTH = {"standby0", "primary0"}
@@ -155,6 +157,20 @@ def test_r30_whoever_waits_for_a_release_is_woken_by_it(
     goes(source, there)
     assert looked[-1] == []
     assert len(looked) < 10
+
+
+def test_r36_who_has_only_one_channel_waits_as_long_as_the_guest_takes(
+    journey: FailoverJourney, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    source = journey.begin()
+    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'fifo'}", x_timeout=1.0)
+    source.ask("migrate", uri=f"exec:cat > {tmp_path / 'fifo'}")
+    source.until(Status.WAIT_UNPLUG)
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        source.stays("wait-unplug")
+    goes(source, there)
 
 
 @pytest.mark.parametrize("bound", ["before the press", "after it"])
@@ -351,6 +367,121 @@ def test_r41_also_where_nobody_knows_what_became_of_it(journey: FailoverJourney)
     is_whole(journey, source)
 
 
+def test_r40_a_destination_that_dies_while_the_guest_is_waited_for(journey: FailoverJourney) -> None:
+    source, there = waiting(journey)
+    source.begins()
+    there.machine.close()
+    source.begins()  # by the second press it goes back
+    source.wait(Status.FAILED)
+    assert source.told("FAILOVER_PRIMARY_RELEASED") == []
+    assert "primary0 has stayed with the guest" in str(source.stop.error)
+    is_whole(journey, source)
+
+
+def test_r40_a_destination_that_cannot_run_the_guest(journey: FailoverJourney, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*, running: bool) -> int:
+        raise HostError("not on this host")
+
+    source, there = waiting(journey)
+    monkeypatch.setattr(there.machine.handoff, "arrive", fails)
+    source.begins()
+    source.guests[0].let_go()
+    source.wait(Status.FAILED)
+    assert "could not run the guest: not on this host" in str(source.stop.error)
+    assert source.told("STOP", "RESUME") == [("STOP", ""), ("RESUME", "")]
+    is_whole(journey, source)
+
+
+def test_r40_one_that_was_torn_out_comes_back_when_the_guest_is_done_with_it(journey: FailoverJourney) -> None:
+    source, there = waiting(journey, x_unplug_timeout=200, x_on_unplug_timeout=OnUnplugTimeout.SURPRISE, **ENDLESS)
+    source.until(Status.ACTIVE)
+    there.machine.close()
+    source.wait(Status.FAILED)
+    source.guests[0].serve()
+    assert source.pair()["state"] == "plugging"
+    source.guests[0].let_go()  # as pciehp does for a card that has gone
+    is_whole(journey, source)
+
+
+def test_r40_one_whose_reset_takes_its_time_comes_back_after_that(journey: FailoverJourney) -> None:
+    was_reset = threading.Event()
+    source, _ = waiting(journey)
+    source.host.kernel.nics[ADDRESS].resetting = lambda: was_reset.wait(BOUND)
+    source.begins()
+    source.ask("migrate_cancel")
+    source.guests[0].let_go()
+    source.wait(Status.CANCELLED)
+    assert (source.pair()["state"], source.visible()) == ("plugging", {"standby0"})
+    again = journey.wait_at()
+    source.ask("migrate", uri=again.uri)  # before it is there: it is not waited for
+    source.wait(Status.COMPLETED)
+    assert source.statuses()[-4:] == ["setup", "active", "device", "completed"]
+    was_reset.set()
+    arrives(again)
+    assert source.visible() == {"standby0"}
+
+
+def test_r37_of_two_one_that_was_asked_and_one_that_has_gone_are_both_back(make: Make) -> None:
+    journey = make(PAIR + standby(1) + primary(1))
+    source, there = journey.begin(), journey.wait_at()
+    source.ask("migrate", uri=there.uri)
+    source.begins(0)
+    source.begins(1)
+    source.guests[1].let_go()
+    source.until("FAILOVER_PRIMARY_RELEASED")
+    source.ask("migrate_cancel")
+    source.stays("cancelling")
+    assert source.visible() == {"standby0", "primary0", "standby1", "primary1"}, "one comes back at once"
+    source.begins(0)
+    source.wait(Status.CANCELLED)
+    source.ready(1)
+    assert [pair["state"] for pair in source.ask("query-failover")] == ["plugged", "plugged"]
+    assert source.told("FAILOVER_PRIMARY_RELEASED") == [("FAILOVER_PRIMARY_RELEASED", "primary1")]
+    assert "primary0 has stayed with the guest; primary1 is plugged in again" in str(source.stop.error)
+
+
+def test_r39_a_guest_that_has_not_answered_yet_can_be_asked_again(journey: FailoverJourney) -> None:
+    source, _ = waiting(journey, x_unplug_timeout=200)
+    source.wait(Status.FAILED)
+    source.ask("migrate-set-parameters", **{"x-unplug-timeout": 30_000})
+    there = journey.wait_at()
+    source.ask("migrate", uri=there.uri)
+    poll(lambda: len(source.told("UNPLUG_PRIMARY")) == 2)
+    goes(source, there)
+    assert source.told("DEVICE_DELETED") == []
+
+
+@pytest.mark.parametrize("status", [Status.WAIT_UNPLUG, Status.CANCELLING])
+def test_a_guest_that_powers_off_ends_the_wait(journey: FailoverJourney, status: Status) -> None:
+    source, there = waiting(journey)
+    if status is Status.CANCELLING:
+        source.ask("migrate_cancel")
+        source.until(status)
+    source.machine.board.pio.write(0x604, 2, 0x3400)
+    source.wait(Status.CANCELLED if status is Status.CANCELLING else Status.FAILED)
+    assert source.machine.wait() is Outcome.POWER_OFF
+    assert there.machine.wait() is Outcome.HOST_ERROR
+
+
+def test_nothing_is_left_open_by_one_that_was_cancelled(journey: FailoverJourney) -> None:
+    source = journey.begin()
+
+    def cancels() -> None:
+        there = journey.wait_at()
+        source.ask("migrate", uri=there.uri)
+        source.begins()
+        source.ask("migrate_cancel")
+        source.guests[0].let_go()
+        source.wait(Status.CANCELLED)
+        source.ready()
+        there.close()
+
+    cancels()
+    before = open_descriptors()
+    cancels()
+    assert len(open_descriptors()) == len(before)
+
+
 # The destination
 
 
@@ -413,6 +544,24 @@ def test_r54_the_guest_is_asked_once_the_destination_has_its_primary_ready(journ
     source.ask("migrate", uri=journey.middle(there, {Kind.ACCEPT: accepted}))
     goes(source, there)
     assert told == [[]]
+
+
+def test_r42_a_guest_that_had_none_gets_one_when_it_runs(journey: FailoverJourney) -> None:
+    source = journey.begin(ack=False)
+    source.ack()
+    source.ask("device_del", id="primary0", force=True)
+    source.until("DEVICE_DELETED")
+    source.ask("stop")
+    there = journey.wait_at()
+    source.ask("migrate", uri=there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait(Status.COMPLETED)
+    assert there.machine.state is RunState.PAUSED
+    assert there.told("FAILOVER_NEGOTIATED") == [("FAILOVER_NEGOTIATED", "standby0")]
+    assert there.visible() == {"standby0"}
+    there.ask("cont")
+    arrives(there)
+    journey.check()
 
 
 # What may come in between

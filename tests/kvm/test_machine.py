@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kvmpy.config.schema import Config, load
-from kvmpy.errors import CommandError, ConfigError, HostError
+from kvmpy.errors import CommandError, ConfigError, HostError, HostProblems
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
@@ -43,10 +43,11 @@ MakeConfig = Callable[..., Config]
 def make_config(system: System, tmp_path: Path) -> MakeConfig:
     """``make_config(code, "machine.cpus=2")``: a configuration whose kernel is ``code`` and whose console is a file."""
 
-    def make(code: bytes, *overrides: str) -> Config:
+    def make(code: bytes, *overrides: str, more: str = "") -> Config:
         (tmp_path / "kernel").write_bytes(pvh_kernel(code))
         file = tmp_path / "machine.toml"
-        file.write_text('[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n[console]\nserial = "file:console"\n')
+        tables = '[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n[console]\nserial = "file:console"\n'
+        file.write_text(tables + more)
         return load(file, overrides)
 
     return make
@@ -204,6 +205,45 @@ def test_more_vcpus_than_kvm_has_is_a_configuration_error(
     monkeypatch.setattr(System, "max_vcpus", 3)
     with pytest.raises(ConfigError, match=r"machine\.cpus: 4 vCPUs, .* at most 3"):
         Machine(make_config(SPIN, "machine.cpus=4"))
+
+
+LACKING = """
+[[drive]]
+id = "d0"
+path = "/nowhere/disk"
+format = "raw"
+[[device]]
+driver = "virtio-blk-pci"
+id = "vd0"
+drive = "d0"
+[[device]]
+driver = "virtio-rng-pci"
+id = "rng0"
+[[device]]
+driver = "virtio-serial-pci"
+id = "serial0"
+chardev = "unix:/nowhere/socket"
+"""
+
+
+def test_all_that_devices_lack_here_is_said_at_once(make_config: MakeConfig) -> None:
+    config = make_config(POWER_OFF, more=LACKING)
+    with pytest.raises(HostProblems) as caught:
+        Machine(config)
+    disk, chardev = caught.value.problems
+    assert "drive.d0.path: /nowhere/disk: ENOENT" in disk
+    assert "device.serial0.chardev: /nowhere/socket: ENOENT" in chardev
+
+
+def test_a_machine_that_is_to_come_is_missed_its_files_and_its_devices_at_once(make_config: MakeConfig) -> None:
+    config = make_config(POWER_OFF, more=LACKING)
+    Path(config.boot.kernel).unlink()
+    with pytest.raises(ConfigError) as caught:
+        Machine(config, incoming=True)
+    kernel, disk, chardev = caught.value.problems
+    assert "boot.kernel: " in kernel
+    assert "/nowhere/disk" in disk
+    assert "/nowhere/socket" in chardev
 
 
 def test_more_memory_than_the_host_has_is_an_error_at_start(make_config: MakeConfig) -> None:

@@ -38,7 +38,10 @@ driver = "virtio-blk-pci"
 id = "vd0"
 drive = "disk0"
 """
-BEFORE_GO = (Kind.HEADER, Kind.ACCEPT, Kind.ROUND, Kind.SECTION, Kind.END_OF_STATE, Kind.READY)
+BEFORE_GO = (
+    *(Kind.HEADER, Kind.ACCEPT, Kind.ROUND, Kind.ROUND_END, Kind.ARRIVED),
+    *(Kind.SECTION, Kind.END_OF_STATE, Kind.READY),
+)
 
 
 @pytest.fixture
@@ -99,6 +102,13 @@ def goes_on_as_before(journey: Journey, source: Stop, there: Stop) -> None:
 @pytest.mark.parametrize("at", BEFORE_GO)
 def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> None:
     source, there = set_out(journey, at, harm)
+    source.wait(Status.FAILED)
+    goes_on_as_before(journey, source, there)
+
+
+@pytest.mark.parametrize("at", [Kind.SECTION, Kind.END_OF_STATE, Kind.READY])
+def test_a_guest_that_stands_still_does_not_wait_for_as_long_as_one_that_runs(journey: Journey, at: Kind) -> None:
+    source, there = set_out(journey, at, Harm.HANG, patience=3600)
     source.wait(Status.FAILED)
     goes_on_as_before(journey, source, there)
 

@@ -173,6 +173,22 @@ def test_a_guest_goes_from_process_to_process(processes: Processes) -> None:
     assert gap(b"".join(process.said for process in processes.all)) is None
 
 
+def test_a_destination_that_is_stopped_while_the_guest_stands_still_does_not_keep_it_so(
+    processes: Processes, stack: ExitStack, tmp_path: Path
+) -> None:
+    here, (there, uri) = processes(), processes.incoming()
+    hooks = {Kind.SECTION: lambda: there.process.send_signal(signal.SIGSTOP)}
+    middle = Middle(str(tmp_path / "middle"), uri.removeprefix("unix:"), hooks=hooks)
+    stack.callback(middle.close)
+    here.wait_for_count()
+    here("migrate-set-parameters", **{"x-timeout": 3600.0})
+    here("migrate", uri=f"unix:{tmp_path / 'middle'}")
+    assert "nothing more from the other side" in here.wait_for("failed")["error-desc"]
+    assert here("query-status")["status"] == "running"
+    here.wait_for_count()
+    assert there.said == b""
+
+
 def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Processes, tmp_path: Path) -> None:
     here, there = processes(), processes("--incoming", "defer")
     there("migrate-incoming", uri=f"unix:{tmp_path / 'in'}")
@@ -181,6 +197,27 @@ def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Proces
     here("migrate", uri=f"unix:{tmp_path / 'in'}")
     here.wait_for("completed")
     there.wait_for_count()
+
+
+def test_a_file_that_is_broken_is_found_out_before_the_machine_is_said_to_be_there(
+    processes: Processes, tmp_path: Path
+) -> None:
+    here, saved, log = processes(), tmp_path / "saved", tmp_path / "log"
+    here("migrate", uri=f"file:{saved}")
+    here.wait_for("completed")
+    here("quit")
+    assert here.process.wait(BOUND) == 0
+    whole = saved.read_bytes()
+    command = [sys.executable, "-m", "kvmpy", "run", str(tmp_path / "0.toml"), "--detach", "--log", str(log)]
+    environment = {**os.environ, "KVMPY_RUNTIME_DIR": str(tmp_path / "run")}
+    for content, code, said in ((whole[:-20], 1, "the file ends after byte"), (whole, 0, "what it says goes to")):
+        saved.write_bytes(content)
+        done = subprocess.run(
+            [*command, "--incoming", f"file:{saved}"], env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
+    stop = [sys.executable, "-m", "kvmpy", "stop", "p0"]
+    assert subprocess.run(stop, env=environment, check=False).returncode == 0
 
 
 def test_a_descriptor_that_came_over_qmp_is_a_way_to_go(processes: Processes, tmp_path: Path) -> None:

@@ -120,6 +120,30 @@ def lab(igb_host: NicHost, lab_images: Images, mate: None) -> Iterator[Network]:
     assert lab.host.run(["ip", "link", "show", TAP]).returncode == 1
 
 
+def test_a_bridge_over_a_virtual_function_has_the_entry_too_and_its_guest_is_reached(
+    igb_host: NicHost, lab_images: Images
+) -> None:
+    """The PF lets that one have more addresses than one, and send from them: it is the operator's to say."""
+    uplink = igb_host.run(["ls", f"/sys/bus/pci/devices/{igb_host.functions[1]}/net"], check=True).stdout.strip()
+    allowed = f"ip link set {igb_host.uplink} vf 1 trust {{}} spoofchk {{}}"
+    script = f"{allowed.format('on', 'off')}; ip link add br1 type bridge; ip link set {uplink} master br1 up"
+    igb_host.run(["sh", "-ec", f"{script}; ip link set br1 up"], check=True)
+    config = pair(igb_host.functions[0]).replace('"br0"', '"br1"').replace(TAP, "tap-vf")
+    ping = ("busybox", "ping", "-q", "-c", "20", "-i", "0.5", ADDRESS)
+    with Guest(igb_host, "vf", kernel="generic", tables=config, words="modules=virtio_pci,virtio_net") as guest:
+        guest.wait_shell()
+        guest.type(f"ip addr add {ADDRESS}/24 dev eth0; ip link set eth0 up")
+        (found,) = guest.status()["failover"]
+        assert (found["path"], found.get("network-error")) == ("standby", None)
+        shown = igb_host.run(["bridge", "fdb", "show", "dev", uplink], check=True).stdout
+        assert f"{MAC} self permanent" in shown
+        assert igb_host.station(*ping).returncode == 0
+        assert igb_host.run(list(ping)).returncode == 0, "from behind the PF"
+        guest.process.send("poweroff -f\n")
+        assert guest.wait_end() == 0
+    igb_host.run(["sh", "-ec", f"ip link del br1; {allowed.format('off', 'on')}"], check=True)
+
+
 def test_r46_on_the_primary_neither_bridge_nor_nic_has_the_guest_at_the_standby(lab: Network) -> None:
     assert lab.pair()["path"] == "primary"
     assert lab.fdb(TAP) == []

@@ -159,6 +159,17 @@ def test_ssh_cleans_up_on_both_hosts_where_nothing_comes_of_it(pair: HostPair) -
         said = migrate(here, target, "--set", "boot.kernel=/nowhere", code=1)
         assert f"{target}: kvmpy: " in said
         assert "/nowhere" in said
+        lacking = (
+            "--set",
+            "boot.kernel=/nowhere",
+            "--set",
+            "drive.root.path=/no/disk",
+            "--set",
+            "netdev.tap-net0.ifname=br0",
+        )
+        said = migrate(here, target, *lacking, "--dry-run", code=4)
+        assert all(f"{target}: kvmpy: " in line for line in said.splitlines()[:3])
+        assert all(word in said for word in ("/nowhere: ", "/no/disk: ENOENT", "br0: ", "mover cannot migrate to"))
         said = migrate(here, target, "--remote-kvmpy", "/nowhere/kvmpy", code=1)
         assert "ssh with 127; give the path of kvmpy there with --remote-kvmpy" in said
         assert there.run(["sh", "-c", LEFT]).stdout == before

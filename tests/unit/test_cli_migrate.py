@@ -199,6 +199,22 @@ def test_a_dry_run_with_nothing_in_the_way_is_a_success(source: Source, capsys: 
     assert f"web1 can migrate to {URI}" in told
 
 
+def test_after_a_dry_run_the_machines_parameters_are_as_before(source: Source) -> None:
+    before = {"downtime-limit": 300, "multifd-channels": 2, "max-bandwidth": 0}
+    multifd = {"capability": "multifd", "state": True}
+    source.handlers["query-migrate-parameters"] = lambda _: before
+    source.handlers["query-migrate-capabilities"] = lambda _: [multifd, {"capability": "events", "state": True}]
+    source.handlers["x-migrate-check"] = lambda _: {"problems": ["no"], "warnings": []}
+    assert main(["migrate", "web1", URI, "--dry-run", "--downtime-limit", "50", "--channels", "4"]) == BLOCKED
+    said = [arguments for command, arguments in source.asked if command.startswith("migrate-set")]
+    assert said == [
+        {"downtime-limit": 50, "multifd-channels": 4},
+        {"capabilities": [multifd]},
+        {"downtime-limit": 300, "multifd-channels": 2},
+        {"capabilities": [multifd]},
+    ]
+
+
 def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed(
     source: Source, tmp_path: Path
 ) -> None:

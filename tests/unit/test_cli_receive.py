@@ -17,7 +17,7 @@ from kvmpy.cli import receive
 from kvmpy.cli.main import main
 from kvmpy.cli.receive import Incoming, Wanted
 from kvmpy.config.schema import load
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, HostProblems
 from tests.fakes.qmp import FakeMonitor
 
 
@@ -162,6 +162,16 @@ def test_a_machine_that_does_not_start_is_an_error_in_its_own_words_and_leaves_n
     with pytest.raises(HostError, match="kvmpy: no bridge"):
         Incoming().start(Wanted(name="web1", directory=str(tmp_path / "stream")))
     assert not (tmp_path / "stream").exists()
+
+
+def test_each_thing_that_a_machine_lacks_is_told_without_what_it_was_only_warned_of(
+    destination: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = "printf 'kvmpy: warning: odd\\nkvmpy: no disk\\nkvmpy: no tap\\n' >&2; exit 1"
+    monkeypatch.setattr(Incoming, "_command", lambda *_: ["sh", "-c", script])
+    with pytest.raises(HostProblems) as caught:
+        Incoming().start(Wanted(name="web1", directory=str(tmp_path / "stream")))
+    assert caught.value.problems == ("kvmpy: no disk", "kvmpy: no tap")
 
 
 def test_a_directory_that_exists_is_nobodys_to_use(tmp_path: Path) -> None:

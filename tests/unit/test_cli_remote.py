@@ -212,6 +212,23 @@ def test_a_destination_that_cannot_start_is_an_error_and_nothing_moves(
     assert "migrate" not in source.commands()
 
 
+def test_a_dry_run_lists_all_that_is_in_the_way_of_both_though_no_destination_can_be_made(
+    source: Source, session: Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = ["kvmpy: drive.disk0.path: ENOENT", "kvmpy: netdev.n.ifname: EPERM"]
+    session.answer({"error": "\n".join(problems), "problems": problems})
+    assert migrate(session, "--dry-run") == BLOCKED
+    said = capsys.readouterr()
+    assert said.out.splitlines() == ["cpu: no avx2", *(f"ssh://root@host2:2222: {problem}" for problem in problems)]
+    assert "web1 cannot migrate to ssh://root@host2:2222" in said.err
+    assert dict(source.asked)["x-migrate-check"] == {}
+
+
+def test_a_dry_run_without_an_answer_is_an_error(source: Source, session: Session) -> None:
+    session.answer()
+    assert migrate(session, "--dry-run") == 1
+
+
 def test_a_dry_run_starts_a_destination_asks_it_and_ends_it(source: Source, session: Session) -> None:
     session.answer(STARTED, {"status": "ended"})
     assert migrate(session, "--dry-run") == BLOCKED

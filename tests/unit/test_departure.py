@@ -212,7 +212,7 @@ def test_r23_after_that_a_guest_may_eject_it_for_good(rig: FailoverRig, monkeypa
     rig.pass_(3.5)
     came_back(rig)
     later = time.monotonic() + 15.5
-    monkeypatch.setattr("kvmpy.machine.pairs.time.monotonic", lambda: later)
+    monkeypatch.setattr("kvmpy.machine.pairing.time.monotonic", lambda: later)
     rig.guests["root2"].write_power(on=False)
     rig.pass_()
     assert (DELETED, "primary0") in rig.told()

@@ -10,7 +10,7 @@ import pytest
 
 from kvmpy.errors import MigrationError
 from kvmpy.machine.machine import Machine
-from kvmpy.migration.convergence import ALLOWANCE, MIB, Convergence
+from kvmpy.migration.convergence import ALLOWANCE, MIB, STARTING, TRIES, TRIPS, Convergence
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress, Round
 
@@ -57,7 +57,8 @@ def test_a_guest_is_stopped_when_pages_and_switchover_fit_together(rig: Rig) -> 
 
 def test_a_limit_shorter_than_the_switchover_alone_does_not_keep_a_guest_for_ever(rig: Rig) -> None:
     assert not rig.fits(MIB, downtime_limit=10)
-    assert rig.fits(200 << 10, downtime_limit=10)  # 2 ms
+    tries = [rig.fits(200 << 10, downtime_limit=10) for _ in range(TRIES)]  # 2 ms
+    assert tries == [False] * (TRIES - 1) + [True]
 
 
 def test_no_guest_is_gone_in_no_time(rig: Rig) -> None:
@@ -65,17 +66,17 @@ def test_no_guest_is_gone_in_no_time(rig: Rig) -> None:
 
 
 def test_a_small_round_says_what_it_takes_to_be_heard_and_nothing_of_the_bandwidth(rig: Rig) -> None:
-    rig.progress.add(Round(2, 0, 1, 0, 4096, 0.1, 1.0))
-    assert rig.convergence.fits(10 * MIB, 1.0, Parameters(downtime_limit=300))  # 100 ms, and 1.5 times 100 ms
-    assert rig.progress.expected_downtime == pytest.approx(250 + FIXED, abs=5)
+    rig.progress.add(Round(2, 0, 1, 0, 4096, 0.05, 1.0))
+    assert rig.convergence.fits(10 * MIB, 1.0, Parameters(downtime_limit=400))
+    assert rig.progress.expected_downtime == pytest.approx(100 + TRIPS * 50 + FIXED, abs=5)
 
 
 def test_what_the_destination_has_measured_is_counted() -> None:
     rig = Rig(loading=0.1)
     with rig.convergence:
-        assert not rig.fits(14 * MIB, downtime_limit=300)
-        assert rig.fits(12 * MIB, downtime_limit=300)
-        assert rig.progress.expected_downtime == pytest.approx(120 + 150 + FIXED, abs=5)
+        assert not rig.fits(10 * MIB, downtime_limit=300)
+        assert rig.fits(7 * MIB, downtime_limit=300)
+        assert rig.progress.expected_downtime == pytest.approx(70 + (1 + STARTING) * 100 + FIXED, abs=5)
 
 
 def test_no_guest_is_stopped_after_the_round_of_all_its_memory(rig: Rig) -> None:
@@ -87,20 +88,29 @@ def test_no_guest_is_stopped_after_the_round_of_all_its_memory(rig: Rig) -> None
 def test_a_limit_that_cannot_be_kept_is_said_and_the_guest_goes() -> None:
     rig = Rig(loading=0.4)
     with rig.convergence:
-        assert rig.fits(4096)
-        assert rig.said == [f"the switchover alone takes about {600 + FIXED:.0f} ms, and the downtime limit is 300 ms"]
+        assert [rig.fits(4096, pages=1) for _ in range(TRIES)] == [False] * (TRIES - 1) + [True]
+        assert rig.said == [
+            f"the switchover alone takes about {(1 + STARTING) * 400 + FIXED:.0f} ms, and the downtime limit is 300 ms"
+        ]
         assert rig.progress.not_converging == rig.said[0]
 
 
 def test_or_it_stays() -> None:
     rig = Rig(loading=0.4)
-    with (
-        rig.convergence,
-        pytest.raises(
-            MigrationError, match="does not converge: the switchover alone takes about 620 ms, and the downtime"
-        ),
-    ):
-        rig.fits(4096, x_on_no_convergence=OnNoConvergence.CANCEL)
+    with rig.convergence:
+        for _ in range(TRIES - 1):
+            rig.fits(4096, pages=1, x_on_no_convergence=OnNoConvergence.CANCEL)
+        with pytest.raises(MigrationError, match="does not converge: the switchover alone takes about"):
+            rig.fits(4096, pages=1, x_on_no_convergence=OnNoConvergence.CANCEL)
+
+
+def test_a_round_that_took_long_once_is_not_what_a_round_takes() -> None:
+    rig = Rig()
+    with rig.convergence:
+        for seconds, fits in ((0.9, False), (0.05, True), (0.9, True)):
+            rig.progress.add(Round(2, 0, 1, 0, 4096, seconds, 1.0))
+            assert rig.convergence.fits(4096, 1.0, Parameters(downtime_limit=300)) is fits
+        assert rig.said == []
 
 
 def test_two_rounds_of_which_half_is_written_again_are_too_many(rig: Rig) -> None:

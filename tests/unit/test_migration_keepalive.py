@@ -36,7 +36,7 @@ def test_an_answer_that_was_sent_before_the_other_side_left_is_not_taken_by_it()
             assert answer.first_run_ns == 7
 
 
-def test_a_guest_that_stands_still_is_given_less_time() -> None:
-    assert silence(10.0) == 2.5
-    assert silence(2.0) == 1.0
+def test_a_guest_that_stands_still_is_given_less_time_but_for_what_is_on_its_way() -> None:
+    assert silence(10.0) < 1
+    assert silence(10.0, 3.0) == silence(10.0) + 3
     assert silence(0.5) == 0.5

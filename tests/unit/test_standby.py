@@ -106,7 +106,7 @@ def test_without_a_thread_the_next_call_brings_the_last_along(
     assert made == [1, 2]
 
 
-def test_the_network_does_not_wait_for_a_program_that_does_not_end() -> None:
+def test_the_network_does_not_wait_for_a_program_that_does_not_end(caplog: pytest.LogCaptureFixture) -> None:
     slow = Slow()
     network = StandbyNetwork("net1", slow, lambda: (0, 0), slow)
     paths = [Path.PRIMARY, Path.STANDBY]
@@ -120,6 +120,8 @@ def test_the_network_does_not_wait_for_a_program_that_does_not_end() -> None:
     ran = slow.ran.items
     assert ran[-2:] == ["standby", "none"], "the last, and the end"
     assert MOST_HOOKS <= len(ran) <= MOST_HOOKS + 2
+    (message,) = caplog.messages
+    assert "is not told of each" in message
 
 
 def test_a_program_that_fails_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:

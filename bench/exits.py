@@ -1,0 +1,196 @@
+"""`python -m bench.exits`: what a migration costs a guest's exits, as the distribution of their round trips.
+
+A flat guest writes to a port as fast as it can, and to another page of memory every sixteenth time. From one such write
+to the next is a round trip: the exit, the bus, a device, and the way back. That is measured in turns in one run, with
+nothing else going on, and while a migration sends pages to a process that waits for the guest; it is kept from being
+completed by a downtime limit of nothing. The ratios count, not the times: both sides share this machine's processors
+with the guest, and a machine that is busy otherwise has long tails without any migration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+from kvmpy.cli.run import SWITCH_INTERVAL
+from kvmpy.config.schema import load
+from kvmpy.devices.base import Device
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.runstate import RunState
+from kvmpy.migration.control import Migrations
+from kvmpy.migration.parameters import OnNoConvergence
+from kvmpy.migration.status import Status
+from kvmpy.state import State
+from tests.fakes.pvh_kernel import pvh_kernel
+
+PORT: Final = 0x0CC0
+BUDGET: Final = 3.0
+QUANTILES: Final = (("median", 0.5), ("p99", 0.99), ("p99.9", 0.999))
+CONFIG: Final = """
+name = "{name}"
+[boot]
+kernel = "kernel"
+[machine]
+memory = "{memory}MiB"
+[console]
+serial = "null"
+"""
+# 16384 pages from 16 MiB on, one after the other.
+GUEST: Final = (
+    b"\xbb\x00\x00\x00\x00"  # mov ebx, 0
+    b"\x66\xba" + PORT.to_bytes(2, "little") + b"\xb9\x10\x00\x00\x00"  # again: mov dx, PORT; mov ecx, 16
+    b"\xee"  # next: out dx, al
+    b"\xe2\xfd"  # loop next
+    b"\x43"  # inc ebx
+    b"\x89\xd8"  # mov eax, ebx
+    b"\x25\xff\x3f\x00\x00"  # and eax, 0x3fff
+    b"\xc1\xe0\x0c"  # shl eax, 12
+    b"\x89\x98\x00\x00\x00\x01"  # mov [eax + 0x1000000], ebx
+    b"\xeb\xe1"  # jmp again
+)
+
+
+class NothingState(State):
+    NAME = "bench-stopwatch"
+
+
+class Stopwatch(Device[NothingState]):
+    """Stamps each write, from `begin` until there are enough."""
+
+    def __init__(self) -> None:
+        super().__init__("stopwatch", NothingState())
+        self._stamps, self._count = array("q", [0]), 1
+
+    def begin(self, count: int) -> None:
+        stamps = array("q", bytes(8 * count))
+        with self.lock:
+            self._stamps, self._count = stamps, 0
+
+    @property
+    def is_done(self) -> bool:
+        return self._count >= len(self._stamps)
+
+    def take(self) -> list[int]:
+        """The round trips, in nanoseconds, the shortest first."""
+        stamps = self._stamps
+        return sorted(after - before for before, after in pairwise(stamps))
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        if self._count < len(self._stamps):
+            self._stamps[self._count] = time.monotonic_ns()
+            self._count += 1
+
+
+class Rig:
+    """The guest here, and a process that waits for it."""
+
+    def __init__(self, stack: ExitStack, memory: int) -> None:
+        self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (self._directory / "kernel").write_bytes(pvh_kernel(GUEST))
+        for name in ("here", "there"):
+            (self._directory / f"{name}.toml").write_text(CONFIG.format(name=f"exits-{name}", memory=memory))
+        self.machine = stack.enter_context(Machine(load(self._directory / "here.toml")))
+        self._turns = 0
+        self.watch = Stopwatch()
+        self.machine.board.pio.map(PORT, 1, self.watch)
+        self.migrations = Migrations(self.machine)
+        self.migrations.set_parameters(downtime_limit=0, x_on_no_convergence=OnNoConvergence.CONTINUE)
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # as kvmpy run does
+        self.machine.start()
+
+    def migrating(self, stack: ExitStack) -> None:
+        """Begin a migration that is cancelled with ``stack``, and wait until pages travel."""
+        self._turns += 1
+        config, path = self._directory / "there.toml", self._directory / f"stream{self._turns}"
+        there = stack.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-m", "kvmpy", "run", str(config), "--incoming", f"unix:{path}"],
+                env={**os.environ, "KVMPY_RUNTIME_DIR": str(self._directory)},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+        )
+        stack.callback(there.kill)
+        assert there.stderr is not None
+        while b"waiting for the guest" not in (line := there.stderr.readline()):
+            assert line, "the destination has ended"
+        self.migrations.migrate(f"unix:{path}")
+        stack.callback(self._cancel)
+        while self.migrations.progress.status is not Status.ACTIVE:
+            assert not self.migrations.progress.is_over, self.migrations.progress.error
+            time.sleep(0.01)
+
+    def measure(self, exits: int) -> list[int]:
+        self.watch.begin(exits)
+        while not self.watch.is_done and self.machine.state is not RunState.POSTMIGRATE:
+            time.sleep(0.05)
+        return self.watch.take()
+
+    def bring_back(self) -> bool:
+        """A guest that has gone after all, having written nothing for a moment; whether it had."""
+        has_gone = self.machine.state is RunState.POSTMIGRATE
+        if has_gone:
+            self.machine.resume(force=True)
+        return has_gone
+
+    def _cancel(self) -> None:
+        self.migrations.cancel()
+        self.migrations.wait()
+
+
+def main() -> None:
+    options = _options()
+    idle: list[int] = []
+    moving: list[int] = []
+    rounds = 0
+    with ExitStack() as stack:
+        rig = Rig(stack, options.memory)
+        rig.measure(options.exits)  # the first are of a cold machine
+        turns = 0
+        while turns < options.repetitions:
+            before = rig.measure(options.exits)
+            with ExitStack() as migration:
+                rig.migrating(migration)
+                meanwhile = rig.measure(options.exits)
+            if rig.bring_back():
+                continue
+            idle += before
+            moving += meanwhile
+            rounds += rig.migrations.progress.passes
+            turns += 1
+    _report(sorted(idle), sorted(moving))
+    print(f"{len(idle)} exits each, {rounds} rounds of pages meanwhile; budget of p99.9: {BUDGET:g}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="bench.exits", description="Measure exits with and without a migration.")
+    parser.add_argument("--exits", type=int, default=20_000, metavar="N", help="in each turn")
+    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="turns of each")
+    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="the guest's memory, 96 or more")
+    return parser.parse_args()
+
+
+def _report(idle: list[int], moving: list[int]) -> None:
+    print(f"{'':<10} {'idle':>12} {'migrating':>12} {'ratio':>8}")
+    for name, share in QUANTILES:
+        before, after = (times[min(int(len(times) * share), len(times) - 1)] for times in (idle, moving))
+        print(f"{name:<10} {before / 1000:>9.1f} us {after / 1000:>9.1f} us {after / before:>8.2f}")
+    print(f"{'longest':<10} {idle[-1] / 1000:>9.1f} us {moving[-1] / 1000:>9.1f} us {moving[-1] / idle[-1]:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()
