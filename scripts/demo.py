@@ -159,11 +159,14 @@ def story(line: Timeline) -> Iterator[str]:
         elif wait.end_ms is not None:
             told.append((wait.end_ms, f"it has the other host's NIC, {wait.device_id} there, in use"))
     told += [(stretch.start_ms, f"its frames take the {stretch.path}") for stretch in line.paths[1:]]
-    told += [(gap.end_ms, f"for {gap.end_ms - gap.start_ms:.0f} ms, until now, they went nowhere") for gap in line.gaps]
+    told += [
+        (gap.end_ms, f"(for the last {gap.end_ms - gap.start_ms:.0f} ms frames for it went nowhere)")
+        for gap in line.gaps
+    ]
     if line.stopped_ms is not None and line.runs_ms is not None:
         told.append((line.stopped_ms, "it stands still"))
         told.append((line.runs_ms, f"it runs there: the blackout was {line.blackout_ms:.0f} ms"))
-    for ms, words in sorted(told):
+    for ms, words in sorted(told, key=lambda entry: round(entry[0])):
         yield f"{ms / 1000:8.2f}  {words}"
     if line.pings:
         yield f"\nOf the station's pings: {line.pings.summary()}."
