@@ -54,7 +54,7 @@ class Departure:
         self._leavers: list[Pairing] = []
         self._changed: EventFd | None = None
         self._lock = threading.Lock()
-        self._over = False
+        self._over = False  # the machine has ended, for good
         pairs.on_change = self.wake
 
     # The migration's thread
@@ -62,7 +62,7 @@ class Departure:
     def begin(self) -> bool:
         """Show no primary from now on, and ask for those that the guest has; False where it has none."""
         with self._lock:
-            self._changed, self._over = EventFd(), False
+            self._changed = EventFd()
         self._machine.in_control(self._begin)
         return bool(self._leavers)
 
@@ -92,21 +92,24 @@ class Departure:
         That is when it has kept one, or has let it go and it is on its way back in; or after so many ``seconds``, or
         when the machine has ended.
         """
-        self._machine.in_control(self._come_back)
-        end = time.monotonic() + seconds
-        while not self._over and (due := self._machine.in_control(self._due)) is not None:
-            left = min(due, end) - time.monotonic()
-            if left <= 0 and due > end:
-                break
-            self._wait(max(left, 0))
-        said = self._machine.in_control(self._settle)
-        self._close()
-        return said
+        try:
+            self._machine.in_control(self._come_back)
+            end = time.monotonic() + seconds
+            while not self._over and (due := self._machine.in_control(self._due)) is not None:
+                left = min(due, end) - time.monotonic()
+                if left <= 0 and due > end:
+                    break
+                self._wait(max(left, 0))
+            return self._machine.in_control(self._settle)
+        finally:
+            self._close()
 
     def gone(self) -> None:
         """The guest is elsewhere. Its primaries stay ours until `release`, for one that comes back by force."""
-        self._machine.in_control(self._pairs.gone)
-        self._close()
+        try:
+            self._machine.in_control(self._pairs.gone)
+        finally:
+            self._close()
 
     # Any thread
 

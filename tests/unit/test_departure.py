@@ -17,7 +17,7 @@ import pytest
 from kvmpy.devices.failover import PairState
 from kvmpy.errors import CommandError
 from tests.fakes.failover_rig import FailoverRig
-from tests.fakes.loop import BOUND, poll
+from tests.fakes.loop import BOUND, open_descriptors, poll
 from tests.fakes.pciehp import BLINK, OFF, ON
 from tests.fakes.pciehp import State as Guest
 
@@ -337,5 +337,28 @@ def test_a_machine_that_ends_keeps_nobody_waiting(rig: FailoverRig) -> None:
     assert rig.guests["root2"].log[-1] & OFF == BLINK
 
 
+def test_a_machine_that_has_ended_before_its_guest_is_asked_keeps_nobody_waiting(rig: FailoverRig) -> None:
+    rig.guests["root2"]._bound = False  # it stands still, for good
+    rig.departure.abandon()
+    rig.departure.begin()
+    rig.settle()
+    (said,) = came_back(rig, seconds=600.0)
+    assert said.startswith("primary0 is still in its slot")
+
+
+def test_one_whose_machine_is_closed_meanwhile_leaves_no_descriptor(rig: FailoverRig) -> None:
+    before = open_descriptors()
+    rig.departure.begin()
+    rig.in_control = _closed  # type: ignore[method-assign]
+    with pytest.raises(CommandError, match="closed"):
+        rig.departure.come_back(30.0)
+    assert open_descriptors() == before
+    del rig.in_control  # type: ignore[method-assign]
+
+
 def _busy() -> None:
     raise CommandError("the machine is being migrated")
+
+
+def _closed(call: Any) -> Any:
+    raise CommandError("the machine has been closed")
