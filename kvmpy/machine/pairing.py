@@ -70,6 +70,7 @@ class Pairing:
         self.primary: Plugged | None = None
         self.primary_id: str | None = None
         self.driven = False
+        self._is_told = False  # the network, and who listens, that the guest has its frames over the primary
         self.is_leaving = False  # for a migration that goes on
         self.was_out = False  # of its slot, for the last
         self.kept_at: float | None = None  # when the guest, asked no more, had its power indicator on
@@ -148,18 +149,25 @@ class Pairing:
             self.problem = str(problem)
             self._tell_failed(self.problem)
             return
-        self.problem, self.driven, self.rx_gap_ms = "", driven, None
+        self.problem, self.driven, self.rx_gap_ms, self._is_told = "", driven, None, driven
         since = 0.0 if self.steering is None else self.steering.since
         if self.standby is None or self.standby.around is None or not self.is_here:
             self._reached(driven, since)
         else:
             self.standby.around.tell(self.path, self._host_facts(), lambda: self._reached(driven, since))
 
+    def forgotten(self) -> None:
+        """The host has the primary back, maybe before it could say that the guest does not drive it any more."""
+        self.primary_id, self.problem = None, ""
+        if self._is_told:
+            self.moved(False, None)
+
     def _reached(self, driven: bool, since: float) -> None:
         """The network knows the path. Also by the thread that has told it."""
         gap = None
         if not driven and (net := self.net) is not None:  # R46: what was for the primary is for the standby now
-            net.announce_from_here()
+            if self.is_here:  # else it runs elsewhere by now, and says so there
+                net.announce_from_here()
             gap = _milliseconds(time.monotonic() - since)
         self.post(lambda: self._path_changed(driven, gap))
 

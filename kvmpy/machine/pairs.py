@@ -77,7 +77,7 @@ class Pairs:
         """The host has back what the device of that id had."""
         for pairing in list(self._pairings.values()):
             if pairing.primary_id == name and pairing.primary is None:
-                pairing.primary_id, pairing.problem = None, ""
+                pairing.forgotten()
                 pairing.pair.primary_left()
                 self._forget(pairing)
 

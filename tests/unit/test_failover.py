@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from kvmpy.devices.pci.config import Command
 from kvmpy.errors import CommandError, HostError
 from tests.counts import count
 from tests.fakes.failover_rig import ALONE, PAIRING, FailoverRig
+from tests.fakes.loop import poll
 
 STANDBY = """
 [[device]]
@@ -434,15 +436,6 @@ def test_r49_the_address_is_the_primarys_only_while_the_guest_drives_it(plugged:
     assert plugged.told() == [("FAILOVER_PATH_CHANGED", "standby0")] * 2
 
 
-def test_r46_when_the_path_is_the_standbys_again_the_network_hears_of_it(plugged: FailoverRig) -> None:
-    tap = plugged.net().tap
-    drive(plugged)
-    assert tap.sent() == []  # type: ignore[attr-defined]
-    drive(plugged, on=False)
-    (frame,) = tap.sent()  # type: ignore[attr-defined]
-    assert frame[12 + 6 : 12 + 14] == bytes.fromhex(MAC.replace(":", "")) + b"\x80\x35", "RARP, from the pair's address"
-
-
 @pytest.fixture
 def running(plugged: FailoverRig) -> FailoverRig:
     """In use by the guest of a machine that runs, over the standby."""
@@ -450,6 +443,15 @@ def running(plugged: FailoverRig) -> FailoverRig:
     plugged.settle()
     assert plugged.switches["standby0"].told == ["here"]
     return plugged
+
+
+def test_r46_when_the_path_is_the_standbys_again_the_network_hears_of_it(running: FailoverRig) -> None:
+    tap = running.net().tap
+    drive(running)
+    assert tap.sent() == []  # type: ignore[attr-defined]
+    drive(running, on=False)
+    (frame,) = tap.sent()  # type: ignore[attr-defined]
+    assert frame[12 + 6 : 12 + 14] == bytes.fromhex(MAC.replace(":", "")) + b"\x80\x35", "RARP, from the pair's address"
 
 
 def test_r46_bridge_and_nics_are_told_of_each_path_and_hear_the_guest_after_that(running: FailoverRig) -> None:
@@ -471,6 +473,35 @@ def test_r45_the_gap_to_the_standby_is_from_the_bus_masters_end_to_the_rarp(runn
     assert (event, data["path"]) == ("FAILOVER_PATH_CHANGED", "standby")
     assert 0 <= data["rx-gap-ms"] <= (time.monotonic() - begun) * 1000
     assert running.pair().rx_gap_ms == data["rx-gap-ms"]
+
+
+def test_r45_the_network_hears_of_the_standby_when_the_primary_goes_back_before_its_last_word(
+    running: FailoverRig,
+) -> None:
+    steering: Any = running.cards["primary0"].steering  # type: ignore[attr-defined]
+    carry = steering._carry
+
+    def slow(mac: str | None) -> None:
+        carry(mac)
+        poll(lambda: steering._closed)  # a PF that takes until the host has the function back
+
+    steering._carry = slow
+    running.pci.config(2, 0).write(0x04, 2, Command.MEMORY | Command.BUS_MASTER)
+    poll(lambda: running.addresses["primary0"])
+    running.hotplug.device_del("primary0", force=True)
+    running.control.serve()
+    running.settle()
+    assert running.told("DEVICE_DELETED") == [("DEVICE_DELETED", "primary0")]
+    assert (running.pair().path, running.switches["standby0"].told[-1]) == ("standby", "here")
+
+
+def test_r46_a_guest_that_has_gone_elsewhere_is_not_announced_from_here(running: FailoverRig) -> None:
+    drive(running)
+    running.hotplug.pairs.moved_away()
+    running.settle()
+    drive(running, on=False)  # and the PF has taken until now
+    assert running.net().tap.sent() == []  # type: ignore[attr-defined]
+    assert running.switches["standby0"].told[-1] == "nowhere"
 
 
 def test_r45_the_gap_to_the_primary_ends_when_the_guest_has_an_interrupt_of_it_on(running: FailoverRig) -> None:
