@@ -262,16 +262,13 @@ class Outgoing:
     def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
         """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
         assert self._departure is not None
-        while staying := self._departure.staying():
+        while (staying := self._departure.staying()) and deadline.left:  # whatever keeps us busy until then
             watched = {self._departure.fd: select.POLLIN}
             if main.can_answer:
                 watched[main.channel.fd] = select.POLLIN
-            ready = self._stop.wait_any(watched, deadline)
-            if not ready:
-                return staying
-            if main.channel.fd in ready:
+            if main.channel.fd in self._stop.wait_any(watched, deadline):
                 main.receive_message(Keepalive)
-        return []
+        return staying
 
     @contextmanager
     def _primaries_away(self, main: MainChannel) -> Iterator[None]:

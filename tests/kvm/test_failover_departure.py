@@ -18,7 +18,7 @@ import pytest
 from kvmpy.devices.pci import slot
 from kvmpy.errors import CommandError, HostError
 from kvmpy.kvm.system import System
-from kvmpy.machine import departure, pairs
+from kvmpy.machine import departure, pairing
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.parameters import OnNoConvergence, OnUnplugTimeout, Primaries
@@ -293,7 +293,7 @@ def test_r38_what_is_let_go_soon_after_a_cancel_comes_back(journey: FailoverJour
 
 
 def test_r38_what_is_let_go_long_after_is_deleted(journey: FailoverJourney, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pairs, "LATE", 0)
+    monkeypatch.setattr(pairing, "LATE", 0)
     source, _ = waiting(journey)
     source.begins()
     source.ask("migrate_cancel")

@@ -353,7 +353,7 @@ def test_one_whose_machine_is_closed_meanwhile_leaves_no_descriptor(rig: Failove
     with pytest.raises(CommandError, match="closed"):
         rig.departure.come_back(30.0)
     assert open_descriptors() == before
-    del rig.in_control  # type: ignore[method-assign]
+    del rig.in_control
 
 
 def _busy() -> None:
