@@ -43,6 +43,11 @@ class Errands:
                     self._working = None
                     log.error("%s: no thread for it: %s", self._name, e)
 
+    def drop(self) -> None:
+        """Forget those that wait."""
+        with self._lock:
+            self._waiting.clear()
+
     def close(self) -> None:
         """Take no more, and wait until those that were taken are made, for CLOSE_LIMIT seconds."""
         with self._lock:

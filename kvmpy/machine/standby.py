@@ -103,9 +103,10 @@ class StandbyNetwork:
                 self._warn("failover_hook: it takes longer than the guest's changes of path, and is not told of each")
 
     def close(self) -> None:
-        """The guest is not here any more. Waits until everybody has been told."""
+        """The guest is not here any more. Waits until everybody has been told of that, and of nothing before."""
         self._steers.close()
         self._port.close()
+        self._runs.drop()  # or a guest that has changed its path often would keep its machine's end waiting
         if self._program is not None and self.path is not Path.NOWHERE:
             self._runs.add(partial(self._run, Path.NOWHERE, self._facts))
         self._runs.close()

@@ -12,7 +12,8 @@ from kvmpy.errors import HostError
 from kvmpy.machine import errands as module
 from kvmpy.machine.errands import Errands
 from kvmpy.machine.standby import MOST_HOOKS, Path, StandbyNetwork
-from tests.fakes.loop import BOUND, Inbox
+from tests.fakes.loop import BOUND, Inbox, poll
+from tests.fakes.migration import Thread
 
 
 class Slow:
@@ -116,12 +117,27 @@ def test_the_network_does_not_wait_for_a_program_that_does_not_end(caplog: pytes
     assert slow.steered.items == ["not here", "here"] * (MOST_HOOKS // 2 + 5)
     slow.ran.wait()
     slow.go.set()
+    poll(lambda: network._runs._working is None)
     network.close()
     ran = slow.ran.items
     assert ran[-2:] == ["standby", "none"], "the last, and the end"
     assert MOST_HOOKS <= len(ran) <= MOST_HOOKS + 2
     (message,) = caplog.messages
     assert "is not told of each" in message
+
+
+def test_the_end_waits_for_the_program_once_whatever_the_guest_had_it_told_before() -> None:
+    slow = Slow()
+    network = StandbyNetwork("net1", slow, lambda: (0, 0), slow)
+    for number in range(MOST_HOOKS):
+        network.tell([Path.PRIMARY, Path.STANDBY][number % 2], {})
+        slow.steered.wait(number + 1)
+    slow.ran.wait()
+    closing = Thread(network.close)
+    poll(lambda: network._runs._closed)
+    slow.go.set()
+    closing.over()
+    assert slow.ran.items == ["primary", "none"]
 
 
 def test_a_program_that_fails_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
