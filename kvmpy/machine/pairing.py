@@ -279,7 +279,12 @@ class Pairing:
             self._insert(primary)
         else:
             finish = cast("VfioPci", primary.function).finish_reset
-            threading.Thread(target=self._when_ready, args=(primary, finish), daemon=True).start()
+            waiting = threading.Thread(target=self._when_ready, args=(primary, finish), daemon=True)
+            try:
+                waiting.start()
+            except RuntimeError as e:  # "can't start new thread"
+                said = f"it is being reset, and there is no thread to wait for that: {e}"
+                self.post(lambda: self._not_ready(primary, said))
 
     def hide(self) -> None:
         """Take it out of its slot; the machine stands still."""
@@ -311,9 +316,9 @@ class Pairing:
         ready = finish_reset()
         self.post(lambda: self._insert(primary) if ready else self._not_ready(primary))
 
-    def _not_ready(self, primary: Plugged) -> None:
+    def _not_ready(self, primary: Plugged, why: str = NOT_RESET) -> None:
         if self.primary is primary:
-            self.pair.failed(str(primary.function.info().get("broken") or NOT_RESET))
+            self.pair.failed(str(primary.function.info().get("broken") or why))
 
     def _insert(self, primary: Plugged) -> None:
         if self.primary is not primary or self.pair.state is not PairState.PLUGGING or not self.is_hidden:

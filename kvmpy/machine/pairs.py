@@ -98,6 +98,8 @@ class Pairs:
     def refused(self, function: PciFunction[Any], reason: str) -> None:
         """The guest was asked for it, and keeps it: for a migration it is asked again."""
         for pairing in self._of(function):
+            if pairing.is_hidden:
+                continue  # it has left since, as by a reset
             pairing.pair.kept(reason)
             if pairing.is_leaving:
                 pairing.ask()

@@ -265,6 +265,17 @@ def test_r53_a_reset_meanwhile_is_a_release_and_the_next_driver_gets_it_when_all
     assert rig.state() is PairState.PLUGGED
 
 
+def test_r53_a_guest_that_goes_back_just_before_its_reset_gets_it_when_a_driver_asks(rig: FailoverRig) -> None:
+    rig.departure.begin()
+    rig.pass_(2.0)
+    guest = rig.guests["root2"]
+    assert guest.state is Guest.BLINKING_OFF
+    guest._button()  # it goes back, and is reset before anybody has looked
+    rig.reset()
+    rig.pass_()
+    assert (staying(rig), rig.departure.attached()) == ([], ()), "no driver asks for it where it goes"
+
+
 def test_r53_one_that_was_about_to_come_waits(rig: FailoverRig) -> None:
     card: Any = rig.cards["primary0"]
     was_reset = threading.Event()

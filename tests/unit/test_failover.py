@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -327,6 +328,25 @@ def test_r12_a_reset_while_the_card_waits_for_its_slot_hides_it(plugged: Failove
     plugged.reset()
     assert (plugged.visible(), plugged.state()) == ({"standby0"}, PairState.HIDDEN)
     assert plugged.ports["root2"].card is None
+
+
+def test_one_for_whose_reset_nobody_can_wait_is_reported(rig: FailoverRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    card: Any = rig.cards["primary0"]
+    card.is_ready, card.finish_reset = False, lambda: True
+    with monkeypatch.context() as context:
+        context.setattr(threading.Thread, "start", refuse)
+        rig.acks()
+    assert rig.state() is PairState.FAILED
+    assert "can't start new thread" in str(rig.pair().error)
+    assert ("FAILOVER_PRIMARY_FAILED", "primary0") in rig.told()
+    card.is_ready = True
+    rig.reset()
+    rig.acks()
+    rig.pass_()
+    assert rig.state() is PairState.PLUGGED
 
 
 def test_r13_the_states_an_operator_is_shown(rig: FailoverRig) -> None:
