@@ -242,7 +242,7 @@ class Pairing:
         """Show what is to be shown."""
         self.is_leaving = False
         self.pair.let_go()
-        if self.pair.state is PairState.RELEASED and self.returns:
+        if self.pair.state is PairState.RELEASED and self.primary is not None:  # else the host has it back
             self.pair.hidden()
 
     def ask_no_more(self) -> None:

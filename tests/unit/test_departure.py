@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from kvmpy.devices.failover import PairState
+from kvmpy.devices.pci.express import SlotControl
 from kvmpy.errors import CommandError
 from tests.fakes.failover_rig import FailoverRig
 from tests.fakes.loop import BOUND, open_descriptors, poll
@@ -274,6 +275,22 @@ def test_r53_a_guest_that_goes_back_just_before_its_reset_gets_it_when_a_driver_
     rig.reset()
     rig.pass_()
     assert (staying(rig), rig.departure.attached()) == ([], ()), "no driver asks for it where it goes"
+
+
+def test_one_that_was_let_go_late_just_before_the_next_migration_comes_back_after_a_reset(rig: FailoverRig) -> None:
+    rig.departure.begin()
+    rig.pass_(3.5)
+    assert came_back(rig) == ["primary0 has stayed with the guest"]
+    rig.guests["root2"].command(0x0700, OFF | SlotControl.POWER_OFF)  # and nobody has looked yet
+    assert not rig.departure.begin()
+    rig.settle()
+    assert rig.state() is PairState.RELEASED
+    rig.reset()
+    came_back(rig)
+    assert rig.state() is PairState.HIDDEN
+    rig.acks()
+    rig.pass_()
+    assert rig.state() is PairState.PLUGGED
 
 
 def test_r53_one_that_was_about_to_come_waits(rig: FailoverRig) -> None:
