@@ -20,6 +20,7 @@ THROTTLED: Final = frozenset(
         "FAILOVER_PATH_CHANGED",
         "FAILOVER_PRIMARY_FAILED",
         "FAILOVER_PRIMARY_PLUGGED",
+        "FAILOVER_PRIMARY_RECEIVES",
     }
 )
 SECONDS: Final = 1.0

@@ -48,6 +48,16 @@ def test_devices_do_not_hold_each_other_back() -> None:
     assert [data["device"] for _, data in b.sent] == ["net1", "vd0"]
 
 
+def test_a_guest_that_turns_its_primary_on_and_off_again_and_again_is_heard_once_a_second() -> None:
+    b = Bench()
+    for number in range(100):
+        b.throttle.take("FAILOVER_PATH_CHANGED", {"device-id": "net1", "path": "primary"})
+        b.throttle.take("FAILOVER_PRIMARY_RECEIVES", {"device-id": "hostdev0", "rx-gap-ms": number})
+    assert [name for name, _ in b.sent] == ["FAILOVER_PATH_CHANGED", "FAILOVER_PRIMARY_RECEIVES"]
+    b.clock.pass_(1.5)
+    assert b.sent[-1] == ("FAILOVER_PRIMARY_RECEIVES", {"device-id": "hostdev0", "rx-gap-ms": 99})
+
+
 def test_what_a_guest_cannot_repeat_without_us_is_never_held_back() -> None:
     b = Bench()
     for _ in range(3):
