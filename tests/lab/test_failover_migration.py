@@ -46,9 +46,10 @@ class Berth:
 
 @pytest.fixture(scope="module")
 def berth(igb_host: NicHost, lab_images: Images) -> Iterator[Berth]:
-    berth = Berth(igb_host)
+    berth, drivers = Berth(igb_host), [igb_host.driver(function) for function in igb_host.functions]
     yield berth
     berth.leave()
+    assert [igb_host.driver(function) for function in igb_host.functions] == drivers, "the host has them back"
 
 
 @pytest.fixture
@@ -267,6 +268,7 @@ def test_a_primary_that_the_host_takes_back_meanwhile_leaves_the_guest_its_stand
     voyage.picture(voyage.alone)
     voyage.wait_heard()
     assert voyage.pair()["path"] == "standby"
+    voyage.host.bind(function, "igbvf")  # what the host wanted it for
     words = {"driver": "vfio-pci", "id": PRIMARY, "host": function, "bus": "rp1", "failover_pair_id": STANDBY}
     voyage.qmp("device_add", *(f"{key}={value}" for key, value in words.items()))
     voyage.await_state("plugged")
