@@ -37,7 +37,7 @@ STOP_SECONDS: Final = 10
 # With more, QEMU 7.2's emulation of nested virtualization corrupts the host's memory now and then: one boot in five
 # of a guest with 4 vCPUs failed under kvmpy, and the host panicked under QEMU. With one CPU, or with QEMU 10, none did.
 CPUS: Final = 1
-LIFETIME_SECONDS: Final = 3600
+LIFETIME_SECONDS: Final = 7200  # the tests' hosts are kept for all of the lab's tests, which take more than one hour
 
 NICS_SCRIPT: Final = SOURCES / "host_nics.sh"
 LOGS: Final = LAB / "run"
