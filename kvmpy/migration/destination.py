@@ -104,7 +104,7 @@ class Ingoing:
             self.progress.become(Status.DEVICE)
             with self.progress.phase("load state"), self._answering(main):
                 state = load_machine(self._machine, sections)
-                self._expect(state)
+                self._expect(end.primaries)
             self._handover.on(Event.READY)
             with self.progress.phase("await GO"):
                 self._await_go(main)
@@ -214,11 +214,10 @@ class Ingoing:
             pages.cancel()
             thread.join()
 
-    def _expect(self, state: MachineState) -> None:
-        """Have the guest see the primaries that it had when it runs, whatever its driver is at (R34)."""
+    def _expect(self, primaries: tuple[str, ...]) -> None:
+        """Have the guest see these, which it had, when it runs, whatever its driver is at (R34)."""
         departure = self._machine.departure
-        missing = state.primaries if departure is None else departure.expect(tuple(state.primaries))
-        for name in missing:
+        for name in primaries if departure is None else departure.expect(primaries):
             log.warning("warning: device %s: the guest had this failover primary; it goes on without", printable(name))
 
     # The hand-over

@@ -218,12 +218,17 @@ class Section(Message, frozen=True, kw_only=True):
 
 
 class EndOfState(Message, frozen=True, kw_only=True):
-    """There were so many sections; the last vCPU stopped at ``stopped_ns`` by CLOCK_REALTIME."""
+    """There were so many sections; the last vCPU stopped at ``stopped_ns`` by CLOCK_REALTIME.
+
+    ``primaries`` are the ids of failover primaries that the guest had, and is to have when it runs.
+    """
 
     KIND = Kind.END_OF_STATE
+    CAP = 128 * KIB
     sections: Annotated[int, Meta(ge=0, le=SECTIONS_MAX)]
     stopped_ns: Natural
     phases: Phases = ()
+    primaries: Annotated[tuple[ShortText, ...], Meta(max_length=256), since(2)] = ()
 
 
 class Ready(Message, frozen=True, kw_only=True):

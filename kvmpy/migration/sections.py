@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Final
-
-from msgspec import Meta
+from typing import Any, Final
 
 from kvmpy.errors import IncompatibleError
 from kvmpy.kvm import tsc, vcpu_state, vm_state
@@ -21,7 +19,7 @@ from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import VmState
 from kvmpy.machine.machine import Machine
 from kvmpy.migration.messages import Section, decode, encode
-from kvmpy.state import State, StateError, load, save, since, u64
+from kvmpy.state import State, StateError, load, save, u64
 
 Sections = dict[str, dict[str, Any]]
 MACHINE = "machine"
@@ -31,16 +29,11 @@ REHEARSALS: Final = 3
 
 
 class MachineState(State):
-    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns).
-
-    ``primaries`` are the ids of failover primaries that the guest had, and is to have when it runs.
-    """
+    """What is of no part of it: whether it runs where it goes, and when it stopped (CLOCK_REALTIME, in ns)."""
 
     NAME = "machine"
-    VERSION = 2
     running: bool = True
     stopped_ns: u64 = 0
-    primaries: Annotated[list[Annotated[str, Meta(max_length=256)]], Meta(max_length=4096), since(2)] = []
 
 
 def save_machine(machine: Machine, state: MachineState) -> Sections:

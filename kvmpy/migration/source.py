@@ -384,8 +384,7 @@ class Outgoing:
             channel.timeout = silence(channel.timeout, self._convergence.on_the_way)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
-            state = MachineState(running=running, stopped_ns=progress.stopped_ns, primaries=self._primaries())
-            sections = save_machine(self._machine, state)
+            sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
         with progress.phase("last pages"):
             assert self._pages is not None
             with self._lock:
@@ -410,9 +409,6 @@ class Outgoing:
         with progress.phase("GO"):
             self._go(main)
 
-    def _primaries(self) -> list[str]:
-        return [] if self._departure is None else list(self._departure.attached())
-
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
         late = "a disk does not answer: what the guest has written is not on it"
@@ -431,7 +427,12 @@ class Outgoing:
             for name, start, end in progress.phases
             if name in SWITCHOVER
         ]
-        end = EndOfState(sections=len(sections), stopped_ns=progress.stopped_ns, phases=tuple(said))
+        end = EndOfState(
+            sections=len(sections),
+            stopped_ns=progress.stopped_ns,
+            phases=tuple(said),
+            primaries=() if self._departure is None else self._departure.attached(),
+        )
         main.send_messages([*(Section(device=name, section=each) for name, each in sections.items()), end])
 
     def _go(self, main: MainChannel) -> None:

@@ -64,7 +64,7 @@ SOURCE: Final[tuple[Message | bytes, ...]] = (
     Checksums(blocks=(BlockChecksums.of(0, 1 << 20, (1, 2**64 - 1)),)),
     Section(device="com1", section={"name": "serial16550", "version": 1, "state": {"ier": 5, "rx": "a2V5"}}),
     Section(device="disk ✓", section={"name": "virtio-blk", "version": 3, "state": {}}),
-    EndOfState(sections=2, stopped_ns=STOPPED, phases=PHASES),
+    EndOfState(sections=2, stopped_ns=STOPPED, phases=PHASES, primaries=("hostdev0",)),
     Go(),
     Cancel(reason="by hand"),
 )
