@@ -597,8 +597,6 @@ class Machine:
         if state not in LEGAL[self.state]:
             raise CommandError(f"the machine is {self.state.value}, it cannot become {state.value}")
         self.state = state
-        if state is RunState.POSTMIGRATE and self._hotplug is not None:
-            self._hotplug.pairs.moved_away()
 
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""

@@ -175,8 +175,10 @@ class Pairs:
             pairing.arrive()
 
     def gone(self) -> None:
-        """What left has gone elsewhere, unless the machine runs again."""
-        self._is_departing = False
+        """The guest runs elsewhere, or may, until the machine runs again: so has what left, and so do its frames."""
+        self._is_departing = self._runs = False
+        for pairing in self._pairings.values():
+            pairing.vanish()
 
     def is_leaving(self, plugged: Plugged) -> bool:
         """It is a primary that is asked for, or out of its slot already, for a migration."""
@@ -198,12 +200,6 @@ class Pairs:
             if name in here:
                 here[name].pair.want()
         return [name for name in primaries if name not in here]
-
-    def moved_away(self) -> None:
-        """The machine's guest runs elsewhere."""
-        self._runs = False
-        for pairing in self._pairings.values():
-            pairing.vanish()
 
     def _pairing(self, standby: str) -> Pairing:
         if standby not in self._pairings:

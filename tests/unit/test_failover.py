@@ -517,7 +517,7 @@ def test_r45_the_network_hears_of_the_standby_when_the_primary_goes_back_before_
 
 def test_r46_a_guest_that_has_gone_elsewhere_is_not_announced_from_here(running: FailoverRig) -> None:
     drive(running)
-    running.hotplug.pairs.moved_away()
+    running.hotplug.pairs.gone()
     running.settle()
     drive(running, on=False)  # and the PF has taken until now
     assert running.net().tap.sent() == []  # type: ignore[attr-defined]
@@ -567,7 +567,7 @@ def test_what_cannot_be_told_is_shown_and_fails_nothing(running: FailoverRig) ->
 def test_a_guest_that_was_moved_away_is_nowhere_until_it_is_resumed_here(running: FailoverRig) -> None:
     port = running.switches["standby0"]
     for _ in range(2):
-        running.hotplug.pairs.moved_away()
+        running.hotplug.pairs.gone()
         running.settle()
     assert port.told == ["here", "nowhere"]
     for _ in range(2):
