@@ -14,17 +14,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Set
-from typing import Final
 
 from kvmpy.errors import HostError
 from kvmpy.host import pci_journal
 from kvmpy.host.network import Network
 from kvmpy.host.pci_journal import EntryRecord
+from kvmpy.host.warnings import Warnings
 
 log = logging.getLogger(__name__)
-
-MOST_PROBLEMS: Final = 20
-"""Different ones that are logged: a guest can bring them about again and again."""
 
 
 class StandbyPort:
@@ -38,7 +35,7 @@ class StandbyPort:
         self._made: set[str] = set()  # uplinks with an entry of ours
         self._noted: Set[str] | None = None  # those that the journal has
         self._told = self._closed = False
-        self._said: set[str] = set()
+        self._warnings = Warnings(log)
 
     def steer(self, *, here: bool) -> list[str]:
         """The guest takes its frames here from now on, or no longer; returns what could not be told, and logs it."""
@@ -51,9 +48,7 @@ class StandbyPort:
             except HostError as e:
                 problems = [str(e)]
         for problem in problems:
-            if problem not in self._said and len(self._said) < MOST_PROBLEMS:
-                self._said.add(problem)
-                log.warning("%s", problem)
+            self._warnings.say(problem)
         return problems
 
     def leave(self) -> list[str]:

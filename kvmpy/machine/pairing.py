@@ -18,6 +18,7 @@ from kvmpy.devices.failover import Pair, PairState
 from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.errors import HostError
 from kvmpy.host.reactor import Reactor
+from kvmpy.host.warnings import Warnings
 from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.standby import Path
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NOT_RESET: Final = "it has not come out of its reset; see the log, and plug it in anew (device_del, device_add)"
-MOST_WARNINGS: Final = 20
 LATE: Final = 15.0
 """Seconds after a primary was taken back in which one that is let go is so because it was asked for before (R38)."""
 
@@ -79,7 +79,7 @@ class Pairing:
         self.acks = 0
         self.steering: Steering | None = None  # of the primary, also when that has gone: its last word is to come
         self.rx_gap_ms: float | None = None  # of the last change of the path, once it is known
-        self._said: set[str] = set()
+        self._warnings = Warnings(log)
         self.pair = Pair(self, held=held)
         self.is_here = False  # the guest runs, and here
 
@@ -328,10 +328,7 @@ class Pairing:
         self.port.insert(primary.function)
 
     def _warn(self, text: str) -> None:
-        """Once each, and not for ever: a guest can bring it about again and again."""
-        if text not in self._said and len(self._said) < MOST_WARNINGS:
-            self._said.add(text)
-            log.warning("%s: %s", self.standby_id, text)
+        self._warnings.say(f"{self.standby_id}: {text}")
 
     def _tell_failed(self, reason: str) -> None:
         self._warn(f"its primary {self.primary_id}: {reason}")

@@ -18,13 +18,13 @@ from kvmpy.host.hook import NOWHERE
 from kvmpy.host.network import Network
 from kvmpy.host.standby_port import StandbyPort
 from kvmpy.host.tap import Tap
+from kvmpy.host.warnings import Warnings
 from kvmpy.machine.errands import Errands
 
 log = logging.getLogger(__name__)
 
 MOST_HOOKS: Final = 16
 """Changes that wait for the program; it has seconds for each."""
-MOST_WARNINGS: Final = 20
 
 
 class Path(Enum):
@@ -69,7 +69,7 @@ class StandbyNetwork:
         self._hook_problem = ""
         self._facts: Mapping[str, str] = {}
         self._steers, self._runs = Errands(f"steer-{name}", 1), Errands(f"hook-{name}", MOST_HOOKS)
-        self._said: set[str] = set()
+        self._warnings = Warnings(log)
 
     @classmethod
     def of(
@@ -126,7 +126,4 @@ class StandbyNetwork:
             self._warn(self._hook_problem)
 
     def _warn(self, problem: str) -> None:
-        """Once each, and not for ever: a guest can bring it about again and again."""
-        if problem not in self._said and len(self._said) < MOST_WARNINGS:
-            self._said.add(problem)
-            log.warning("%s: %s", self._name, problem)
+        self._warnings.say(f"{self._name}: {problem}")
