@@ -170,7 +170,7 @@ def build(
     directory = os.path.join(rundir.base(), config.name)
     host = Host(memory, io, vm, network, report, control.timer, groups, directory, named=named, hook=hook)
     plugger = Plugger(config, pci, host, inventory, resources)
-    plugger.plug_all(locked=not incoming)
+    plugger.plug_all(incoming=incoming)
     return Board(
         system=system,
         vm=vm,

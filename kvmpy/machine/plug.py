@@ -103,6 +103,7 @@ class Plugger:
 
     ``resources`` gives everything back, in reverse; ``inventory`` gets it all. ``ports`` are the root ports by id.
     ``on_unasked`` is told, by the io thread, of a function that the host wants back and that is in no slot.
+    ``lacking`` are the failover primaries that a machine which waits for a guest could not be given, and why.
     """
 
     def __init__(self, config: Config, pci: PciRoot, host: Host, inventory: Inventory, resources: ExitStack) -> None:
@@ -111,15 +112,18 @@ class Plugger:
         self._config, self._pci, self._host, self._inventory, self._resources = config, pci, host, inventory, resources
         self._free = itertools.count()
         self._ending = False
+        self.lacking: dict[str, str] = {}
         self._passthrough: Passthrough | None = None
         self._name: RuntimeDirectory | None = None
         own = [(kind, str(entry.id)) for kind in ("device", "netdev", "drive") for entry in getattr(config, kind)]
         self._own = frozenset(own)
 
-    def plug_all(self, *, locked: bool = True) -> None:
-        """Disks are ``locked`` unless they are another machine's still.
+    def plug_all(self, *, incoming: bool = False) -> None:
+        """With ``incoming`` disks are another machine's still, and not locked.
 
-        Raises HostError, with its place in the configuration, where this host cannot: of all devices, what each lacks.
+        Nor is a primary that cannot be had a reason not to wait for its guest: the migration decides whether it can do
+        without. Raises HostError, with its place in the configuration, where this host cannot: of all devices, what
+        each lacks.
         """
         self._on_root_bus(HostBridge("host-bridge"))
         taken = {port.slot for port in self._config.root_port}
@@ -133,7 +137,13 @@ class Plugger:
         problems = Problems()
         for table in self._config.device:
             with problems.noted():
-                self._plug(self.make(table, self._config, locked=locked))
+                try:
+                    self._plug(self.make(table, self._config, locked=not incoming))
+                except HostError as e:
+                    if not incoming or standby_of(self._config, table) is None:
+                        raise
+                    self.lacking[str(table.id)] = str(e)
+                    log.warning("%s: the guest that comes cannot have this primary", e)
         problems.raise_all()
 
     def _plug(self, plugged: Plugged) -> None:

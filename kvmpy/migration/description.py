@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from kvmpy import __version__
 from kvmpy.boot.source import CHUNK, Source
-from kvmpy.config.schema import Cache
+from kvmpy.config.schema import Cache, standby_of
 from kvmpy.errors import HostError, IncompatibleError, refusal
 from kvmpy.kvm.cpu_model import CpuDescription, differences
 from kvmpy.machine import layout
@@ -89,7 +89,8 @@ def describe(machine: Machine, cpu: CpuDescription) -> Description:
         memory=_memory(machine),
         root_bus=root_bus,
         ports={str(port.id): {"slot": board.ports[port.id].slot} for port in machine.config.root_port},
-        devices={str(name): _part(name, plugged, root_bus) for name, plugged in board.inventory.plugged.items()},
+        devices=_lacking(machine)
+        | {str(name): _part(name, plugged, root_bus) for name, plugged in board.inventory.plugged.items()},
         buffered=[str(drive.id) for drive in machine.config.drive if drive.cache is Cache.WRITEBACK],
         boot=_boot(machine),
     )
@@ -245,6 +246,20 @@ def _primary(plugged: Plugged) -> dict[str, Any]:
     if not getattr(function, "is_ready", True):
         facts[UNUSABLE] = str(function.info().get("broken") or "it is being reset")
     return facts
+
+
+def _lacking(machine: Machine) -> dict[str, Part]:
+    """The primaries that a machine should have and has not: where they would be, and why they are not."""
+    lacking = machine.board.plugger.lacking
+    return {
+        str(table.id): Part(
+            driver=str(table.__struct_config__.tag),
+            place=str(table.bus),
+            facts={PAIR: str(standby_of(machine.config, table)), UNUSABLE: lacking[table.id]},
+        )
+        for table in machine.config.device
+        if table.id in lacking and table.id not in machine.board.inventory.plugged
+    }
 
 
 def _boot(machine: Machine) -> dict[str, str]:

@@ -18,6 +18,7 @@ from kvmpy._native import ffi
 from kvmpy.abi import ioctl
 from kvmpy.devices.pci.express import SlotStatus
 from kvmpy.devices.vfio.container import Container
+from kvmpy.errors import HostError
 from kvmpy.host import tap as tap_module
 from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.machine import passthrough
@@ -92,9 +93,13 @@ class NicsKernel(VfioKernel):
 
 
 class FailoverHost:
-    """``claims`` are its virtual functions by their addresses. The host of all machines that are made from now on."""
+    """``claims`` are its virtual functions by their addresses. The host of all machines that are made from now on.
 
-    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Where it is ``lacking`` it has none of these to give.
+    """
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, *, lacking: bool = False) -> None:
+        self.lacking = lacking
         (directory / "run").mkdir(mode=0o755, parents=True)
         (directory / "vfio").mkdir()
         self.kernel = NicsKernel(directory / "vfio")
@@ -108,6 +113,8 @@ class FailoverHost:
         monkeypatch.setattr(tap_module.Tap, "open", lambda *args, **more: UpTap())
 
     def _claim(self, address: str, journal_dir: str) -> Claim:
+        if self.lacking:
+            raise HostError(f"{address}: EBUSY: another machine has it")
         claim = self.claims[address]
         claim.taken = True
         return claim

@@ -195,11 +195,13 @@ class FailoverJourney:
             place.ready(n)
         return place
 
-    def wait_at(self, *, devices: str | None = None, **parameters: Any) -> Place:
-        """A machine that waits for one that comes, at a ``uri`` or a place of its own; with other ``devices``."""
+    def wait_at(self, *, devices: str | None = None, lacking: bool = False, **parameters: Any) -> Place:
+        """A machine that waits for one that comes, at a ``uri`` or a place of its own; with other ``devices``, or on a
+        host that cannot give it its primaries.
+        """
         if devices is not None:
             self._journey.extra = devices
-        return self._at(self._journey.wait_at, parameters)
+        return self._at(self._journey.wait_at, parameters, lacking=lacking)
 
     def middle(self, there: Place, hooks: Mapping[Kind, Callable[[], object]]) -> str:
         """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind."""
@@ -217,9 +219,9 @@ class FailoverJourney:
         """The guest has run in one place at a time, and has missed nothing."""
         self._journey.check()
 
-    def _at(self, make: Callable[..., Stop], parameters: dict[str, Any]) -> Place:
+    def _at(self, make: Callable[..., Stop], parameters: dict[str, Any], *, lacking: bool = False) -> Place:
         name = f"host{len(self.places)}"
-        host = FailoverHost(self._directory / name, self._monkeypatch)
+        host = FailoverHost(self._directory / name, self._monkeypatch, lacking=lacking)
         place = Place(make(**parameters), host, self._journey.socket(f"{name}.qmp"), self._stack)
         self.places.append(place)
         return place

@@ -492,10 +492,10 @@ def breaks(place: Place) -> None:
     poll(lambda: device.broken)
 
 
-@pytest.mark.parametrize("what", ["none", "broken"])
+@pytest.mark.parametrize("what", ["none", "broken", "not to be had"])
 def test_r43_a_destination_without_a_primary_that_works_is_no_destination(journey: FailoverJourney, what: str) -> None:
     source = journey.begin()
-    there = journey.wait_at(devices=standby() + ROOM if what == "none" else None)
+    there = journey.wait_at(devices=standby() + ROOM if what == "none" else None, lacking=what == "not to be had")
     if what == "broken":
         breaks(there)
     (problem,) = source.ask("x-migrate-check", uri=there.uri)["problems"]
@@ -508,10 +508,10 @@ def test_r43_a_destination_without_a_primary_that_works_is_no_destination(journe
     assert source.pair()["path"] == "primary"
 
 
-@pytest.mark.parametrize("what", ["none", "broken"])
+@pytest.mark.parametrize("what", ["none", "broken", "not to be had"])
 def test_r43_unless_that_will_do(journey: FailoverJourney, what: str) -> None:
     source = journey.begin(x_primaries=Primaries.BEST_EFFORT)
-    there = journey.wait_at(devices=standby() + ROOM if what == "none" else None)
+    there = journey.wait_at(devices=standby() + ROOM if what == "none" else None, lacking=what == "not to be had")
     if what == "broken":
         breaks(there)
     source.ask("migrate", uri=there.uri)
