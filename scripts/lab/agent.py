@@ -38,12 +38,15 @@ START = 1  # see start_payload
 STDIN = 2  # bytes; none: end of file
 SIGNAL = 3  # NUMBER, for the job's process group
 RESIZE = 4  # SIZE, of the job's terminal
+NUDGE = 10  # nothing, for NOBODY: that it comes is all
 # To the owner.
 READY = 5  # the agent runs
 STDOUT = 6
 STDERR = 7
 TAKEN = 8  # NUMBER of bytes of input that no longer wait here
 EXIT = 9  # NUMBER: code of the job's first process, negative for a signal; what it wrote came before
+
+NOBODY = 0  # the number of no job
 
 NUMBER = struct.Struct("<i")
 SIZE = struct.Struct("<HH")  # rows, columns
@@ -94,7 +97,7 @@ class Agent:
             os.set_blocking(fd, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)  # with no handler the wakeup descriptor is not written
         signal.set_wakeup_fd(notify, warn_on_full_buffer=False)
-        self.reply(READY, 0)
+        self.reply(READY, NOBODY)
 
     def run(self) -> None:
         """Serve until the owner is gone."""

@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final
 
 from scripts.lab import agent
@@ -18,6 +19,10 @@ from scripts.lab.errors import HostGone, LabError, LabTimeout
 WAIT_SECONDS: Final = 60.0  # for anything, unless the caller knows better
 SEND_SECONDS: Final = 60  # the agent always reads, so a longer send means that the host hangs
 RECEIVE_SIZE: Final = 1 << 18
+# QEMU's emulation of SVM now and then loses an interrupt that comes as a guest is entered or left: the timer's of the
+# host, say, and with it all that it would have begun. The guest has the processor then until any other interrupt comes,
+# which was seen to take a minute. So there is always one soon.
+NUDGE_SECONDS: Final = 0.25
 
 Sink = Callable[[int, bytes], object]
 """Takes output as it comes: 1 for standard output or 2 for standard error, and the bytes."""
@@ -44,6 +49,9 @@ class Link:
         self._processes: dict[int, Process] = {}
         self._reader = threading.Thread(target=self._read, name="lab-reader", daemon=True)
         self._reader.start()
+        self._closing = threading.Event()
+        self._nudger = threading.Thread(target=self._nudge, name="lab-nudger", daemon=True)
+        self._nudger.start()
 
     def spawn(
         self, argv: Sequence[str], env: Mapping[str, str], cwd: str, size: tuple[int, int] | None, sink: Sink | None
@@ -84,9 +92,18 @@ class Link:
 
     def close(self) -> None:
         """End the connection, and with it the thread."""
+        self._closing.set()
         self._socket.shutdown(socket.SHUT_RDWR)
         self._reader.join()
+        self._nudger.join()
         self._socket.close()
+
+    def _nudge(self) -> None:
+        """Give the host an interrupt now and then, once it runs: the agent drops what it has no job for."""
+        with suppress(HostGone):
+            while not self._closing.wait(NUDGE_SECONDS):
+                if self.ready:
+                    self.send(agent.NUDGE, agent.NOBODY)
 
     def _read(self) -> None:
         data = bytearray()

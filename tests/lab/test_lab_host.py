@@ -55,6 +55,14 @@ def test_a_failed_command_raises_when_checked(host: EmulatedHost) -> None:
         host.run(["false"], check=True)
 
 
+def test_an_idle_host_gets_an_interrupt_now_and_then(host: EmulatedHost) -> None:
+    """Or a guest keeps the processor after one that QEMU lost: see NUDGE_SECONDS."""
+    port = "awk '/-virtqueues/ {print $2}' /proc/interrupts"
+    many = 20  # far more than what starting a command takes
+    waiting = f"end=$(( $({port}) + {many} )); until [ $({port}) -ge $end ]; do sleep 0.5; done"
+    assert host.run(["sh", "-c", waiting]).returncode == 0
+
+
 def test_input_is_forwarded(host: EmulatedHost) -> None:
     assert host.run(["tr", "a-z", "A-Z"], input="some input\n").stdout == "SOME INPUT\n"
 
