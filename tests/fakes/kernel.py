@@ -54,11 +54,17 @@ def copied(argument: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A cffi struct or array as dicts and lists; a flexible array as long as it was made."""
+    """A cffi struct or array as dicts and lists; a flexible array as long as its ``nr`` says, or as it was made."""
     if not isinstance(value, ffi.CData):
         return value
     kind = ffi.typeof(value)
     if kind.kind == "array":
-        size = kind.length if kind.length is not None else len(value)
-        return [plain(value[n]) for n in range(size)]
-    return {name: plain(getattr(value, name)) for name, _ in kind.fields}
+        return [plain(value[n]) for n in range(kind.length if kind.length is not None else len(value))]
+    fields = {name: getattr(value, name) for name, _ in kind.fields}
+    if isinstance(nr := fields.get("nr"), int):
+        fields = {name: each[0:nr] if _is_flexible(each) else each for name, each in fields.items()}
+    return {name: plain(each) for name, each in fields.items()}
+
+
+def _is_flexible(value: Any) -> bool:
+    return isinstance(value, ffi.CData) and ffi.typeof(value).kind == "array" and ffi.typeof(value).length is None

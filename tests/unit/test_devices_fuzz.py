@@ -17,7 +17,7 @@ from tests.counts import count
 from tests.fakes.rig import Rig
 from tests.fakes.rigs import RIGS, made
 
-EXAMPLES = settings(max_examples=count(40, 1000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 1000), deadline=None)
 
 
 class Step(NamedTuple):
