@@ -10,8 +10,12 @@ from typing import NoReturn
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.counts import count
+
 # No time limit is a test of speed here, and a busy machine is no failure.
-settings.register_profile("kvmpy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "kvmpy", max_examples=count(25, 500), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("kvmpy")
 
 TIERS = ("host", "kvm", "lab")

@@ -18,6 +18,7 @@ from kvmpy.boot.placement import LowMemory
 from kvmpy.boot.plan import BootPlan, Entry, plan
 from kvmpy.errors import ConfigError
 from kvmpy.memory import GuestMemory, Ram
+from tests.counts import count
 from tests.fakes.watch import Watch
 from tests.unit.test_boot_bzimage import CODE, bzimage
 from tests.unit.test_boot_elf import BSS, DATA, ENTRY, LOAD_AT, TEXT, vmlinux
@@ -332,7 +333,9 @@ def test_low_memory_that_overlaps_is_a_programming_error() -> None:
         LowMemory(0x500, 0x500, 0x6000, 0x2_0000, 0x9000, range(0xE_0000, 0x10_0000))
 
 
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(
+    max_examples=count(60, 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @fuzz

@@ -25,6 +25,7 @@ from kvmpy.monitor.commands import COMMANDS
 from kvmpy.monitor.server import MonitorServer
 from kvmpy.monitor.session import TURN, Session
 from kvmpy.trace import Tracepoint
+from tests.counts import count
 from tests.fakes.loop import BOUND, open_descriptors, settle
 from tests.fakes.monitor import Client, Connect, FakeMachine
 from tests.fakes.pci import Board
@@ -453,7 +454,7 @@ VALUES: Final = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=count(60, 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), name=st.sampled_from(sorted(COMMANDS)))
 def test_no_arguments_make_a_command_fail_in_us(
     connect: Connect, machine: FakeMachine, data: st.DataObject, name: str
