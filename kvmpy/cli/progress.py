@@ -60,7 +60,7 @@ def figures(answer: Mapping[str, Any]) -> str:
     if ram.get("transferred"):
         parts.append(f"{megabytes(ram['transferred'])} sent")
     if answer.get("preparing"):
-        parts.append("the destination prepares its primaries yet")
+        parts.append("the destination is still preparing its primaries")
     if answer.get("not-converging"):
         parts.append(str(answer["not-converging"]))
     return ", ".join(parts)

@@ -134,7 +134,7 @@ class MigrationInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     problems: list[str] | None = None  # each reason of a refusal (ours)
     warnings: list[str] | None = None  # what differs, or is lacking, and is no reason to stay (ours)
     primaries: list[str] | None = None  # what became of failover primaries, where the guest stays here (ours)
-    preparing: bool | None = None  # the destination has failover primaries that it prepares yet (ours)
+    preparing: bool | None = None  # the destination is still preparing failover primaries (ours)
     prepared: list[MigrationPrepared] | None = None  # those that it has prepared, or cannot (ours)
     not_converging: str | None = None  # the guest writes too fast, and what is done about it (ours)
     phases: list[MigrationPhase] | None = None  # what was done when (ours)

@@ -24,6 +24,7 @@ from kvmpy.migration.status import Status
 from tests.fakes.failover_host import FailoverHost
 from tests.fakes.failover_journey import FailoverJourney, Place, primary, standby
 from tests.fakes.loop import poll
+from tests.fakes.middle import Middle
 
 BOTH = {"standby0", "primary0"}
 PAIR = standby() + primary()
@@ -165,6 +166,27 @@ def test_r54_a_destination_that_does_not_get_on_is_waited_for_no_longer_than_sai
     source.ready()
     assert source.visible() == BOTH
     assert source.told("STOP") == []
+    there.host.let_go()
+    journey.check()
+
+
+def test_r40_a_destination_that_dies_while_it_is_waited_for_gives_the_guest_its_primary_back(
+    journey: FailoverJourney,
+) -> None:
+    source, there = journey.begin(), journey.wait_at()
+    there.host.hold()
+    middle = Middle(str(journey.nowhere), there.uri.removeprefix("unix:"))
+    try:
+        source.ask("migrate", uri=f"unix:{journey.nowhere}")
+        lets_go(source)
+        until_all_else_is_done(source)
+        middle.cut()
+        source.wait(Status.FAILED)
+    finally:
+        middle.close()
+    source.ready()
+    assert (source.visible(), source.told("STOP")) == (BOTH, [])
+    there.wait(Status.FAILED)
     there.host.let_go()
     journey.check()
 
