@@ -25,7 +25,6 @@ from kvmpy.migration.stop import Deadline, Stop
 
 log = logging.getLogger(__name__)
 
-GONE: Final = "the host takes it back"
 LATE: Final = "a failover primary of the destination is not prepared"
 
 
@@ -91,7 +90,7 @@ class Preparation:
             self._on_end = lambda outcomes: None
 
     def _done(self, name: str, primary: Primary, start: int) -> None:
-        end, problem = time.monotonic_ns(), None if primary.is_ready else primary.problem or GONE
+        end, problem = time.monotonic_ns(), None if primary.is_ready else str(primary.problem)
         self._progress.stamp(f"prepare {name}", start, end)
         self._progress.prepared.append(Outcome.of(name, end - start, problem))
         with self._lock:

@@ -81,12 +81,13 @@ def test_r54_a_machine_without_primaries_has_them_all_at_once() -> None:
     assert (rig.told, rig.progress.preparing) == ([{}], False)
 
 
-def test_one_that_the_host_takes_back_meanwhile_cannot_be_used() -> None:
-    function = Function()
-    rig = Rig(nic0=function)
+def test_r43_one_that_cannot_be_used_anyway_is_not_told_of_again() -> None:
+    first, second = Function(), Function()
+    first.problem = "it is broken"
+    rig = Rig(nic0=first, nic1=second)
     rig.preparation.begin()
-    function.then()
-    assert rig.told == [{"nic0": "the host takes it back"}]
+    second.end()
+    assert rig.told == [{"nic1": ""}]
 
 
 def test_nobody_is_told_any_more_once_that_is_said() -> None:

@@ -565,6 +565,19 @@ def test_one_that_cannot_be_prepared_says_why_and_a_system_reset_tries_again(
     assert (checked.is_ready, len(rig.kernel.maps), checked.problem) == (True, 1, None)
 
 
+def test_r43_one_that_the_host_takes_back_while_it_is_prepared_cannot_be_used(rig: NicRig, checked: VfioPci) -> None:
+    wanted: list[bool] = []
+    checked.on_wanted_back = lambda: wanted.append(True)
+    rig.nic.signal(REQUEST)
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    rig.io.start()
+    poll(lambda: wanted)
+    rig.io.stop()
+    done: Inbox[tuple[bool, str | None]] = Inbox()
+    checked.prepare(lambda: done.put((checked.is_ready, checked.problem)))
+    assert done.wait() == [(False, "the host takes it back")]
+
+
 def test_r43_one_that_is_closed_while_it_is_prepared_gives_it_up_and_leaves_nothing_pinned(
     rig: NicRig, checked: VfioPci, monkeypatch: pytest.MonkeyPatch
 ) -> None:

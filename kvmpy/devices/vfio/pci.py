@@ -183,7 +183,7 @@ class VfioPci(PciFunction[VfioPciState]):
         """Why it could not be used now, if so; one that is only to be prepared yet can. Any thread."""
         if self.is_ready or not (self.is_prepared or self.broken):
             return None
-        return self.broken or "it is being reset"
+        return self.broken or ("the host takes it back" if self._resetter.is_over else "it is being reset")
 
     def prepare(self, then: Callable[[], object]) -> None:
         """Map RAM for it and reset it, unless that is done; ``then`` runs when it is, or could not be. Does not wait.
