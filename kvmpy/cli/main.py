@@ -218,6 +218,12 @@ def _migration_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("require", "best-effort"),
         help="whether there must be a primary for it at the destination (default require)",
     )
+    pair.add_argument(
+        "--prepare-timeout",
+        type=seconds,
+        metavar="SECONDS",
+        help="how much longer the guest may have to run here for the destination to prepare its primaries (default 60)",
+    )
     pair.add_argument("--release-primaries", action="store_true", help="free them here once the guest runs there")
 
 

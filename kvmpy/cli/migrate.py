@@ -130,6 +130,7 @@ def _wanted(args: argparse.Namespace) -> dict[str, Any]:
         "x-insecure": args.insecure or None,
         "x-on-no-convergence": args.on_no_convergence,
         "x-unplug-timeout": None if args.unplug_timeout is None else max(1, round(args.unplug_timeout * 1000)),
+        "x-prepare-timeout": None if args.prepare_timeout is None else max(1, round(args.prepare_timeout * 1000)),
         "x-on-unplug-timeout": args.on_unplug_timeout,
         "x-primaries": args.primaries,
         "x-release-primaries": args.release_primaries or None,

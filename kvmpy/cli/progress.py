@@ -52,6 +52,21 @@ def figures(answer: Mapping[str, Any]) -> str:
     if answer.get("status") in ("setup", "wait-unplug", "completed", "failed", "cancelled"):
         return ""
     ram = answer.get("ram") or {}
+    parts = _rounds(ram)
+    if answer.get("expected-downtime"):
+        parts.append(f"downtime would be {answer['expected-downtime']:g} ms")
+    if answer.get("cpu-throttle-percentage"):
+        parts.append(f"vCPUs slowed down by {answer['cpu-throttle-percentage']} %")
+    if ram.get("transferred"):
+        parts.append(f"{megabytes(ram['transferred'])} sent")
+    if answer.get("preparing"):
+        parts.append("the destination is still preparing its primaries")
+    if answer.get("not-converging"):
+        parts.append(str(answer["not-converging"]))
+    return ", ".join(parts)
+
+
+def _rounds(ram: Mapping[str, Any]) -> list[str]:
     parts = [f"round {ram['dirty-sync-count']}"] if ram.get("dirty-sync-count") else []
     if "remaining" in ram:
         parts.append(f"{megabytes(ram['remaining'])} to go")
@@ -59,15 +74,7 @@ def figures(answer: Mapping[str, Any]) -> str:
         parts.append(f"{megabytes(ram['mbps'] * 1e6 / 8)}/s")
     if ram.get("dirty-pages-rate"):
         parts.append(f"dirtied {megabytes(ram['dirty-pages-rate'] * (ram.get('page-size') or PAGE_SIZE))}/s")
-    if answer.get("expected-downtime"):
-        parts.append(f"downtime would be {answer['expected-downtime']:g} ms")
-    if answer.get("cpu-throttle-percentage"):
-        parts.append(f"vCPUs slowed down by {answer['cpu-throttle-percentage']} %")
-    if ram.get("transferred"):
-        parts.append(f"{megabytes(ram['transferred'])} sent")
-    if answer.get("not-converging"):
-        parts.append(str(answer["not-converging"]))
-    return ", ".join(parts)
+    return parts
 
 
 def share_done(answer: Mapping[str, Any]) -> float:

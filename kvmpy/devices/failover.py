@@ -106,7 +106,7 @@ class Pair:
     # The primary
 
     def primary_came(self) -> None:
-        """It is there, prepared, and in no slot. Raises ValueError where there is one already."""
+        """It is there, in no slot, and prepared, or checked. Raises ValueError where there is one already."""
         if self.state is not PairState.NONE:
             raise ValueError("a second primary")
         self.state, self.error, self.wanted = PairState.HIDDEN, "", False

@@ -272,7 +272,7 @@ class Pairing:
     # What the pair has us do
 
     def show(self) -> None:
-        """Plug the primary in, when it is not being reset any more."""
+        """Plug the primary in, when it is not being reset or prepared any more."""
         assert self.primary is not None
         primary = self.primary
         if getattr(primary.function, "is_ready", True):

@@ -75,9 +75,17 @@ class Passthrough:
         self.steerings: dict[str, Steering] = {}
 
     def make(
-        self, table: VfioPciTable, resources: ExitStack, ask: Callable[[VfioPci], object], standby: str | None = None
+        self,
+        table: VfioPciTable,
+        resources: ExitStack,
+        ask: Callable[[VfioPci], object],
+        standby: str | None = None,
+        *,
+        prepared: bool = True,
     ) -> VfioPci:
         """The function of ``table``, reset, and all RAM mapped: seconds. By a thread that no vCPU waits for.
+
+        Not ``prepared`` it is only checked, and pins nothing before its `prepare`.
 
         With ``standby``, the id of a device, it is that one's primary: `steering` has what gives it its address.
         ``ask`` asks the guest to let it go, when the host wants it back: by the io thread.
@@ -99,12 +107,14 @@ class Passthrough:
                 device = VfioDevice(str(table.host), claimed.group, self._container)
                 with ExitStack() as failed:
                     failed.callback(device.close)
-                    device.reset()
+                    if prepared:
+                        device.map_memory()
+                        device.reset()
                     if standby is not None and (kind := device.config.ids.class_code >> 8) != ETHERNET:
                         raise HostError(
                             f"is of class {kind:#06x}, and a failover primary is an Ethernet device, 0x0200"
                         )
-                    function = VfioPci(name, device, host.sink, host.io, rombar=table.rombar)
+                    function = VfioPci(name, device, host.sink, host.io, rombar=table.rombar, prepared=prepared)
                     failed.pop_all()
                 resources.push(undo.pop_all())
                 if steering is not None:

@@ -119,9 +119,9 @@ class Plugger:
         self._own = frozenset(own)
 
     def plug_all(self, *, incoming: bool = False) -> None:
-        """With ``incoming`` disks are another machine's still, and not locked.
+        """With ``incoming`` disks are another machine's still, and not locked; primaries are only checked.
 
-        Nor is a primary that cannot be had a reason not to wait for its guest: the migration decides whether it can do
+        Nor is one that cannot be had a reason not to wait for its guest: the migration decides whether it can do
         without. Raises HostError, with its place in the configuration, where this host cannot: of all devices, what
         each lacks.
         """
@@ -138,7 +138,7 @@ class Plugger:
         for table in self._config.device:
             with problems.noted():
                 try:
-                    self._plug(self.make(table, self._config, locked=not incoming))
+                    self._plug(self.make(table, self._config, incoming=incoming))
                 except HostError as e:
                     if not incoming or standby_of(self._config, table) is None:
                         raise
@@ -153,15 +153,17 @@ class Plugger:
         elif plugged.standby is None:  # else it is hidden: kvmpy.machine.pairs plugs it in
             self.ports[plugged.table.bus].plug(plugged.function)
 
-    def make(self, table: DeviceTable, config: Config, *, locked: bool = True) -> Plugged:
+    def make(self, table: DeviceTable, config: Config, *, incoming: bool = False) -> Plugged:
         """The device of ``table``, plugged in nowhere; ``config`` has its netdev or drive. Any thread, one at a time.
+
+        ``incoming`` is as in `plug_all`.
 
         Raises HostError, with nothing taken.
         """
         with ExitStack() as resources:
             if isinstance(table, VfioPci):
-                return self._vfio(table, config, resources)
-            device, function = self._virtio_pci(table, config, resources, locked=locked)
+                return self._vfio(table, config, resources, incoming=incoming)
+            device, function = self._virtio_pci(table, config, resources, locked=not incoming)
             resources.callback(function.close)
             if not isinstance(table, VirtioNetPci):
                 return Plugged(table, device, function, resources.pop_all())
@@ -194,7 +196,7 @@ class Plugger:
         with self._located(f"device.{table.id}"):
             return device, VirtioPci(table.id, device, self._host.sink)
 
-    def _vfio(self, table: VfioPci, config: Config, resources: ExitStack) -> Plugged:
+    def _vfio(self, table: VfioPci, config: Config, resources: ExitStack, *, incoming: bool) -> Plugged:
         from kvmpy.machine.passthrough import Passthrough
 
         if self._passthrough is None:
@@ -203,7 +205,11 @@ class Plugger:
         standby = standby_of(config, table)
         with self._located():
             function = self._passthrough.make(
-                table, resources, lambda function: self._ask_for(function, table.bus), standby
+                table,
+                resources,
+                lambda function: self._ask_for(function, table.bus),
+                standby,
+                prepared=not incoming or standby is None,
             )
         resources.callback(function.close)
         steering = self._passthrough.steerings.pop(str(table.id), None)

@@ -243,8 +243,8 @@ def _primary(plugged: Plugged) -> dict[str, Any]:
     function = plugged.function
     facts: dict[str, Any] = {PAIR: str(plugged.standby)}
     facts |= {f"{BAR}{index}": bar.size for index, bar in function.bars.items()}
-    if not getattr(function, "is_ready", True):
-        facts[UNUSABLE] = str(function.info().get("broken") or "it is being reset")
+    if problem := getattr(function, "problem", None):
+        facts[UNUSABLE] = str(problem)
     return facts
 
 

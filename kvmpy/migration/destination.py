@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
@@ -35,6 +35,8 @@ from kvmpy.migration.messages import (
     Go,
     Header,
     Message,
+    Outcome,
+    Prepared,
     Ready,
     Refuse,
     Refused,
@@ -46,6 +48,7 @@ from kvmpy.migration.messages import (
 )
 from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
+from kvmpy.migration.preparation import Preparation
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
 from kvmpy.migration.status import Status
@@ -98,13 +101,24 @@ class Ingoing:
     def receive(self, arrival: Arrival, header: Header) -> None:
         """Take the guest in, and run it. Raises KvmpyError where that comes to nothing: no vCPU has run then."""
         main = arrival.main
+        preparation = Preparation(self._machine, self.progress, lambda outcomes: self._tell(main, outcomes))
+        try:
+            self._take_in(arrival, header, preparation)
+        finally:
+            preparation.hush()  # the channel is not ours after this
+
+    def _take_in(self, arrival: Arrival, header: Header, preparation: Preparation) -> None:
+        main = arrival.main
         try:
             with self.progress.phase("receive RAM"):
-                sections, end = self._receive(arrival, header)
+                sections, end = self._receive(arrival, header, preparation)
             self.progress.become(Status.DEVICE)
             with self.progress.phase("load state"), self._answering(main):
                 state = load_machine(self._machine, sections)
                 self._expect(end.primaries)
+            if not main.can_answer:
+                with self.progress.phase("await primaries"):
+                    self._await(preparation, main, header)
             self._handover.on(Event.READY)
             with self.progress.phase("await GO"):
                 self._await_go(main)
@@ -123,20 +137,27 @@ class Ingoing:
 
     # What comes
 
-    def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
+    def _receive(self, arrival: Arrival, header: Header, preparation: Preparation) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
-        with self._answering(arrival.main):
+        main = arrival.main
+        before = main.can_answer and main.version < Prepared.SINCE  # such a source asks its guest on ACCEPT, and goes
+        with self._answering(main):
             self._machine.handoff.adopt_cpu(self._cpu)
             rehearsal_ns = rehearse(self._machine)
+            if before:
+                preparation.begin()
+                self._await(preparation, main, header)
         token = os.urandom(16)
-        self._accept(arrival.main, token, rehearsal_ns)
+        self._accept(main, token, rehearsal_ns)
+        if not before:
+            preparation.begin()
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
         pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
         with closing(pages):  # once this is closed, nobody writes to the guest's memory any more
             pages.start()
-            with self._watched(arrival.main, pages, channels):
-                return self._read(arrival.main, pages, inline=not channels)
+            with self._watched(main, pages, channels):
+                return self._read(main, pages, inline=not channels)
 
     def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[Sections, EndOfState]:
         sections: Sections = {}
@@ -213,6 +234,19 @@ class Ingoing:
                 channel.shutdown("all has come")
             pages.cancel()
             thread.join()
+
+    # Primaries
+
+    def _await(self, preparation: Preparation, main: MainChannel, header: Header) -> None:
+        """Before it is too late, where the source does not wait for it."""
+        seconds = self._parameters.x_prepare_timeout / 1000
+        preparation.wait(main.channel.stop, seconds, require=header.require_primaries)
+
+    def _tell(self, main: MainChannel, outcomes: tuple[Outcome, ...]) -> None:
+        """By a thread of the last primary's."""
+        if main.can_answer and main.version >= Prepared.SINCE:
+            with suppress(MigrationError):  # whoever reads there hears of it too
+                main.say(Prepared(primaries=outcomes))
 
     def _expect(self, primaries: tuple[str, ...]) -> None:
         """Have the guest see these, which it had, when it runs, whatever its driver is at (R34)."""

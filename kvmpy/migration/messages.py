@@ -1,7 +1,8 @@
 """What the two sides of a migration say to each other: the payload of each kind of frame, as JSON of one Struct.
 
     source           HEADER, ROUND and ROUND_END ..., CHECKSUMS, SECTION ..., END_OF_STATE, GO; CANCEL before it
-    destination      ACCEPT or REFUSE, ARRIVED ..., READY, STARTED or REFUSED; FAILED before READY is answered
+    destination      ACCEPT or REFUSE, ARRIVED ..., READY, STARTED or REFUSED; FAILED before READY is answered;
+                     PREPARED, once, anywhere after ACCEPT
     both             KEEPALIVE, from whoever keeps the other waiting
 
 A kind is declared once: its number, the most bytes of one, the most of them in a stream and the most values in its
@@ -62,6 +63,7 @@ class Kind(IntEnum):
     KEEPALIVE = 14
     ROUND_END = 15
     ARRIVED = 16
+    PREPARED = 17
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -149,6 +151,28 @@ class Refuse(Message, frozen=True, kw_only=True):
             kept = PROBLEMS_MAX - 1
             problems = (*problems[:kept], f"and {len(problems) - kept} more")
         force_setattr(self, "problems", tuple(clipped(problem, PROBLEM_MAX) for problem in problems))
+
+
+class Outcome(Part, frozen=True, kw_only=True):
+    """A failover primary of the destination: how long its preparation took, and why it cannot be used, "" if it can."""
+
+    device: ShortText
+    ns: Natural
+    problem: Annotated[str, Meta(max_length=PROBLEM_MAX)] = ""
+
+    @classmethod
+    def of(cls, device: str, ns: int, problem: str | None) -> Self:
+        return cls(device=device, ns=ns, problem=clipped(problem or "", PROBLEM_MAX))
+
+
+class Prepared(Message, frozen=True, kw_only=True):
+    """What has become of all failover primaries: each is reset, and RAM mapped for it, or cannot be used."""
+
+    KIND = Kind.PREPARED
+    SINCE = 3
+    CAP = MIB
+    VALUES = 64 * KIB
+    primaries: Annotated[tuple[Outcome, ...], Meta(max_length=256)]
 
 
 class Round(Message, frozen=True, kw_only=True):
@@ -289,7 +313,7 @@ KINDS: Final[dict[int, type[Message]]] = {
     kind.KIND: kind
     for kind in (
         *(Header, Accept, Refuse, Round, Checksums, Section, EndOfState),
-        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived),
+        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived, Prepared),
     )
 }
 

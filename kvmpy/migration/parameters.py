@@ -13,6 +13,7 @@ Natural = Annotated[int, Meta(ge=0, le=2**62)]
 Percentage = Annotated[int, Meta(ge=1, le=99)]
 Milliseconds = Annotated[int, Meta(ge=0, le=100_000)]
 UnplugMilliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
+PrepareMilliseconds = Annotated[int, Meta(ge=1, le=86_400_000)]
 Directory = Annotated[str, Meta(max_length=4096)]
 
 
@@ -70,6 +71,9 @@ class Parameters(Struct, frozen=True, kw_only=True, rename="kebab"):
     x_unplug_timeout: UnplugMilliseconds = 30_000  # milliseconds in which the guest is to let its primaries go (ours)
     x_on_unplug_timeout: OnUnplugTimeout = OnUnplugTimeout.FAIL  # what is done where it does not (ours)
     x_primaries: Primaries = Primaries.REQUIRE  # whether the destination must have a primary for it (ours)
+    x_prepare_timeout: PrepareMilliseconds = (
+        60_000  # milliseconds that the stop waits for the destination to prepare its primaries (ours)
+    )
     x_release_primaries: bool = False  # free the primaries here once the guest runs there (ours)
 
     @property

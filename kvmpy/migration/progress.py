@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, Protocol
 
+from kvmpy.migration.messages import Outcome
 from kvmpy.migration.status import LEGAL, OVER, Status
 
 MS: Final = 1e6  # nanoseconds
@@ -69,7 +70,8 @@ class Sends(Protocol):
 class Progress:
     """One migration, of one side; ``other`` is what the other one is. ``total`` is the bytes of RAM.
 
-    ``on_status`` is told each new status; by the thread that changes it, which must not be kept.
+    ``preparing``: the destination has failover primaries that are not prepared yet; ``prepared`` are those that are, or
+    cannot be. ``on_status`` is told each new status; by the thread that changes it, which must not be kept.
     """
 
     def __init__(
@@ -82,6 +84,8 @@ class Progress:
         self.problems: list[str] = []
         self.warnings: list[str] = []
         self.primaries: list[str] = []
+        self.preparing = False
+        self.prepared: list[Outcome] = []
         self.phases: list[Phase] = []
         self.rounds: deque[Round] = deque(maxlen=MOST_ROUNDS)
         self.pages = self.zero_pages = self.size = self.downtime_size = self.passes = 0
@@ -209,6 +213,8 @@ class Progress:
             "problems": self.problems or None,
             "warnings": self.warnings or None,
             "primaries": self.primaries or None,
+            "preparing": (self.preparing and not self.is_over) or None,
+            "prepared": [self._outcome(each) for each in tuple(self.prepared)] or None,
         }
         return {
             "status": self.status.value,
@@ -252,6 +258,9 @@ class Progress:
 
     def _phase(self, name: str, start: int, end: int) -> dict[str, Any]:
         return {"name": name, "start-ms": (start - self.began) / MS, "ms": (end - start) / MS}
+
+    def _outcome(self, each: Outcome) -> dict[str, Any]:
+        return {"device-id": each.device, "ms": each.ns / MS, "problem": each.problem}
 
     def _round(self, each: Round) -> dict[str, Any]:
         return {

@@ -43,6 +43,7 @@ from kvmpy.migration.messages import (
     Message,
     Origin,
     Phase,
+    Prepared,
     Ready,
     Refuse,
     Refused,
@@ -50,9 +51,11 @@ from kvmpy.migration.messages import (
     RoundEnd,
     Section,
     Started,
+    due,
 )
 from kvmpy.migration.pages import PageSender
 from kvmpy.migration.parameters import OnUnplugTimeout, Parameters, Primaries
+from kvmpy.migration.preparation import failures
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
@@ -103,6 +106,7 @@ class Outgoing:
         self._page_channels: list[Channel] = []
         self._departure = machine.departure
         self._loading: float | None = None
+        self._requires = True  # a primary at the destination for each that the guest has, as that was told
 
     @property
     def phase(self) -> Source:
@@ -206,6 +210,7 @@ class Outgoing:
         """
         main = connector.main
         description = describe(self._machine, self._machine.handoff.describe_cpu())
+        self._requires = self.parameters.x_primaries is Primaries.REQUIRE
         main.send_message(
             Header(
                 description=to_json(description),
@@ -213,7 +218,7 @@ class Outgoing:
                 compression=Compression(self._compression),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
-                require_primaries=self.parameters.x_primaries is Primaries.REQUIRE,
+                require_primaries=self._requires,
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
@@ -224,6 +229,7 @@ class Outgoing:
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
         self._loading = answer.rehearsal_ns / 1e9 or None
+        self.progress.preparing = main.version >= Prepared.SINCE and not check_only  # before, that was done by now
         self.progress.warnings = list(answer.warnings)
         for warning in answer.warnings:
             log.warning("warning: %s", printable(warning))
@@ -267,8 +273,51 @@ class Outgoing:
             if main.can_answer:
                 watched[main.channel.fd] = select.POLLIN
             if main.channel.fd in self._stop.wait_any(watched, deadline):
-                main.receive_message(Keepalive)
+                self._listen(main)
         return staying
+
+    def _await_prepared(self, main: MainChannel) -> None:
+        """R54: the guest is not stopped before the destination has its primaries prepared. Raises MigrationError."""
+        deadline = Deadline(self.parameters.x_prepare_timeout / 1000)
+        with ExitStack() as waiting:
+            if self.progress.preparing:
+                waiting.enter_context(self.progress.phase("await primaries"))
+                waiting.enter_context(self._awaited(main))
+            while self.progress.preparing and deadline.left:
+                if self._stop.wait_any({main.channel.fd: select.POLLIN}, deadline):
+                    self._listen(main)
+        if not self.progress.preparing:
+            return
+        said = f"the destination has not prepared its primaries within {deadline.seconds * 1000:g} ms"
+        if self._requires:
+            raise MigrationError(f"{said} (x-prepare-timeout); see its log, or go without (x-primaries best-effort)")
+        self._warn(f"{said}: the guest goes on without until it has")
+
+    def _listen(self, main: MainChannel) -> None:
+        """Something has come: what the destination says when it likes."""
+        message: Message = main.receive_message(*due(main.version, Keepalive, Prepared))
+        if isinstance(message, Prepared):
+            self._note(message)
+
+    def _hear(self, main: MainChannel, *kinds: type[Message]) -> Message:
+        """The next message that is one of ``kinds``; PREPARED may come before it."""
+        while isinstance(message := main.receive_message(*due(main.version, Prepared, *kinds)), Prepared):
+            self._note(message)
+        return message
+
+    def _note(self, prepared: Prepared) -> None:
+        """Raises MigrationError where a primary cannot be used there that must be."""
+        self.progress.preparing, self.progress.prepared = False, list(prepared.primaries)
+        if not (found := failures(prepared.primaries)):
+            return
+        if self._requires:
+            raise MigrationError("; ".join(found))
+        for each in found:
+            self._warn(f"{each}; the guest goes on without")
+
+    def _warn(self, what: str) -> None:
+        self.progress.warnings.append(what)
+        log.warning("migration: %s", what)
 
     @contextmanager
     def _primaries_away(self, main: MainChannel) -> Iterator[None]:
@@ -322,6 +371,7 @@ class Outgoing:
                     if self._stop_machine(start):
                         return
                     self.progress.become(Status.ACTIVE)
+                self._await_prepared(main)
                 self._make_durable()  # of what disks have in their caches little is left to do then
                 is_durable = True
             elif self.progress.passes:
@@ -358,7 +408,7 @@ class Outgoing:
         seconds = stats.seconds
         if awaited and main.can_answer and main.version >= RoundEnd.SINCE:
             main.send_message(RoundEnd(number=number))
-            main.receive_message(Arrived)
+            self._hear(main, Arrived)
             seconds = time.monotonic() - began
         progress.add(RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, seconds, stats.dirty_rate))
 
@@ -403,7 +453,7 @@ class Outgoing:
             self._machine.handoff.give()
         with progress.phase("await READY"):
             if main.can_answer:
-                main.receive_message(Ready)
+                self._hear(main, Ready)
                 main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):
@@ -465,7 +515,7 @@ class Outgoing:
             return None
         with suppress(StreamError):  # it may have given up before, and said so: that is proof, too
             main.say(Go())
-        answer: Message = main.receive_message(Started, Refused, Failed)
+        answer = self._hear(main, Started, Refused, Failed)
         assert isinstance(answer, Started | Refused | Failed)
         return answer
 

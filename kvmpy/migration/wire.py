@@ -11,8 +11,8 @@ ACCEPT gave. Where pages have no channel of their own (HEADER says 0 channels), 
 up to and with an END, and then by frames again.
 
 A version is a stream's as a whole. This kvmpy writes NEWEST, or the older one that the other side asks for, and reads
-from OLDEST on: the one before. A change of any byte here or in `messages` takes a new version, and the golden streams
-of each version from OLDEST on load for ever (tests/golden/streams).
+from OLDEST on: the one before, at least. A change of any byte here or in `messages` takes a new version, and the golden
+streams of each version from OLDEST on load for ever (tests/golden/streams).
 
 Everything that is read is hostile: lengths are compared with caps before a byte is allocated for them.
 """
@@ -25,8 +25,8 @@ from zlib import crc32
 
 from kvmpy.errors import StreamError
 
-NEWEST: Final = 2
-OLDEST: Final = max(1, NEWEST - 1)
+NEWEST: Final = 3
+OLDEST: Final = 1
 MAGIC: Final = b"KVMPYMIG"
 MAGIC_SIZE: Final = len(MAGIC)
 NO_TOKEN: Final = bytes(16)

@@ -20,6 +20,7 @@ from kvmpy.migration.parameters import (
     OnUnplugTimeout,
     Parameters,
     Percentage,
+    PrepareMilliseconds,
     Primaries,
     UnplugMilliseconds,
 )
@@ -76,6 +77,14 @@ class MigrationRound(Reply, frozen=True, kw_only=True, rename="kebab"):
     dirty_rate: float  # pages a second that the guest had written before
 
 
+class MigrationPrepared(Reply, frozen=True, kw_only=True, rename="kebab"):
+    """A failover primary of the destination that is reset, with the guest's memory mapped for it, or cannot be used."""
+
+    device_id: str  # its id
+    ms: float  # how long that took
+    problem: str  # why it cannot be used; empty if it can
+
+
 class MigrationSide(Reply, frozen=True, kw_only=True, rename="kebab"):
     """What the other side says."""
 
@@ -123,8 +132,10 @@ class MigrationInfo(Reply, frozen=True, kw_only=True, rename="kebab"):
     stopped_ms: float | None = None  # when the last vCPU stopped, after the begin (ours)
     stopped_ns: int | None = None  # the same, in nanoseconds of CLOCK_REALTIME (ours)
     problems: list[str] | None = None  # each reason of a refusal (ours)
-    warnings: list[str] | None = None  # what differs and does no harm until the guest is reset (ours)
+    warnings: list[str] | None = None  # what differs, or is lacking, and is no reason to stay (ours)
     primaries: list[str] | None = None  # what became of failover primaries, where the guest stays here (ours)
+    preparing: bool | None = None  # the destination is still preparing failover primaries (ours)
+    prepared: list[MigrationPrepared] | None = None  # those that it has prepared, or cannot (ours)
     not_converging: str | None = None  # the guest writes too fast, and what is done about it (ours)
     phases: list[MigrationPhase] | None = None  # what was done when (ours)
     rounds: list[MigrationRound] | None = None  # passes over the dirty pages (ours)
@@ -155,6 +166,7 @@ class SetParameters(Arguments, frozen=True, kw_only=True, rename="kebab"):
     x_unplug_timeout: UnplugMilliseconds | None = None  # milliseconds for the guest to let its primaries go (ours)
     x_on_unplug_timeout: OnUnplugTimeout | None = None  # what is done where it does not (ours)
     x_primaries: Primaries | None = None  # whether the destination must have one for it (ours)
+    x_prepare_timeout: PrepareMilliseconds | None = None  # milliseconds that the destination's may be waited for (ours)
     x_release_primaries: bool | None = None  # free them here once the guest runs there (ours)
 
 
@@ -201,6 +213,7 @@ class MigrationParameters(Reply, frozen=True, kw_only=True, rename="kebab"):
     x_unplug_timeout: int  # milliseconds (ours)
     x_on_unplug_timeout: OnUnplugTimeout  # what is done where the guest does not let its primaries go (ours)
     x_primaries: Primaries  # whether the destination must have one for it (ours)
+    x_prepare_timeout: int  # milliseconds (ours)
     x_release_primaries: bool  # they are freed here once the guest runs there (ours)
 
 

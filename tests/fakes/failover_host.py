@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -18,12 +19,13 @@ from kvmpy._native import ffi
 from kvmpy.abi import ioctl
 from kvmpy.devices.pci.express import SlotStatus
 from kvmpy.devices.vfio.container import Container
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, IoctlError
 from kvmpy.host import tap as tap_module
 from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.machine import passthrough
 from kvmpy.machine.machine import Machine
 from tests.fakes.hotplug_guest import BLINK, CONTROL, EVENTS, ON, STATUS, HotplugGuest
+from tests.fakes.loop import BOUND
 from tests.fakes.pci import Accesses
 from tests.fakes.tap import FakeTap
 from tests.fakes.vfio import ADDRESS, GROUP, FakeNic, VfioKernel
@@ -62,16 +64,22 @@ class Claim:
 
 
 class NicsKernel(VfioKernel):
-    """A kernel with a NIC at each of ADDRESSES. A request is about one of them: ``nic`` is it while that is served."""
+    """A kernel with a NIC at each of ADDRESSES. A request is about one of them: ``nic`` is it while that is served.
+
+    ``before`` has what a request of that name waits for, while others are served.
+    """
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
+        self.before: dict[str, Callable[[], object]] = {}
         self.nics: Final = {address: FakeNic() for address in ADDRESSES}
         self._one_at_a_time = threading.RLock()
 
     def __call__(self, name: str, fd: int, request: int, argument: Any) -> int:
         if not self._has(fd):
             return self._beside(name, fd, request, argument)
+        if (wait := self.before.get(name)) is not None:
+            wait()
         with self._one_at_a_time:
             self.nic = next((nic for nic in self.nics.values() if self._is(nic, fd)), self.nic)
             return super().__call__(name, fd, request, argument)
@@ -92,6 +100,36 @@ class NicsKernel(VfioKernel):
             nic.close()
 
 
+class Held:
+    """A request ``name`` that takes the kernel as long as a test likes; ``begun`` once it has been made.
+
+    ``waiting`` is how many times by now.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.waiting = 0
+        self.begun = threading.Event()
+        self._decided = threading.Event()
+        self._refusal = 0
+
+    def __call__(self) -> None:
+        self.waiting += 1
+        self.begun.set()
+        assert self._decided.wait(2 * BOUND)
+        if self._refusal:
+            raise IoctlError(self.name, self._refusal)
+
+    def let_go(self) -> None:
+        """The kernel does what it is asked for."""
+        self._decided.set()
+
+    def refuse(self, number: int) -> None:
+        """It does not."""
+        self._refusal = number
+        self.let_go()
+
+
 class FailoverHost:
     """``claims`` are its virtual functions by their addresses. The host of all machines that are made from now on.
 
@@ -100,6 +138,7 @@ class FailoverHost:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, *, lacking: bool = False) -> None:
         self.lacking = lacking
+        self._held: list[Held] = []
         (directory / "run").mkdir(mode=0o755, parents=True)
         (directory / "vfio").mkdir()
         self.kernel = NicsKernel(directory / "vfio")
@@ -118,6 +157,17 @@ class FailoverHost:
         claim = self.claims[address]
         claim.taken = True
         return claim
+
+    def hold(self, name: str = "VFIO_IOMMU_MAP_DMA") -> Held:
+        """Have every request ``name`` wait until it is let go on or refused, at the latest when its machine closes."""
+        held = self.kernel.before[name] = Held(name)
+        self._held.append(held)
+        return held
+
+    def let_go(self) -> None:
+        """Nothing waits any more."""
+        while self._held:
+            self._held.pop().let_go()
 
     @property
     def taken(self) -> set[str]:

@@ -87,6 +87,7 @@ class Place:
         """End it, and its host. Twice is allowed."""
         self._client.close()
         self._monitor.close()
+        self.host.let_go()
         self.machine.close()
         self.host.close()
 
@@ -203,10 +204,12 @@ class FailoverJourney:
             self._journey.extra = devices
         return self._at(self._journey.wait_at, parameters, lacking=lacking)
 
-    def middle(self, there: Place, hooks: Mapping[Kind, Callable[[], object]]) -> str:
-        """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind."""
+    def middle(self, there: Place, hooks: Mapping[Kind, Callable[[], object]], *, version: int | None = None) -> str:
+        """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind, and lets
+        neither side speak a newer ``version``.
+        """
         here = self._journey.socket("middle")
-        middle = Middle(here, there.uri.removeprefix("unix:"), hooks=hooks)
+        middle = Middle(here, there.uri.removeprefix("unix:"), hooks=hooks, version=version)
         self._stack.callback(middle.close)
         return f"unix:{here}"
 

@@ -31,6 +31,7 @@ class Middle:
 
     ``at`` is the kind of message, of the main channel, that ``harm`` is done to: the first of its kind. ``hooks`` are
     called before a message of their kind is passed on, or harmed, once. Page channels share the fate of CUT and HANG.
+    With ``version`` each side takes the other for one that speaks none newer.
     """
 
     def __init__(
@@ -41,7 +42,9 @@ class Middle:
         harm: Harm | None = None,
         *,
         hooks: Mapping[Kind, Callable[[], object]] | None = None,
+        version: int | None = None,
     ) -> None:
+        self._version = version
         self._there, self._at, self._harm, self._hooks = there, at, harm, dict(hooks or {})
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -88,9 +91,10 @@ class Middle:
     def _pass(self, source: socket.socket, to: socket.socket) -> None:
         """One direction, to its end. Both sides begin with a preamble, which says which channel it is."""
         with contextlib.suppress(OSError, EOFError):
-            first = _exactly(source, PREAMBLE_SIZE)
-            to.sendall(first)
-            if Preamble.unpack(first).channel == MAIN:
+            first = Preamble.unpack(_exactly(source, PREAMBLE_SIZE))
+            highest = min(first.highest, self._version or first.highest)
+            to.sendall(first._replace(highest=highest).pack())
+            if first.channel == MAIN:
                 self._pass_frames(source, to)
             while data := source.recv(PIECE):
                 if self._hung:

@@ -66,10 +66,13 @@ class NicRig:
         self.function = self.make()
         resources.callback(self.close)
 
-    def make(self) -> VfioPci:
+    def make(self, *, prepared: bool = True) -> VfioPci:
+        """It, or one that is only checked."""
         device = VfioDevice(ADDRESS, GROUP, self.container)
         try:
-            return VfioPci("host0", device, self.board.sink, self.io, rombar=self.rombar)
+            if prepared:
+                device.map_memory()
+            return VfioPci("host0", device, self.board.sink, self.io, rombar=self.rombar, prepared=prepared)
         except BaseException:
             device.close()
             raise

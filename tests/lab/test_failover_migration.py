@@ -258,9 +258,8 @@ def test_r43_a_destination_without_a_primary_is_refused_before_the_guest_is_aske
 def test_a_primary_that_the_host_takes_back_meanwhile_leaves_the_guest_its_standby(voyage: Voyage) -> None:
     function = voyage.host.functions[1 - voyage.here]
     with voyage.waiting() as there:
-        source = Events(voyage.host, voyage.name)
         command = voyage.migrate()
-        source.wait("MIGRATION", "wait-unplug")
+        voyage.await_prepared()  # before that the guest would keep its own
         unbind = voyage.host.spawn(["sh", "-c", f"echo {function} >/sys/bus/pci/drivers/vfio-pci/unbind"])
         unbind.wait(SLOW)
         assert command.wait(SLOW) == 0, command.output

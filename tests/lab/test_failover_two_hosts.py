@@ -58,6 +58,15 @@ def hosts(two_igb_hosts: HostPair, lab_images: Images) -> Iterator[HostPair]:
         host.run(["sh", "-c", f"[ ! -e /run/kvmpy/{NAME} ] || kvmpy stop {NAME}"])
 
 
+def assert_prepared_beside(told: dict[str, Any]) -> None:
+    """R54: the destination prepared its primary while the guest ran here, and most of it while it let its own go."""
+    (prepare,) = [phase for phase in told["destination"]["phases"] if phase["name"] == f"prepare {PRIMARY}"]
+    (leaves,) = [phase for phase in told["source"]["phases"] if phase["name"] == "wait-unplug"]
+    print({phase["name"]: (phase["start-ms"], phase["ms"]) for phase in (prepare, leaves)})
+    assert prepare["start-ms"] < leaves["start-ms"] + leaves["ms"]
+    assert prepare["start-ms"] + prepare["ms"] < told["stopped-ms"]
+
+
 def go(hosts: HostPair, here: int, function: str) -> dict[str, Any]:
     """By ssh from host number ``here`` to the other, where the primary is ``function``; figures of how it went."""
     seen: list[Pings] = []
@@ -72,11 +81,12 @@ def go(hosts: HostPair, here: int, function: str) -> dict[str, Any]:
     told: dict[str, Any] = json.loads(hosts.hosts[here].run(["cat", "/run/there.json"], check=True).stdout)
     figures = {"blackout-ms": told["blackout-ms"], "gap-ms": seen[0].gap * 1000, "lost": len(seen[0].lost)}
     print(figures, {phase["name"]: phase["ms"] for phase in told["blackout"]})
+    assert_prepared_beside(told)
     assert figures["gap-ms"] < figures["blackout-ms"] + 5000, "it was deaf for much longer than it stood still"
     return figures
 
 
-def test_r44_a_guest_goes_to_another_host_and_back_with_its_traffic_on_a_primary_at_either(hosts: HostPair) -> None:
+def test_r44_r54_a_guest_goes_to_another_host_and_back_with_its_traffic_on_a_primary_at_either(hosts: HostPair) -> None:
     here, there = functions(hosts.first)[0], functions(hosts.second)[1]
     config = pair(here)
     with Guest(hosts.first, NAME, kernel="generic", tables=config, words=WORDS) as guest:

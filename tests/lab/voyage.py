@@ -248,6 +248,11 @@ class Voyage:
         script = f'until kvmpy qmp {self.name} query-failover | grep -q \'"state": *"{state}"\'; do sleep 0.2; done'
         self.host.run(["sh", "-c", script], timeout=SLOW, check=True)
 
+    def await_prepared(self) -> None:
+        """The destination has told the machine that it has prepared its primary."""
+        script = f"until kvmpy qmp {self.name} query-migrate | grep -q '\"prepared\"'; do sleep 0.2; done"
+        self.host.run(["sh", "-c", script], timeout=SLOW, check=True)
+
     # Threads of the machine
 
     @contextmanager

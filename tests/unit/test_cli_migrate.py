@@ -297,6 +297,12 @@ def test_a_guest_that_writes_too_fast_is_said_to() -> None:
     )
 
 
+def test_r54_that_the_destination_is_not_done_with_its_primaries_is_said() -> None:
+    words = "the destination is still preparing its primaries"
+    assert words in figures(ACTIVE | {"preparing": True})
+    assert words not in figures(ACTIVE)
+
+
 SECOND: Final = 10**9
 
 

@@ -97,7 +97,8 @@ OURS: Final = {
     *(("system_powerdown", "limit"), ("device_del", "force"), ("cont", "force")),
     ("DEVICE_UNPLUG_GUEST_ERROR", "reason"),
     *((SETTING, key) for key in ("x-on-no-convergence", "x-checksum", "x-timeout", "x-insecure")),
-    *((SETTING, f"x-{key}") for key in ("unplug-timeout", "on-unplug-timeout", "primaries", "release-primaries")),
+    *((SETTING, f"x-{key}") for key in ("unplug-timeout", "on-unplug-timeout", "primaries", "prepare-timeout")),
+    (SETTING, "x-release-primaries"),
 }
 # What QEMU has of arguments that can be left out, and we have nothing for: storage migration, compression of our
 # grandparents, postcopy, block devices. QEMU has dropped some of it since.

@@ -166,6 +166,19 @@ def test_r10_a_primary_is_open_reset_and_mapped_before_any_guest_has_it(rig: Rig
         assert rig.kernel.maps
 
 
+def test_r43_a_primary_of_a_machine_that_waits_is_open_and_pins_nothing_before_it_is_prepared(rig: Rig) -> None:
+    with ExitStack() as resources:
+        function = rig.passthrough.make(TABLE, resources, rig.asked.append, "net1", prepared=False)
+        resources.callback(function.close)
+        assert (rig.kernel.nic.resets, rig.kernel.maps, rig.claim.carried) == ([], {}, [None])
+        assert "host0" in rig.passthrough.steerings
+        done: Inbox[bool] = Inbox()
+        function.prepare(lambda: done.put(function.is_ready))
+        assert done.wait() == [True]
+        assert (rig.kernel.nic.resets, len(rig.kernel.maps)) == (["function"], 1)
+    assert rig.kernel.maps == {}
+
+
 def test_r49_a_prepared_primary_has_no_address_and_gets_it_with_its_bus_master_bit(rig: Rig) -> None:
     with ExitStack() as resources:
         function = primary(rig, resources)

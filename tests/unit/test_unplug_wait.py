@@ -1,4 +1,4 @@
-"""How long a migration waits for primaries: no longer than it was told, whatever keeps it busy meanwhile."""
+"""How long a migration waits for primaries, here and there: no longer than it was told, whatever keeps it busy."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from kvmpy.errors import MigrationCancelled
+from kvmpy.errors import MigrationCancelled, MigrationError
 from kvmpy.host.eventfd import EventFd
 from kvmpy.migration.parameters import Parameters
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.source import Outgoing
 from kvmpy.migration.stop import Deadline
+from kvmpy.migration.wire import NEWEST
 from tests.fakes.migration import Thread
 
 NIC = "hostdev0"
@@ -27,7 +28,7 @@ class Busy:
         self._event.signal()
         self.fd = self._event.fd
         self.heard = self.asked = 0
-        self.can_answer, self.channel = True, self
+        self.can_answer, self.channel, self.version, self.is_kept = True, self, NEWEST, True
         self.then: Any = lambda: None
 
     def staying(self) -> list[str]:
@@ -79,3 +80,19 @@ def test_a_cancel_is_heard_meanwhile(outgoing: Outgoing, busy: Busy) -> None:
     busy.then = lambda: outgoing.cancel("cancelled") if busy.asked > 3 else None
     with pytest.raises(MigrationCancelled):
         staying(outgoing, busy, 600.0).result()
+
+
+def test_r54_nor_does_it_make_the_wait_for_its_primaries_longer(outgoing: Outgoing, busy: Busy) -> None:
+    main: Any = busy
+    outgoing.parameters = Parameters(x_prepare_timeout=100)
+    outgoing.progress.preparing = True
+    with pytest.raises(MigrationError, match=r"within 100 ms \(x-prepare-timeout\)"):
+        Thread(lambda: outgoing._await_prepared(main)).result()
+    assert busy.heard > 1
+    assert [phase.name for phase in outgoing.progress.phases] == ["await primaries"]
+
+
+def test_r54_a_destination_that_is_prepared_is_not_waited_for(outgoing: Outgoing, busy: Busy) -> None:
+    main: Any = busy
+    Thread(lambda: outgoing._await_prepared(main)).result()
+    assert (busy.heard, outgoing.progress.phases) == (0, [])

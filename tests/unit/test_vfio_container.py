@@ -50,12 +50,23 @@ def container(memory: GuestMemory, kernel: VfioKernel) -> Container:
     return Container(memory, kernel, str(kernel.directory))
 
 
-def test_the_first_device_maps_all_ram_and_the_last_one_unmaps_it(
+def open_mapped(container: Container, group: int = GROUP) -> int:
+    """A device whose DMA reaches RAM."""
+    device = container.open(ADDRESS, group)
+    try:
+        container.map_memory(lambda: True)
+    except BaseException:
+        container.close(device, group)
+        raise
+    return device
+
+
+def test_all_ram_is_mapped_once_when_a_device_needs_it_and_the_last_device_unmaps_it(
     container: Container, memory: GuestMemory, kernel: VfioKernel
 ) -> None:
-    first = container.open(ADDRESS, GROUP)
+    first = open_mapped(container)
     assert kernel.maps == {block.gpa: (block.size, block.hva) for block in memory.blocks}
-    second, third = container.open(ADDRESS, GROUP), container.open(ADDRESS, GROUP + 1)
+    second, third = open_mapped(container), open_mapped(container, GROUP + 1)
     assert len(kernel.named("VFIO_IOMMU_MAP_DMA")) == 2, "once"
     for device, group in ((first, GROUP), (third, GROUP + 1)):
         container.close(device, group)
@@ -68,7 +79,7 @@ def test_the_first_device_maps_all_ram_and_the_last_one_unmaps_it(
 def test_a_container_that_the_host_has_emptied_has_nothing_to_unmap(
     container: Container, kernel: VfioKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    device = container.open(ADDRESS, GROUP)
+    device = open_mapped(container)
     kernel.fail("VFIO_IOMMU_UNMAP_DMA", errno.EINVAL)
     kernel.fail("VFIO_IOMMU_GET_INFO", errno.EINVAL)
     container.close(device, GROUP)
@@ -78,7 +89,7 @@ def test_a_container_that_the_host_has_emptied_has_nothing_to_unmap(
 def test_memory_that_stays_mapped_in_a_container_that_works_is_an_error(
     container: Container, kernel: VfioKernel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    device = container.open(ADDRESS, GROUP)
+    device = open_mapped(container)
     kernel.fail("VFIO_IOMMU_UNMAP_DMA", errno.EINVAL)
     container.close(device, GROUP)
     assert "VFIO_IOMMU_UNMAP_DMA: EINVAL: the guest's memory" in caplog.text
@@ -89,7 +100,7 @@ def test_a_device_comes_and_goes_fifty_times_and_leaves_nothing(container: Conta
     kernel.nic.close()
     before = open_descriptors()
     for _ in range(50):
-        device = container.open(ADDRESS, GROUP)
+        device = open_mapped(container)
         assert len(kernel.maps) == 2
         container.close(device, GROUP)
         assert kernel.maps == {}
@@ -102,7 +113,7 @@ def test_memory_is_mapped_in_chunks_and_unmapped_in_one_go(
     container: Container, kernel: VfioKernel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type1, "CHUNK", MIB)
-    device = container.open(ADDRESS, GROUP)
+    device = open_mapped(container)
     assert {iova: size for iova, (size, _) in kernel.maps.items()} == {
         **{n * MIB: MIB for n in range(3)},
         **{HIGH + n * MIB: MIB for n in range(2)},
@@ -117,7 +128,7 @@ def test_chunks_are_larger_where_the_kernel_takes_few_maps(
     monkeypatch.setattr(type1, "CHUNK", PAGE)
     monkeypatch.setattr(type1, "HUGE_PAGE", MIB)
     kernel.available = 4
-    container.open(ADDRESS, GROUP)
+    open_mapped(container)
     assert {iova: size for iova, (size, _) in kernel.maps.items()} == {0: 2 * MIB, 2 * MIB: MIB, HIGH: 2 * MIB}
 
 
@@ -145,12 +156,13 @@ def test_a_failed_map_leaves_nothing_mapped_or_open(
     before = open_descriptors()
     kernel.maps[HIGH + MIB] = PAGE, 0
     with pytest.raises(HostError, match=r"VFIO_IOMMU_MAP_DMA: EEXIST: .* at 0x100100000 .*ulimit -l"):
-        container.open(ADDRESS, GROUP)
+        open_mapped(container)
     assert kernel.maps == {HIGH + MIB: (PAGE, 0)}
-    assert kernel.told == []
+    assert kernel.told == ["added", "removed"]
+    kernel.nic.close()
     assert open_descriptors() == before
     kernel.maps.clear()
-    container.open(ADDRESS, GROUP)
+    open_mapped(container)
     assert len(kernel.maps) == 5
 
 
@@ -174,8 +186,41 @@ def test_what_the_kernel_refuses_is_said_and_undone(
     assert (kernel.maps, open_descriptors()) == ({}, before)
     assert kernel.told in ([], ["added", "removed"])
     kernel.recover(request_name)
-    container.open(ADDRESS, GROUP)
+    open_mapped(container)
     assert len(kernel.maps) == 2
+
+
+def test_r43_a_device_that_is_only_open_pins_nothing_and_the_limit_of_locked_memory_was_looked_at(
+    container: Container, memory: GuestMemory, kernel: VfioKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr("kvmpy.devices.vfio.container.check_locked_memory", looked.append)
+    device = container.open(ADDRESS, GROUP)
+    assert (kernel.maps, looked) == ({}, [memory.size])
+    container.close(device, GROUP)
+    assert kernel.named("VFIO_IOMMU_UNMAP_DMA") == [], "there was nothing"
+    device = open_mapped(container)
+    assert len(kernel.maps) == 2
+    container.close(device, GROUP)
+
+
+def test_mapping_ends_at_the_next_chunk_once_nobody_wants_it_and_leaves_nothing_mapped(
+    container: Container, memory: GuestMemory, kernel: VfioKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type1, "CHUNK", MIB)
+    device = container.open(ADDRESS, GROUP)
+    with pytest.raises(HostError, match="given up"):
+        container.map_memory(lambda: len(kernel.maps) < 4)
+    assert len(kernel.named("VFIO_IOMMU_MAP_DMA")) == 4
+    assert (kernel.maps, kernel.available) == ({}, 65535)
+    container.map_memory(lambda: len(kernel.maps) < 5)
+    assert len(kernel.maps) == 5, "another device's wish is its own"
+    mapping = Mapping(MIB)
+    memory.add(Ram(2 * HIGH, MIB, mapping))
+    assert len(kernel.maps) == 6, "nor is RAM that comes later any device's alone"
+    container.close(device, GROUP)
+    memory.close()
+    mapping.close()
 
 
 def test_a_group_that_is_not_there_says_what_to_load(container: Container) -> None:
@@ -198,7 +243,7 @@ def test_a_kernel_without_a_type_1_iommu_is_refused(container: Container, kernel
 def test_ram_that_comes_later_is_mapped_and_unmapped_too(
     container: Container, memory: GuestMemory, kernel: VfioKernel
 ) -> None:
-    container.open(ADDRESS, GROUP)
+    open_mapped(container)
     mapping = Mapping(MIB)
     memory.add(Ram(2 * HIGH, MIB, mapping))
     assert kernel.maps[2 * HIGH] == (MIB, mapping.hva)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,13 +17,13 @@ from hypothesis import strategies as st
 
 from kvmpy.abi.vfio import Extent
 from kvmpy.devices.pci.config import Command
-from kvmpy.devices.vfio import pci
-from kvmpy.devices.vfio.pci import without
+from kvmpy.devices.vfio import pci, type1
+from kvmpy.devices.vfio.pci import VfioPci, without
 from kvmpy.errors import HostError, IoctlError
 from kvmpy.irq import MsiMessage
 from kvmpy.state import load, save
 from tests.counts import count
-from tests.fakes.loop import open_descriptors
+from tests.fakes.loop import Inbox, open_descriptors, poll
 from tests.fakes.vfio import (
     ADDRESS,
     CONFIG,
@@ -513,6 +514,98 @@ def test_fifty_come_and_go_and_leave_nothing(rig: NicRig) -> None:
     rig.nic.close()
     assert threading.active_count() == threads
     assert open_descriptors() == before
+
+
+# One that is only checked
+
+
+@pytest.fixture
+def checked(rig: NicRig) -> VfioPci:
+    """In place of the rig's own: open, and no more."""
+    rig.port.unplug()
+    rig.function.close()
+    rig.function = rig.make(prepared=False)
+    return rig.function
+
+
+def test_r43_one_that_is_checked_pins_nothing_and_answers_nothing_until_it_is_prepared(
+    rig: NicRig, checked: VfioPci
+) -> None:
+    assert (rig.kernel.maps, rig.nic.resets, checked.is_ready, checked.problem) == ({}, [], False, None)
+    assert {index: bar.size for index, bar in checked.bars.items()}[0] == 0x8000, "what a window is made for"
+    assert checked.config_read(0, 4) == 0xFFFF_FFFF
+    done: Inbox[bool] = Inbox()
+    checked.prepare(lambda: done.put(checked.is_ready))
+    assert done.wait() == [True]
+    assert (len(rig.kernel.maps), rig.nic.resets) == (1, ["function"])
+    checked.prepare(lambda: done.put(checked.is_ready))
+    assert done.wait(2) == [True, True]
+    assert rig.nic.resets == ["function"], "once"
+    rig.plug()
+    rig.enable()
+    assert rig.config.read(0, 4) == 0x10CA_8086
+    assert rig.nic.command & ON == ON
+
+
+@pytest.mark.parametrize(("fails", "number"), [("VFIO_IOMMU_MAP_DMA", errno.ENOMEM), ("VFIO_DEVICE_RESET", errno.EIO)])
+def test_one_that_cannot_be_prepared_says_why_and_a_system_reset_tries_again(
+    rig: NicRig, checked: VfioPci, fails: str, number: int
+) -> None:
+    rig.kernel.fail(fails, number)
+    done: Inbox[str | None] = Inbox()
+    checked.prepare(lambda: done.put(checked.problem))
+    (problem,) = done.wait()
+    assert problem is not None
+    assert problem.startswith(f"{fails}: {errno.errorcode[number]}")
+    assert not checked.is_ready
+    assert not checked.finish_reset()
+    rig.kernel.recover(fails)
+    with checked.lock:
+        checked.reset()
+    assert (checked.is_ready, len(rig.kernel.maps), checked.problem) == (True, 1, None)
+
+
+def test_r43_one_that_the_host_takes_back_while_it_is_prepared_cannot_be_used(rig: NicRig, checked: VfioPci) -> None:
+    wanted: list[bool] = []
+    checked.on_wanted_back = lambda: wanted.append(True)
+    rig.nic.signal(REQUEST)
+    rig.kernel.fail("VFIO_DEVICE_RESET", errno.EAGAIN)
+    rig.io.start()
+    poll(lambda: wanted)
+    rig.io.stop()
+    done: Inbox[tuple[bool, str | None]] = Inbox()
+    checked.prepare(lambda: done.put((checked.is_ready, checked.problem)))
+    assert done.wait() == [(False, "the host takes it back")]
+
+
+def test_r43_one_that_is_closed_while_it_is_prepared_gives_it_up_and_leaves_nothing_pinned(
+    rig: NicRig, checked: VfioPci, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type1, "CHUNK", 1 << 20)
+    done: Inbox[bool] = Inbox()
+    mapping, go_on = threading.Event(), threading.Event()
+    broken: list[str] = []
+    checked.on_broken = broken.append
+    answer = rig.kernel._vfio_iommu_map_dma
+
+    def slow(argument: Any) -> int:
+        answer(argument)
+        mapping.set()
+        assert go_on.wait(20)
+        return 0
+
+    rig.kernel.answers["VFIO_IOMMU_MAP_DMA"] = slow
+    rig.kernel.seen.clear()
+    checked.prepare(lambda: done.put(checked.is_ready))
+    assert mapping.wait(20)
+    closing = threading.Thread(target=checked.close)
+    closing.start()
+    poll(lambda: checked.is_closing)
+    go_on.set()
+    closing.join(20)
+    assert done.wait() == [False]
+    assert (rig.kernel.maps, rig.nic.resets, broken) == ({}, [], [])
+    assert len(rig.kernel.named("VFIO_IOMMU_MAP_DMA")) == 1
 
 
 def test_a_system_reset_resets_the_device_and_it_answers_at_once(rig: NicRig) -> None:

@@ -1,8 +1,9 @@
 """Groups of devices that the host's IOMMU keeps apart, and the one container in which the guest's RAM is mapped.
 
 A group is what the IOMMU cannot take apart, so it is the guest's as a whole or not at all. All groups of a machine
-share a container: RAM is mapped once, when the first group joins, and unmapped when the last one leaves. What is here
-is the kernel's older interface, which every kernel has; iommufd would be another `DmaSpace`.
+share a container: RAM is mapped once, when the first device needs it, and unmapped when the last group leaves. Until
+then nothing is pinned, but it has been looked at whether RAM can be. What is here is the kernel's older interface,
+which every kernel has; iommufd would be another `DmaSpace`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -35,11 +37,21 @@ class GroupListener(Protocol):
 class DmaSpace(Protocol):
     """Where devices are opened so that their DMA reaches the guest's RAM and nothing else.
 
-    Opening the first device maps all RAM: seconds, for a large guest. By any thread that may block.
+    By any thread that may block.
     """
 
     def open(self, address: str, group: int) -> int:
-        """The descriptor of the function at ``address``. Raises HostError, with nothing changed."""
+        """The descriptor of the function at ``address``, whose DMA reaches nothing yet.
+
+        Raises HostError, with nothing changed, also where RAM could not be mapped.
+        """
+
+    def map_memory(self, is_wanted: Callable[[], bool]) -> None:
+        """Let the DMA of all devices reach all RAM, which is pinned by that: seconds, for a large guest.
+
+        Nothing happens where that has been done. Raises HostError, with nothing mapped; soon, once ``is_wanted`` says
+        no more.
+        """
 
     def close(self, descriptor: int, group: int) -> None:
         """Close a descriptor that `open` gave. The last one out unmaps."""
@@ -62,6 +74,8 @@ class Container:
     def __init__(self, memory: GuestMemory, listener: GroupListener, directory: str = DIRECTORY) -> None:
         self._memory, self._listener, self._directory = memory, listener, directory
         self._lock = threading.Lock()
+        self._mapping = threading.Lock()  # not the other: devices come and go while memory is mapped
+        self._is_mapped = False
         self._fd = -1
         self._groups: dict[int, Group] = {}
         self._type1: Type1 | None = None
@@ -87,6 +101,19 @@ class Container:
             if not joined.devices:
                 self._leave(group)
 
+    def map_memory(self, is_wanted: Callable[[], bool]) -> None:
+        """Whoever calls has a device open, until this returns."""
+        with self._mapping:
+            if self._is_mapped:
+                return
+            assert self._type1 is not None, "there is a device"
+            self._type1.is_wanted = is_wanted
+            try:
+                self._memory.listen(self._type1)
+            finally:
+                self._type1.is_wanted = lambda: True  # of RAM that comes later it is not this device's to say
+            self._is_mapped = True
+
     def group_fd(self, group: int) -> int:
         """The group's own descriptor."""
         return self._groups[group].fd
@@ -105,21 +132,24 @@ class Container:
         except IoctlError as e:
             raise HostError(f"{self._directory}/{number}: {e}: {_group_advice(e.errno)}") from e
         if self._type1 is None:
-            self._map_memory(undo)
+            self._check_memory(undo)
         self._listener.group_added(group.fd)
         undo.callback(self._listener.group_removed, group.fd)
         return group
 
-    def _map_memory(self, undo: ExitStack) -> None:
+    def _check_memory(self, undo: ExitStack) -> None:
+        """Whether RAM can be mapped, as far as that can be known."""
+        type1 = Type1(self._fd)
+        for block in self._memory.blocks:
+            type1.check(block)
         check_locked_memory(self._memory.size)
-        self._type1 = Type1(self._fd)
+        self._type1 = type1
         undo.callback(self._unmap_memory)
-        self._memory.listen(self._type1)
 
     def _unmap_memory(self) -> None:
         if self._type1 is not None:
             self._memory.unlisten(self._type1)
-            self._type1 = None
+            self._type1, self._is_mapped = None, False
 
     def _leave(self, number: int) -> None:
         self._listener.group_removed(self._groups[number].fd)

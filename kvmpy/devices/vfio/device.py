@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import mmap
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -130,6 +130,10 @@ class VfioDevice:
         abi.unbind(self.fd, index)
 
     # Life
+
+    def map_memory(self, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Have its DMA reach the guest's RAM: seconds, unless that is mapped. Raises HostError, soon if not wanted."""
+        self._space.map_memory(is_wanted)
 
     def reset(self) -> None:
         """All registers as at power-on: a tenth of a second for a function level reset, a second for a bus reset.

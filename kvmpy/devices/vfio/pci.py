@@ -10,6 +10,8 @@ number. A guest sees a single function, whatever the device is one of.
 
 While the machine is paused the device's DMA goes on: to stop it would break what its driver knows of it.
 
+One that is only checked has no RAM mapped for it and was not reset by us; it answers nothing before `prepare`.
+
 R26, release: the device's bus-master bit is cleared and its interrupts are off before anything else; then it answers
 nothing, and a thread of its own resets it. Until that has ended it is not used again. A device that the host waits for
 is not reset, for the kernel refuses to (`kvmpy.devices.vfio.reset`), and is not broken by that.
@@ -104,8 +106,10 @@ class VfioPci(PciFunction[VfioPciState]):
         "a passed-through device cannot be migrated: unplug it, or make it the primary of a failover pair"
     )
 
-    def __init__(self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor, *, rombar: bool = True) -> None:
-        """Without ``rombar`` the guest sees no expansion ROM.
+    def __init__(
+        self, name: str, device: VfioDevice, sink: MsiSink, io: Reactor, *, rombar: bool = True, prepared: bool = True
+    ) -> None:
+        """Without ``rombar`` the guest sees no expansion ROM. ``prepared``: it is reset, and RAM is mapped.
 
         Raises HostError, the device closed, where the guest cannot be given it.
         """
@@ -117,12 +121,13 @@ class VfioPci(PciFunction[VfioPciState]):
         self.on_driven: Callable[[bool], object] = lambda driven: None
         self.on_receiving: Callable[[], object] = lambda: None
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
-        self._answers = False
+        self._answers = self.is_closing = False
+        self.is_prepared = prepared
         self._wanted_back = False  # by the host, which waits until it is closed
         self._reset_until: float | None = None  # how long a system reset that has begun waits for ours
         self._used = False  # the guest may have changed it since its last reset
         self._irqs = Interrupts(name, device, self.intx)
-        self._resetter = Resetter(name, device.reset)
+        self._resetter = Resetter(name, self._make_ready)
         self._watched: list[EventFd] = []
         try:
             self._add_bars()
@@ -133,7 +138,7 @@ class VfioPci(PciFunction[VfioPciState]):
             self._watch(abi.ERROR_IRQ, self._failed)
             self._watch(abi.REQUEST_IRQ, self._host_wants_it)
             device.set_command(0)
-            self._answers = True
+            self._answers = prepared
         except BaseException:
             self.close()
             raise
@@ -172,6 +177,24 @@ class VfioPci(PciFunction[VfioPciState]):
     def is_ready(self) -> bool:
         """Whether it can be plugged in: no reset is under way, nor does it need one. Any thread."""
         return self._resetter.is_over and self._answers
+
+    @property
+    def problem(self) -> str | None:
+        """Why it could not be used now, if so; one that is only to be prepared yet can. Any thread."""
+        if self.is_ready or not (self.is_prepared or self.broken):
+            return None
+        return self.broken or ("the host takes it back" if self._resetter.is_over else "it is being reset")
+
+    def prepare(self, then: Callable[[], object]) -> None:
+        """Map RAM for it and reset it, unless that is done; ``then`` runs when it is, or could not be. Does not wait.
+
+        By one thread, and ``then`` by the one that has done it. `close` gives it up.
+        """
+        if self.is_prepared:
+            then()
+            return
+        self.is_prepared = True
+        self._resetter.start(lambda: self._prepared(then))
 
     @property
     def is_wanted_back(self) -> bool:
@@ -224,6 +247,7 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def close(self) -> None:
         """Give the device back, reset: it takes as long as that. Nothing happens if it is closed."""
+        self.is_closing = True
         with self.lock:
             self.bus_reset()
         self._resetter.join()
@@ -364,6 +388,17 @@ class VfioPci(PciFunction[VfioPciState]):
         self._stop()
         self._answers = False
         super().reset()
+
+    def _make_ready(self) -> None:
+        """By the resetter's thread. RAM is mapped already, but the first time."""
+        if not self.is_closing:
+            self.device.map_memory(lambda: not self.is_closing)
+        self.device.reset()
+
+    def _prepared(self, then: Callable[[], object]) -> None:
+        if not self.is_closing:
+            self._after_bus_reset()
+        then()
 
     def _after_bus_reset(self) -> None:
         with self.lock:

@@ -1,7 +1,7 @@
 """The guest's RAM mapped for DMA by a type 1 IOMMU: a device's addresses are guest-physical ones.
 
 Mapping pins every page, so it takes time and counts as locked memory; both are looked at before. It is done in chunks,
-each of which the kernel can be interrupted between, and never while a vCPU waits. Mapped RAM must not be taken away
+between which it can be given up, and never while a vCPU waits. Mapped RAM must not be taken away
 from below (no MADV_DONTNEED, no balloon): the device would go on with pages that the guest has no more.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import resource
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -27,11 +27,15 @@ CAP_IPC_LOCK: Final = 1 << 14  # linux/capability.h: no limit on locked memory
 
 
 class Type1:
-    """The maps of one container (a `kvmpy.memory.MemoryListener`): all RAM, and nothing else."""
+    """The maps of one container (a `kvmpy.memory.MemoryListener`): all RAM, and nothing else.
+
+    Once ``is_wanted`` says no, nothing more is mapped.
+    """
 
     def __init__(self, fd: int) -> None:
         """``fd`` is a container's whose IOMMU is set. Raises IoctlError."""
         self._fd = fd
+        self.is_wanted: Callable[[], bool] = lambda: True
         info, data = abi.VFIO_IOMMU_GET_INFO(fd)
         self._ranges: Sequence[range] | None = None  # None: this kernel does not say
         self._available: int | None = None
@@ -42,6 +46,11 @@ class Type1:
                 elif kind == abi.CAP_DMA_AVAIL:
                     self._available = abi.dma_available(data, offset)
 
+    def check(self, block: Ram) -> None:
+        """Raises HostError where it is known already that the block cannot be mapped."""
+        self._check_range(block)
+        self._step(block)
+
     def ram_added(self, block: Ram) -> None:
         """Raises HostError where the IOMMU or the kernel cannot map all of it; none of it is mapped then."""
         self._check_range(block)
@@ -49,6 +58,8 @@ class Type1:
         at = 0
         try:
             while at < block.size:
+                if not self.is_wanted():
+                    raise HostError("vfio: mapping the guest's memory for DMA was given up")
                 size = min(step, block.size - at)
                 self._map(block.hva + at, block.gpa + at, size)
                 at += size

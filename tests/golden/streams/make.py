@@ -19,7 +19,9 @@ from kvmpy.migration.messages import (
     Keepalive,
     Message,
     Origin,
+    Outcome,
     Phase,
+    Prepared,
     Ready,
     Refuse,
     Refused,
@@ -69,7 +71,8 @@ SOURCE: Final[tuple[Message | bytes, ...]] = (
     Cancel(reason="by hand"),
 )
 DESTINATION: Final[tuple[Message | bytes, ...]] = (
-    Accept(token=bytes(range(16)), version=2, rehearsal_ns=12_345_678),
+    Accept(token=bytes(range(16)), version=NEWEST, rehearsal_ns=12_345_678),
+    Prepared(primaries=(Outcome.of("hostdev0", 1_234_567_890, None), Outcome.of("hostdev1", 5, "it is gone"))),
     Arrived(number=1),
     Keepalive(),
     Ready(),
