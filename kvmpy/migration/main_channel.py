@@ -24,6 +24,7 @@ from kvmpy.migration.messages import (
     check_length,
     decode,
     encode,
+    prepare,
     title,
 )
 from kvmpy.migration.stop import Deadline
@@ -51,6 +52,7 @@ class MainChannel:
         self._sending = threading.Lock()
         self._seen: dict[type[Message], int] = {}
         self._state = 0
+        prepare(version)
 
     @property
     def can_answer(self) -> bool:
