@@ -65,6 +65,7 @@ class Ingoing:
         self._machine, self._parameters, self.progress = machine, parameters, progress
         self._handover: Handover[Destination] = handover.destination()
         self._cpu = CpuDescription()
+        self._is_at_work = False
 
     def admit(self, main: MainChannel) -> Header | None:
         """Hear who comes; None where somebody only wanted to know whether it could. Before anything else moves.
@@ -75,7 +76,7 @@ class Ingoing:
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
             source, vcpus = parse(header.description), self._machine.board.vcpus
-            with self._answering(main):  # our kernel and initrd are read for it
+            with self._telling(main), self._working():  # our kernel and initrd are read for it
                 here = describe(self._machine, describe_host(vcpus[0], len(vcpus)))
                 findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
@@ -98,22 +99,24 @@ class Ingoing:
     def receive(self, arrival: Arrival, header: Header) -> None:
         """Take the guest in, and run it. Raises KvmpyError where that comes to nothing: no vCPU has run then."""
         main = arrival.main
-        try:
-            with self.progress.phase("receive RAM"):
-                sections, end = self._receive(arrival, header)
-            self.progress.become(Status.DEVICE)
-            with self.progress.phase("load state"), self._answering(main):
-                state = load_machine(self._machine, sections)
-                self._expect(end.primaries)
-            self._handover.on(Event.READY)
-            with self.progress.phase("await GO"):
-                self._await_go(main)
-        except KvmpyError as e:
-            self._handover.on(Event.FAILED)
-            main.fail(Failed(reason=str(e)))
-            raise
-        self._handover.on(Event.GO)
-        self._run(main, state)
+        with ExitStack() as undo:  # threads are ended once the guest runs, which stands still until then
+            try:
+                undo.enter_context(self._telling(main))
+                with self.progress.phase("receive RAM"):
+                    sections, end = self._receive(arrival, header, undo)
+                self.progress.become(Status.DEVICE)
+                with self.progress.phase("load state"), self._working():
+                    state = load_machine(self._machine, sections)
+                    self._expect(end.primaries)
+                self._handover.on(Event.READY)
+                with self.progress.phase("await GO"):
+                    self._await_go(main)
+            except KvmpyError as e:
+                self._handover.on(Event.FAILED)
+                main.fail(Failed(reason=str(e)))
+                raise
+            self._handover.on(Event.GO)
+            self._run(main, state)
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in end.phases]
 
     def _accept(self, main: MainChannel, token: bytes, rehearsal_ns: int = 0) -> None:
@@ -123,9 +126,9 @@ class Ingoing:
 
     # What comes
 
-    def _receive(self, arrival: Arrival, header: Header) -> tuple[Sections, EndOfState]:
+    def _receive(self, arrival: Arrival, header: Header, undo: ExitStack) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
-        with self._answering(arrival.main):
+        with self._working():
             self._machine.handoff.adopt_cpu(self._cpu)
             rehearsal_ns = rehearse(self._machine)
         token = os.urandom(16)
@@ -133,10 +136,12 @@ class Ingoing:
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
         pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
-        with closing(pages):  # once this is closed, nobody writes to the guest's memory any more
-            pages.start()
-            with self._watched(arrival.main, pages, channels):
-                return self._read(arrival.main, pages, inline=not channels)
+        undo.enter_context(closing(pages))
+        pages.start()
+        with self._watched(arrival.main, pages, channels, undo):
+            received = self._read(arrival.main, pages, inline=not channels)
+        pages.finish()
+        return received
 
     def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[Sections, EndOfState]:
         sections: Sections = {}
@@ -150,11 +155,11 @@ class Ingoing:
                     if inline and pages.receive_inline(main.channel) != number:
                         raise StreamError(f"{main.channel.name}: the pages of another round than {number}")
                 case RoundEnd(number=number):
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, number, inline=inline)
                     main.send_message(Arrived(number=number))
                 case Checksums(blocks=blocks):
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, last, inline=inline)
                         checksum.compare(self._machine.board.memory, self._sums(blocks))
                 case Section(device=device, section=section):
@@ -164,7 +169,7 @@ class Ingoing:
                 case EndOfState(sections=count):
                     if count != len(sections):
                         raise StreamError(f"{main.channel.name}: {len(sections)} sections of {count}")
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, last, inline=inline)
                     self.progress.note_round(last, 0, pages.received)
                     return sections, message
@@ -183,7 +188,9 @@ class Ingoing:
         return [block.sums for block in blocks]
 
     @contextmanager
-    def _watched(self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel]) -> Iterator[None]:
+    def _watched(
+        self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel], undo: ExitStack
+    ) -> Iterator[None]:
         """Within, whoever waits for a message hears at once that a page channel has failed."""
         if not channels:
             yield
@@ -201,6 +208,10 @@ class Ingoing:
                     main.shutdown(str(e))
 
         thread = begin("migration-watch", watch)
+        undo.callback(thread.join)
+        undo.callback(pages.cancel)
+        for channel in channels:  # or its thread would notice the end of it only by and by
+            undo.callback(channel.shutdown, "all has come")
         try:
             yield
         except MigrationError as e:
@@ -209,10 +220,6 @@ class Ingoing:
             raise
         finally:
             over.set()
-            for channel in channels:  # or its thread would notice the end of it only by and by
-                channel.shutdown("all has come")
-            pages.cancel()
-            thread.join()
 
     def _expect(self, primaries: tuple[str, ...]) -> None:
         """Have the guest see these, which it had, when it runs, whatever its driver is at (R34)."""
@@ -223,12 +230,22 @@ class Ingoing:
     # The hand-over
 
     @contextmanager
-    def _answering(self, main: MainChannel) -> Iterator[None]:
-        """Within, the source is told that we are at work."""
+    def _telling(self, main: MainChannel) -> Iterator[None]:
+        """Within, the source is told whenever we are at work."""
         with ExitStack() as stack:
             if main.can_answer:
-                stack.enter_context(keepalive(main, silence(self._parameters.x_timeout)))
+                timeout = silence(self._parameters.x_timeout)
+                stack.enter_context(keepalive(main, timeout, lambda: self._is_at_work))
             yield
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Within, we are at work, and the source waits."""
+        self._is_at_work = True
+        try:
+            yield
+        finally:
+            self._is_at_work = False
 
     def _await_go(self, main: MainChannel) -> None:
         if main.can_answer:

@@ -103,6 +103,10 @@ class PageReceiver:
             self._inline = self._lane("the main channel", channel, RECORD.size)
         return self._inline.receive_round(milliseconds(channel.timeout))
 
+    def finish(self) -> None:
+        """All has come: what comes from here on is not taken in. Wakes nobody, and waits for nobody, unlike `close`."""
+        self._flow.cancel()
+
     def cancel(self) -> None:
         """Whoever receives or waits ends with MigrationCancelled, at once. Any thread."""
         with self._changed:
@@ -201,6 +205,8 @@ class _Lane:
                 header = channel.receive(RECORD.size)
             finally:
                 channel.timeout = timeout
+            if self._flow.cancelled:
+                raise MigrationCancelled(f"{self.name}: cancelled")
             kind = self._check(lib.kvmpy_intake_header(intake, header))
             if kind not in (DATA, ZERO):
                 return kind

@@ -40,7 +40,7 @@ BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
 
 
 class MainChannel:
-    """Messages over ``channel``, in the stream's ``version``.
+    """Messages over ``channel``, in the stream's ``version``. ``said`` is when the last was sent, by time.monotonic().
 
     Nothing is read ahead: between two messages the channel can carry something else, such as page records. One thread
     sends and receives; any other may `say`, `fail` and `shutdown`.
@@ -49,6 +49,7 @@ class MainChannel:
     def __init__(self, channel: Channel, version: int) -> None:
         self.channel = channel
         self.version = version
+        self.said = time.monotonic()
         self._sending = threading.Lock()
         self._seen: dict[type[Message], int] = {}
         self._state = 0
@@ -158,6 +159,7 @@ class MainChannel:
             raise StreamError(f"{self.channel.name}: another message is still being sent")
         try:
             self.channel.send(*frames, timeout=timeout)
+            self.said = time.monotonic()
         finally:
             self._sending.release()
 

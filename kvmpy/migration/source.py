@@ -411,6 +411,8 @@ class Outgoing:
 
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
+        if self._machine.handoff.is_durable:
+            return
         late = "a disk does not answer: what the guest has written is not on it"
         aside("flush", self._machine.handoff.make_durable, self._stop, Deadline(self.parameters.x_timeout), late)
 
