@@ -104,7 +104,6 @@ class Ingoing:
                 undo.enter_context(self._telling(main))
                 with self.progress.phase("receive RAM"):
                     sections, end = self._receive(arrival, header, undo)
-                self.progress.become(Status.DEVICE)
                 with self.progress.phase("load state"), self._working():
                     state = load_machine(self._machine, sections)
                     self._expect(end.primaries)

@@ -346,7 +346,8 @@ class Outgoing:
         progress.remaining = self._dirty.count() * PAGE
         progress.passes = number
         began = time.monotonic()
-        self._on_pass(number)
+        if awaited:  # else the guest stands still, and listeners can wait
+            self._on_pass(number)
         main.send_message(Round(number=number, remaining_bytes=progress.remaining))
         start = time.monotonic_ns()
         try:
@@ -408,6 +409,7 @@ class Outgoing:
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)
+        self._on_pass(progress.passes)
 
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
