@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
-from kvmpy.host.threads import begin
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
-from kvmpy.migration.channel import Channel
 from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
@@ -51,11 +48,6 @@ from kvmpy.migration.sections import MachineState, Sections, load_machine, rehea
 from kvmpy.migration.status import Status
 
 log = logging.getLogger(__name__)
-
-NEVER: Final = 1 << 40
-"""A round that does not come."""
-LONG: Final = 1e8
-"""Seconds: there is another limit."""
 
 
 class Ingoing:
@@ -134,10 +126,14 @@ class Ingoing:
         self._accept(arrival.main, token, rehearsal_ns)
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
-        pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
-        undo.enter_context(closing(pages))
-        pages.start()
-        with self._watched(arrival.main, pages, channels, undo):
+        with self._heard_of(arrival.main) as on_failure:
+            pages = PageReceiver(
+                self._machine.board.memory, channels, compression=header.compression.value, on_failure=on_failure
+            )
+            undo.enter_context(closing(pages))
+            for channel in channels:  # or its thread would notice the end of it only by and by
+                undo.callback(channel.shutdown, "all has come")
+            pages.start()
             received = self._read(arrival.main, pages, inline=not channels)
         pages.finish()
         return received
@@ -187,38 +183,28 @@ class Ingoing:
         return [block.sums for block in blocks]
 
     @contextmanager
-    def _watched(
-        self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel], undo: ExitStack
-    ) -> Iterator[None]:
-        """Within, whoever waits for a message hears at once that a page channel has failed."""
-        if not channels:
-            yield
-            return
-        failures: list[MigrationError] = []
-        over = threading.Event()
+    def _heard_of(self, main: MainChannel) -> Iterator[Callable[[Exception], None]]:
+        """Within, whoever waits for a message hears at once that a page channel has failed, of which this is told."""
+        failures: list[Exception] = []
+        lock, is_over = threading.Lock(), False
 
-        def watch() -> None:
-            try:
-                pages.wait_round(NEVER, LONG)
-            except MigrationError as e:
-                if not over.is_set():
-                    failures.append(e)
-                    main.fail(Failed(reason=str(e)))
-                    main.shutdown(str(e))
+        def fail(e: Exception) -> None:
+            with lock:
+                if is_over or failures:
+                    return
+                failures.append(e)
+            main.fail(Failed(reason=str(e)))
+            main.shutdown(str(e))
 
-        thread = begin("migration-watch", watch)
-        undo.callback(thread.join)
-        undo.callback(pages.cancel)
-        for channel in channels:  # or its thread would notice the end of it only by and by
-            undo.callback(channel.shutdown, "all has come")
         try:
-            yield
+            yield fail
         except MigrationError as e:
             if failures:
                 raise failures.pop() from e
             raise
         finally:
-            over.set()
+            with lock:
+                is_over = True
 
     def _expect(self, primaries: tuple[str, ...]) -> None:
         """Have the guest see these, which it had, when it runs, whatever its driver is at (R34)."""
