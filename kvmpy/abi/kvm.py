@@ -6,7 +6,8 @@ kernel's Documentation/virt/kvm/api.rst.
 
 from __future__ import annotations
 
-from collections.abc import MutableSequence
+import struct
+from collections.abc import MutableSequence, Sequence
 from typing import Any, Final
 
 from kvmpy._native import ffi, lib
@@ -175,6 +176,22 @@ class Msrs(Layout, c="struct kvm_msrs"):
     nmsrs: int
     pad: int
     entries: MutableSequence[MsrEntry]
+
+
+MSR_ENTRY: Final = struct.Struct("=I4xQ")
+"""struct kvm_msr_entry: a vCPU has hundreds, and taken one by one they are what a guest stands still for."""
+
+
+def new_msrs(values: Sequence[tuple[int, int]]) -> Msrs:
+    """A table of MSRs, by index, and their values."""
+    table = Msrs.new(nmsrs=len(values), entries=len(values))
+    ffi.buffer(table.entries, len(values) * MSR_ENTRY.size)[:] = b"".join(MSR_ENTRY.pack(*value) for value in values)
+    return table
+
+
+def msr_values(table: Msrs, count: int) -> list[tuple[int, int]]:
+    """Index and value of the first ``count`` MSRs of a table."""
+    return [*MSR_ENTRY.iter_unpack(ffi.buffer(table.entries, count * MSR_ENTRY.size))]
 
 
 class MsrList(Layout, c="struct kvm_msr_list"):

@@ -589,6 +589,8 @@ static int take_records(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct
         int failed = in->start == in->end ? wire_wait(wire, flow, POLLIN, idle) : 0;
         if (failed)
             return failed;
+        if (is_cancelled(flow))
+            return -ECANCELED;
         int64_t got = fetch(in, flow, wire, header, sizeof header, in->room > sizeof header, timeout);
         if (got < (int64_t)sizeof header)
             return got <= 0 ? (int)got : fault(in, KVMPY_FAULT_TRUNCATED);

@@ -119,6 +119,11 @@ class Device(Generic[S]):
     def resume(self) -> None:
         """Go on after `pause`, or begin: a device is made paused. By the control thread, before the vCPUs run."""
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether there is nothing for `make_durable` to do."""
+        return True
+
     def make_durable(self) -> None:
         """The guest, paused, is about to run on another host: what it has written must be there. May wait for ever.
 

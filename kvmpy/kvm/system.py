@@ -171,9 +171,9 @@ def read_msrs(fd: int, indices: Sequence[int]) -> dict[int, int]:
     values: dict[int, int] = {}
     rest = list(indices)
     while rest:
-        table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": index} for index in rest])
+        table = abi.new_msrs([(index, 0) for index in rest])
         done = abi.KVM_GET_MSRS(fd, table)
-        values.update((table.entries[i].index, table.entries[i].data) for i in range(done))
+        values.update(abi.msr_values(table, done))
         rest = rest[done + 1 :]  # KVM stops at the first it does not have
     return values
 

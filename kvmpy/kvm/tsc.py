@@ -111,11 +111,12 @@ def has_offset(vcpu: Vcpu) -> bool:
 
 def _read(vcpu: Vcpu) -> tuple[int, int]:
     """The TSC and the time, read together: of a few tries, the one that took least."""
-    found = []
+    found, table = [], abi.new_msrs([(msrs.TSC, 0)])
     for _ in range(TRIES):
         before = time.clock_gettime_ns(time.CLOCK_REALTIME)
-        value = vcpu.get_msrs([msrs.TSC]).get(msrs.TSC, 0)
+        abi.KVM_GET_MSRS(vcpu.fd, table)
         after = time.clock_gettime_ns(time.CLOCK_REALTIME)
+        [(_, value)] = abi.msr_values(table, 1)
         found.append((after - before, value, (before + after) // 2))
     return min(found)[1:]
 

@@ -68,6 +68,7 @@ class Vcpu:
         self.vm = vm
         self.cpuid: list[dict[str, int]] = []
         self.msr_limit: frozenset[int] | None = None  # where the guest may go next may have no more
+        self.msrs: list[int] | None = None  # those that are saved, once that is known: CPUID has decided it
         self.fd = abi.KVM_CREATE_VCPU(vm.fd, index)
         try:
             self._mmap = mmap.mmap(self.fd, vm.system.vcpu_mmap_size)
@@ -178,7 +179,7 @@ class Vcpu:
     def set_cpuid(self, table: list[dict[str, int]]) -> None:
         """What CPUID answers on this vCPU, then found in ``cpuid``; before its first run."""
         abi.KVM_SET_CPUID2(self.fd, abi.Cpuid2.new(nent=len(table), entries=table))
-        self.cpuid = table
+        self.cpuid, self.msrs = table, None
 
     @property
     def can_nest(self) -> bool:
@@ -198,8 +199,7 @@ class Vcpu:
         refused: list[int] = []
         rest = list(values.items())
         while rest:
-            table = abi.Msrs.new(nmsrs=len(rest), entries=[{"index": i, "data": v} for i, v in rest])
-            done = abi.KVM_SET_MSRS(self.fd, table)
+            done = abi.KVM_SET_MSRS(self.fd, abi.new_msrs(rest))
             refused += [index for index, _ in rest[done : done + 1]]
             rest = rest[done + 1 :]
         return refused

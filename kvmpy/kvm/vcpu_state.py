@@ -68,8 +68,9 @@ def load(vcpu: Vcpu, state: VcpuRegisters) -> None:
     Raises StateError or IoctlError, naming the vCPU and what was refused; the vCPU is then not to be run.
     """
     with _named(vcpu):
-        features = {index: value for index, value in state.msrs if index in msrs.FEATURES}
-        others = {index: value for index, value in state.msrs if index not in msrs.FEATURES and index not in APART}
+        values = dict(state.msrs)
+        features = {index: values.pop(index) for index in msrs.FEATURES if index in values}
+        others = {index: value for index, value in values.items() if index not in APART}
         events = _events(vcpu, state.events)
         xsave = _xsave(vcpu, state.xsave)
         set_msrs(vcpu, features)  # before the CR4.VMXE and the nested state that they allow
@@ -161,7 +162,10 @@ def _get_lapic(vcpu: Vcpu) -> bytes:
 
 
 def _get_msrs(vcpu: Vcpu) -> tuple[tuple[int, int], ...]:
-    return tuple(vcpu.get_msrs(saved_msrs(vcpu)).items())
+    """To ask for one that the vCPU does not have costs as much as for all that it has, so that is done once."""
+    values = vcpu.get_msrs(saved_msrs(vcpu) if vcpu.msrs is None else vcpu.msrs)
+    vcpu.msrs = list(values)
+    return tuple(values.items())
 
 
 def set_msrs(vcpu: Vcpu, values: dict[int, int]) -> None:

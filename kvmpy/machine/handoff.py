@@ -137,6 +137,11 @@ class Handoff:
         # What a vCPU asked for before it stopped is carried out between these two changes.
         return stopped_ns if self._change(self._settle()) else None
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether there is nothing for `make_durable` to do."""
+        return all(device.is_durable for device in self._machine.board.devices)
+
     def make_durable(self) -> None:
         """Once stopped: all that was written is there for whoever runs the guest next. Waits for disks, maybe for ever.
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from typing import Final
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
-from kvmpy.host.threads import begin
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
-from kvmpy.migration.channel import Channel
 from kvmpy.migration.description import compare, describe, parse, processor
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
@@ -55,11 +52,6 @@ from kvmpy.migration.status import Status
 
 log = logging.getLogger(__name__)
 
-NEVER: Final = 1 << 40
-"""A round that does not come."""
-LONG: Final = 1e8
-"""Seconds: there is another limit."""
-
 
 class Ingoing:
     """One migration into ``machine``. Its thread calls `admit`, then `receive`."""
@@ -68,6 +60,7 @@ class Ingoing:
         self._machine, self._parameters, self.progress = machine, parameters, progress
         self._handover: Handover[Destination] = handover.destination()
         self._cpu = CpuDescription()
+        self._is_at_work = False
 
     def admit(self, main: MainChannel) -> Header | None:
         """Hear who comes; None where somebody only wanted to know whether it could. Before anything else moves.
@@ -78,7 +71,7 @@ class Ingoing:
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
             source, vcpus = parse(header.description), self._machine.board.vcpus
-            with self._answering(main):  # our kernel and initrd are read for it
+            with self._telling(main), self._working():  # our kernel and initrd are read for it
                 here = describe(self._machine, describe_host(vcpus[0], len(vcpus)))
                 findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
@@ -102,32 +95,27 @@ class Ingoing:
         """Take the guest in, and run it. Raises KvmpyError where that comes to nothing: no vCPU has run then."""
         main = arrival.main
         preparation = Preparation(self._machine, self.progress, lambda outcomes: self._tell(main, outcomes))
-        try:
-            self._take_in(arrival, header, preparation)
-        finally:
-            preparation.hush()  # the channel is not ours after this
-
-    def _take_in(self, arrival: Arrival, header: Header, preparation: Preparation) -> None:
-        main = arrival.main
-        try:
-            with self.progress.phase("receive RAM"):
-                sections, end = self._receive(arrival, header, preparation)
-            self.progress.become(Status.DEVICE)
-            with self.progress.phase("load state"), self._answering(main):
-                state = load_machine(self._machine, sections)
-                self._expect(end.primaries)
-            if not main.can_answer:
-                with self.progress.phase("await primaries"):
-                    self._await(preparation, main, header)
-            self._handover.on(Event.READY)
-            with self.progress.phase("await GO"):
-                self._await_go(main)
-        except KvmpyError as e:
-            self._handover.on(Event.FAILED)
-            main.fail(Failed(reason=str(e)))
-            raise
-        self._handover.on(Event.GO)
-        self._run(main, state)
+        with ExitStack() as undo:  # threads are ended once the guest runs, which stands still until then
+            undo.callback(preparation.hush)  # the channel is not ours after this
+            try:
+                undo.enter_context(self._telling(main))
+                with self.progress.phase("receive RAM"):
+                    sections, end = self._receive(arrival, header, preparation, undo)
+                with self.progress.phase("load state"), self._working():
+                    state = load_machine(self._machine, sections)
+                    self._expect(end.primaries)
+                if not main.can_answer:
+                    with self.progress.phase("await primaries"):
+                        self._await(preparation, main, header)
+                self._handover.on(Event.READY)
+                with self.progress.phase("await GO"):
+                    self._await_go(main)
+            except KvmpyError as e:
+                self._handover.on(Event.FAILED)
+                main.fail(Failed(reason=str(e)))
+                raise
+            self._handover.on(Event.GO)
+            self._run(main, state)
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in end.phases]
 
     def _accept(self, main: MainChannel, token: bytes, rehearsal_ns: int = 0) -> None:
@@ -137,11 +125,13 @@ class Ingoing:
 
     # What comes
 
-    def _receive(self, arrival: Arrival, header: Header, preparation: Preparation) -> tuple[Sections, EndOfState]:
+    def _receive(
+        self, arrival: Arrival, header: Header, preparation: Preparation, undo: ExitStack
+    ) -> tuple[Sections, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
         main = arrival.main
         before = main.can_answer and main.version < Prepared.SINCE  # such a source asks its guest on ACCEPT, and goes
-        with self._answering(main):
+        with self._working():
             self._machine.handoff.adopt_cpu(self._cpu)
             rehearsal_ns = rehearse(self._machine)
             if before:
@@ -153,11 +143,17 @@ class Ingoing:
             preparation.begin()
         channels = arrival.accept_page_channels(header.channels, token)
         self.progress.become(Status.ACTIVE)
-        pages = PageReceiver(self._machine.board.memory, channels, compression=header.compression.value)
-        with closing(pages):  # once this is closed, nobody writes to the guest's memory any more
+        with self._heard_of(main) as on_failure:
+            pages = PageReceiver(
+                self._machine.board.memory, channels, compression=header.compression.value, on_failure=on_failure
+            )
+            undo.enter_context(closing(pages))
+            for channel in channels:  # or its thread would notice the end of it only by and by
+                undo.callback(channel.shutdown, "all has come")
             pages.start()
-            with self._watched(main, pages, channels):
-                return self._read(main, pages, inline=not channels)
+            received = self._read(main, pages, inline=not channels)
+        pages.finish()
+        return received
 
     def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[Sections, EndOfState]:
         sections: Sections = {}
@@ -171,11 +167,11 @@ class Ingoing:
                     if inline and pages.receive_inline(main.channel) != number:
                         raise StreamError(f"{main.channel.name}: the pages of another round than {number}")
                 case RoundEnd(number=number):
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, number, inline=inline)
                     main.send_message(Arrived(number=number))
                 case Checksums(blocks=blocks):
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, last, inline=inline)
                         checksum.compare(self._machine.board.memory, self._sums(blocks))
                 case Section(device=device, section=section):
@@ -185,7 +181,7 @@ class Ingoing:
                 case EndOfState(sections=count):
                     if count != len(sections):
                         raise StreamError(f"{main.channel.name}: {len(sections)} sections of {count}")
-                    with self._answering(main):
+                    with self._working():
                         self._wait(pages, last, inline=inline)
                     self.progress.note_round(last, 0, pages.received)
                     return sections, message
@@ -204,36 +200,28 @@ class Ingoing:
         return [block.sums for block in blocks]
 
     @contextmanager
-    def _watched(self, main: MainChannel, pages: PageReceiver, channels: Sequence[Channel]) -> Iterator[None]:
-        """Within, whoever waits for a message hears at once that a page channel has failed."""
-        if not channels:
-            yield
-            return
-        failures: list[MigrationError] = []
-        over = threading.Event()
+    def _heard_of(self, main: MainChannel) -> Iterator[Callable[[Exception], None]]:
+        """Within, whoever waits for a message hears at once that a page channel has failed, of which this is told."""
+        failures: list[Exception] = []
+        lock, is_over = threading.Lock(), False
 
-        def watch() -> None:
-            try:
-                pages.wait_round(NEVER, LONG)
-            except MigrationError as e:
-                if not over.is_set():
-                    failures.append(e)
-                    main.fail(Failed(reason=str(e)))
-                    main.shutdown(str(e))
+        def fail(e: Exception) -> None:
+            with lock:
+                if is_over or failures:
+                    return
+                failures.append(e)
+            main.fail(Failed(reason=str(e)))
+            main.shutdown(str(e))
 
-        thread = begin("migration-watch", watch)
         try:
-            yield
+            yield fail
         except MigrationError as e:
             if failures:
                 raise failures.pop() from e
             raise
         finally:
-            over.set()
-            for channel in channels:  # or its thread would notice the end of it only by and by
-                channel.shutdown("all has come")
-            pages.cancel()
-            thread.join()
+            with lock:
+                is_over = True
 
     # Primaries
 
@@ -257,12 +245,22 @@ class Ingoing:
     # The hand-over
 
     @contextmanager
-    def _answering(self, main: MainChannel) -> Iterator[None]:
-        """Within, the source is told that we are at work."""
+    def _telling(self, main: MainChannel) -> Iterator[None]:
+        """Within, the source is told whenever we are at work."""
         with ExitStack() as stack:
             if main.can_answer:
-                stack.enter_context(keepalive(main, silence(self._parameters.x_timeout)))
+                timeout = silence(self._parameters.x_timeout)
+                stack.enter_context(keepalive(main, timeout, lambda: self._is_at_work))
             yield
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Within, we are at work, and the source waits."""
+        self._is_at_work = True
+        try:
+            yield
+        finally:
+            self._is_at_work = False
 
     def _await_go(self, main: MainChannel) -> None:
         if main.can_answer:

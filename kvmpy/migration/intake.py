@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -45,14 +45,23 @@ AHEAD: Final = 128 << 10
 class PageReceiver:
     """Fills guest memory from ``channels``, a thread for each, from `start` until `close`.
 
-    One thread calls `wait_round`, or `receive_inline`; any thread `cancel`.
+    One thread calls `wait_round`, or `receive_inline`; any thread `cancel`. ``on_failure`` is told, by its thread, when
+    a channel brings nothing more, and why.
     """
 
-    def __init__(self, memory: GuestMemory, channels: Sequence[PageChannel] = (), *, compression: str = "none") -> None:
+    def __init__(
+        self,
+        memory: GuestMemory,
+        channels: Sequence[PageChannel] = (),
+        *,
+        compression: str = "none",
+        on_failure: Callable[[Exception], object] = lambda e: None,
+    ) -> None:
         """Raises HostError where there is no zstd."""
         if len(channels) > MOST_CHANNELS:
             raise ValueError(f"{len(channels)} page channels")
         self._memory, self._compression = memory, compression
+        self._on_failure = on_failure
         self._flow = Flow()
         self._changed = threading.Condition()
         self._cancelled = False
@@ -103,6 +112,10 @@ class PageReceiver:
             self._inline = self._lane("the main channel", channel, RECORD.size)
         return self._inline.receive_round(milliseconds(channel.timeout))
 
+    def finish(self) -> None:
+        """All has come: what comes from here on is not taken in. Wakes nobody, and waits for nobody, unlike `close`."""
+        self._flow.cancel()
+
     def cancel(self) -> None:
         """Whoever receives or waits ends with MigrationCancelled, at once. Any thread."""
         with self._changed:
@@ -138,6 +151,7 @@ class PageReceiver:
             with self._changed:
                 lane.failure = e
                 self._changed.notify_all()
+            self._on_failure(e)
 
 
 class _Lane:
@@ -201,6 +215,8 @@ class _Lane:
                 header = channel.receive(RECORD.size)
             finally:
                 channel.timeout = timeout
+            if self._flow.cancelled:
+                raise MigrationCancelled(f"{self.name}: cancelled")
             kind = self._check(lib.kvmpy_intake_header(intake, header))
             if kind not in (DATA, ZERO):
                 return kind

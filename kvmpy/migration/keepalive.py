@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
@@ -26,17 +27,23 @@ def silence(timeout: float, on_the_way: float = 0.0) -> float:
 
 
 @contextmanager
-def keepalive(main: MainChannel, timeout: float) -> Iterator[None]:
-    """Within, say so often enough for one who waits ``timeout`` seconds, or STILL. Raises HostError.
+def keepalive(main: MainChannel, timeout: float, at_work: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Within, while we are ``at_work``, say so often enough for one who waits ``timeout`` seconds, or STILL.
 
-    The other side's patience is its own operator's choice, and may be less than ours.
+    Not where something else has just been said: to hear it takes the other side time, and the guest may stand still.
+    The other side's patience is its own operator's choice, and may be less than ours. Raises HostError.
     """
-    over = threading.Event()
+    over, period = threading.Event(), min(timeout, STILL) / TIMES
 
     def tell() -> None:
+        left = period
         try:
-            while not over.wait(min(timeout, STILL) / TIMES):
-                main.say(Keepalive())
+            while not over.wait(left):
+                left = main.said + period - time.monotonic()
+                if left <= 0:
+                    left = period
+                    if at_work():
+                        main.say(Keepalive())
         except MigrationError:  # whoever uses the channel hears of it too
             return
 

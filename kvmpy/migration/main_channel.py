@@ -24,6 +24,7 @@ from kvmpy.migration.messages import (
     check_length,
     decode,
     encode,
+    prepare,
     title,
 )
 from kvmpy.migration.stop import Deadline
@@ -39,7 +40,7 @@ BAD_NEWS: Final = (Refuse, Refused, Cancel, Failed)
 
 
 class MainChannel:
-    """Messages over ``channel``, in the stream's ``version``.
+    """Messages over ``channel``, in the stream's ``version``. ``said`` is when the last was sent, by time.monotonic().
 
     Nothing is read ahead: between two messages the channel can carry something else, such as page records. One thread
     sends and receives; any other may `say`, `fail` and `shutdown`.
@@ -48,9 +49,11 @@ class MainChannel:
     def __init__(self, channel: Channel, version: int) -> None:
         self.channel = channel
         self.version = version
+        self.said = time.monotonic()
         self._sending = threading.Lock()
         self._seen: dict[type[Message], int] = {}
         self._state = 0
+        prepare(version)
 
     @property
     def can_answer(self) -> bool:
@@ -156,6 +159,7 @@ class MainChannel:
             raise StreamError(f"{self.channel.name}: another message is still being sent")
         try:
             self.channel.send(*frames, timeout=timeout)
+            self.said = time.monotonic()
         finally:
             self._sending.release()
 

@@ -4,7 +4,7 @@ The work is C, without the GIL: it looks for dirty pages, takes them out of KVM'
 sends the others from guest memory itself. Python does a few calls for each block and channel, or for each batch.
 
 A page goes over the channel that its address says, always, so an old copy never overtakes a newer one. A channel has a
-thread of its own in each round, the first channel the caller's.
+thread of its own in each round, the first channel the caller's; but a round of few pages is sent by the caller alone.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from kvmpy.trace import Tracepoint
 trace_round = Tracepoint("migration.round", "number pages zero_pages bytes ms")
 
 COMPRESSIONS: Final = ("none", "zstd")
+FEW: Final = 256
+"""Pages that are sent sooner than threads for them can be had: such is the round for which a guest stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ class PageSender:
         Raises MigrationError, HostError: then pages may have left the log and not arrived, and it is over.
         """
         began, before = time.monotonic(), self.sent
-        _together([(lane.name, partial(lane.send, dirty.blocks, number)) for lane in self._lanes], self._fail)
+        make = _one_by_one if dirty.count() <= FEW else _together
+        make([(lane.name, partial(lane.send, dirty.blocks, number)) for lane in self._lanes], self._fail)
         seconds = time.monotonic() - began
         pages, zeros, size = (after - earlier for after, earlier in zip(self.sent, before, strict=True))
         stats = RoundStats(number, pages, zeros, size, seconds, dirty.rate)
@@ -203,6 +206,15 @@ class _Lane:
         if sweep is not None and sweep.clear_failed:
             raise IoctlError("KVM_CLEAR_DIRTY_LOG", -result)
         raise failure(self.name, result, self._channel.timeout)
+
+
+def _one_by_one(calls: Sequence[tuple[str, Callable[[], None]]], failed: Callable[[Exception], Exception]) -> None:
+    """Make calls one after another. Raises what ``failed`` says of the first failure."""
+    for _, call in calls:
+        try:
+            call()
+        except Exception as e:  # noqa: BLE001  raised again
+            raise failed(e) from None
 
 
 def _together(calls: Sequence[tuple[str, Callable[[], None]]], failed: Callable[[Exception], Exception]) -> None:

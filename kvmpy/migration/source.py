@@ -107,6 +107,7 @@ class Outgoing:
         self._departure = machine.departure
         self._loading: float | None = None
         self._requires = True  # a primary at the destination for each that the guest has, as that was told
+        self._kept: list[Message] = []  # what goes with the next message, for each wakes the other side
 
     @property
     def phase(self) -> Source:
@@ -396,8 +397,11 @@ class Outgoing:
         progress.remaining = self._dirty.count() * PAGE
         progress.passes = number
         began = time.monotonic()
-        self._on_pass(number)
-        main.send_message(Round(number=number, remaining_bytes=progress.remaining))
+        self._kept.append(Round(number=number, remaining_bytes=progress.remaining))
+        if awaited:  # else the guest stands still, and listeners can wait
+            self._on_pass(number)
+        if awaited or not self._page_channels:
+            self._say(main)
         start = time.monotonic_ns()
         try:
             stats = self._pages.send_round(self._dirty, number)
@@ -458,9 +462,12 @@ class Outgoing:
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)
+        self._on_pass(progress.passes)
 
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
+        if self._machine.handoff.is_durable:
+            return
         late = "a disk does not answer: what the guest has written is not on it"
         aside("flush", self._machine.handoff.make_durable, self._stop, Deadline(self.parameters.x_timeout), late)
 
@@ -468,7 +475,7 @@ class Outgoing:
         memory = self._machine.board.memory
         sums = zip(memory.blocks, checksum.checksums(memory), strict=True)
         blocks = tuple(BlockChecksums.of(block.gpa, checksum.CHUNK, each) for block, each in sums)
-        main.send_message(Checksums(blocks=blocks))
+        self._say(main, Checksums(blocks=blocks))
 
     def _send_state(self, main: MainChannel, sections: Sections) -> None:
         progress = self.progress
@@ -483,7 +490,12 @@ class Outgoing:
             phases=tuple(said),
             primaries=() if self._departure is None else self._departure.attached(),
         )
-        main.send_messages([*(Section(device=name, section=each) for name, each in sections.items()), end])
+        self._say(main, *(Section(device=name, section=each) for name, each in sections.items()), end)
+
+    def _say(self, main: MainChannel, *messages: Message) -> None:
+        """Send these, behind those that have been kept."""
+        kept, self._kept = self._kept, []
+        main.send_messages([*kept, *messages])
 
     def _go(self, main: MainChannel) -> None:
         """Send GO, and hear what came of it."""

@@ -25,8 +25,9 @@ LEGAL: Final[dict[Status, frozenset[Status]]] = {
     Status.NONE: frozenset({Status.SETUP}),
     Status.SETUP: frozenset({Status.WAIT_UNPLUG, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     Status.WAIT_UNPLUG: frozenset({Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
-    # The guest was reset in the last moment, and pages are sent again.
-    Status.ACTIVE: frozenset({Status.DEVICE, Status.CANCELLING, Status.FAILED}),
+    # A destination does not say that it is at the devices: who listens would be served while the guest stands still.
+    Status.ACTIVE: frozenset({Status.DEVICE, Status.COMPLETED, Status.CANCELLING, Status.FAILED}),
+    # Back where the guest was reset in the last moment, and pages are sent again.
     Status.DEVICE: frozenset({Status.COMPLETED, Status.ACTIVE, Status.CANCELLING, Status.FAILED}),
     Status.CANCELLING: frozenset({Status.CANCELLED, Status.FAILED}),
     Status.COMPLETED: frozenset(),

@@ -217,7 +217,7 @@ class Migration(Event, frozen=True, kw_only=True):
 
 
 class MigrationPass(Event, frozen=True, kw_only=True, rename={"pass_": "pass"}):
-    """A pass over the pages that are dirty begins; likewise."""
+    """A pass over the pages that are dirty begins; likewise. The last, while the guest stands still, is told later."""
 
     NAME = "MIGRATION_PASS"
     pass_: int  # its number, from 1

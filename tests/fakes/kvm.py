@@ -54,7 +54,7 @@ class FakeVcpu:
         vm = cast(Vm, SimpleNamespace(fd=-1, system=system, check=check))
         vcpu = object.__new__(Vcpu)
         vcpu.fd, vcpu.index, vcpu.vm = -1, INDEX, vm
-        vcpu.msr_limit = None
+        vcpu.msr_limit = vcpu.msrs = None
         vcpu.cpuid = [{"function": 1, "index": 0, "eax": 0, "ebx": 0, "ecx": ECX_VMX, "edx": 0}]
         return vcpu
 

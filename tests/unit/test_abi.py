@@ -261,6 +261,15 @@ def test_fewer_vectors_than_wanted_are_a_failure(kernel: Kernel) -> None:
     assert kernel.seen[0][1]["argsz"] == 28
 
 
+def test_msrs_are_packed_as_the_header_has_them() -> None:
+    values = [(0x10, 1 << 63), (0xC000_0080, 0xD01)]
+    table = abi.new_msrs(values)
+    assert abi.MSR_ENTRY.size == ffi.sizeof("struct kvm_msr_entry")
+    assert [(entry.index, entry.data) for entry in (table.entries[0], table.entries[1])] == values
+    table.entries[1].data = 7
+    assert abi.msr_values(table, table.nmsrs) == [values[0], (0xC000_0080, 7)]
+
+
 def test_exits_are_unpacked_as_the_header_has_them() -> None:
     page = bytearray(ffi.sizeof("struct kvm_run"))
     run = ffi.cast("struct kvm_run *", ffi.from_buffer(page))

@@ -22,6 +22,38 @@ def test_the_other_side_waits_on_while_we_are_at_work() -> None:
         assert "keepalive" not in [thread.name for thread in threading.enumerate()]
 
 
+def test_nothing_is_said_while_we_are_not_at_work() -> None:
+    """A guest that stands still is not kept so by a message that nobody needs."""
+    busy = threading.Event()
+    asked = threading.Semaphore(0)
+
+    def is_busy() -> bool:
+        asked.release()
+        return busy.is_set()
+
+    with main_pair() as (here, there), keepalive(here, 0.01, is_busy):
+        for _ in range(3):
+            assert asked.acquire(timeout=BOUND)
+        assert not there.channel.received
+        here.send_message(Ready())
+        assert isinstance(there.receive_message(Ready, timeout=BOUND), Ready)
+        busy.set()
+        assert isinstance(there.receive_message(Keepalive, timeout=BOUND), Keepalive)
+
+
+def test_who_has_just_said_something_else_need_not_say_more() -> None:
+    asked = threading.Event()
+
+    def is_busy() -> bool:
+        asked.set()
+        return True
+
+    with main_pair() as (here, _):
+        here.said = time.monotonic() + BOUND
+        with keepalive(here, 0.01, is_busy):
+            assert not asked.wait(0.1)
+
+
 def test_an_answer_that_was_sent_before_the_other_side_left_is_not_taken_by_it() -> None:
     """A destination that runs the guest says so and hangs up; the source must hear it."""
     with main_pair() as (here, there):

@@ -52,6 +52,11 @@ def test_what_is_just_deep_enough_goes_through() -> None:
     assert decode(Kind.HEADER, encode(message)) == message
 
 
+def test_brackets_in_a_text_are_not_deep() -> None:
+    message = header({"x": "[{" * 40, '"[' * 40: ["\\", '\\"[[', [[]] * 40]})
+    assert decode(Kind.HEADER, encode(message)) == message
+
+
 def test_there_is_an_example_of_each_kind() -> None:
     assert {message.KIND for message in EXAMPLES} == set(Kind) == set(KINDS)
 

@@ -18,13 +18,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kvmpy.errors import HostError, MigrationError, StreamError
+from kvmpy.errors import HostError, MigrationCancelled, MigrationError, StreamError
 from kvmpy.memory import GuestMemory, Ram
 from kvmpy.migration import zstd
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.records import BATCH, DATA, END, MOST_BATCH, MOST_PAGES, RECORD, ZERO, ZSTD
 from kvmpy.pagebits import PAGE
 from tests.counts import count
+from tests.fakes.loop import BOUND
 from tests.fakes.page_channel import channel_pairs
 from tests.fakes.virtio_driver import Bytes
 
@@ -285,3 +286,20 @@ def test_bytes_that_come_one_by_one_are_as_good() -> None:
         receiver.close()
     content = destination.content()
     assert (content[0][:1], content[PAGE], content[2 * PAGE]) == (b"o", page, bytes(PAGE))
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_once_all_has_come_nothing_more_is_taken_in(sealed: bool) -> None:
+    destination = Destination()
+    with channel_pairs(sealed=sealed) as (ours, theirs):
+        receiver = PageReceiver(destination.memory, theirs)
+        receiver.start()
+        ours[0].send(one(0, 1, DATA) + b"n" * PAGE + one(1, 0, END))
+        receiver.wait_round(1, BOUND)
+        before = destination.content()
+        receiver.finish()
+        ours[0].send(one(0, 2, ZERO))
+        with pytest.raises(MigrationCancelled):
+            receiver.wait_round(2, BOUND)
+        receiver.close()
+        assert destination.content() == before

@@ -231,7 +231,7 @@ def test_work_of_python_does_not_grow_with_the_pages() -> None:
     memory.write(0, b"x" * LOW)
     counts = []
     with link() as it:
-        for number, every in enumerate((512, 2)):
+        for number, every in enumerate((4, 2)):
             dirty = DirtyPages(memory)
             for page in range(0, LOW // PAGE, every):
                 dirty.blocks[0].bits.set(page, 1)

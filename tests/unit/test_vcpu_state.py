@@ -86,6 +86,17 @@ def test_order_of_saving_is_mp_state_first_and_events_last(make: Callable[..., F
     assert [name for name in fake.names() if name.startswith("KVM_SET_")] == []
 
 
+def test_an_msr_that_the_vcpu_does_not_have_is_asked_for_once(make: Callable[..., FakeVcpu]) -> None:
+    fake = make(**NEWEST)
+    del fake.msrs[0x174]
+    first = save(fake.vcpu)
+    asked = len(fake.kernel.named("KVM_GET_MSRS"))
+    second = save(fake.vcpu)
+    assert len(fake.kernel.named("KVM_GET_MSRS")) - asked < asked
+    assert 0x174 not in dict(second.msrs)
+    assert without_time(second) == without_time(first)
+
+
 def test_order_of_loading(make: Callable[..., FakeVcpu]) -> None:
     fake = make(**NEWEST)
     state = busy()

@@ -338,6 +338,7 @@ def test_under_random_pauses_and_resets_every_write_is_done_once(tmp_path: Path)
 
 def test_a_disk_is_durable_before_it_is_unlocked(rig: BlkRig, disk: FakeDisk) -> None:
     rig.device.pause()
+    assert not rig.device.is_durable
     rig.device.make_durable()
     rig.device.hand_over()
     assert disk.calls == ["flush", "unlock"]

@@ -203,9 +203,13 @@ class VirtioBlk(VirtioDevice[BlkState]):
         while self._workers:
             self._workers.pop().join()
 
+    @property
+    def is_durable(self) -> bool:
+        return self.disk.readonly
+
     def make_durable(self) -> None:
         try:
-            if not self.disk.readonly:
+            if not self.is_durable:
                 self.disk.flush()
         except OSError as e:
             said = refusal(e.errno, "what was written may not be there for others")
