@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from kvmpy.cli.client import Client, find
-from kvmpy.errors import ConfigError
+from kvmpy.config.toml_lines import did_you_mean
+from kvmpy.errors import ConfigError, HostError
 
 # The longest a command may take: a device that is plugged in may have all of the guest's memory mapped for it first.
 COMMAND_PATIENCE: Final = 600.0
@@ -21,8 +22,19 @@ def qmp(args: argparse.Namespace) -> int:
         if args.command is None:
             print("\n".join(usages(client("query-qmp-schema"))))
         else:
-            print(json.dumps(client(args.command, **arguments), indent=2))
+            print(json.dumps(_run(client, args.command, arguments), indent=2))
     return 0
+
+
+def _run(client: Client, command: str, arguments: dict[str, Any]) -> Any:
+    """Send a command. Raises HostError, which for a name with a slip in it has the right one."""
+    try:
+        return client(command, **arguments)
+    except HostError as e:
+        if f"The command {command} has not been found" not in str(e):
+            raise
+        names = [usage.split()[0] for usage in usages(client("query-qmp-schema"))]
+        raise HostError(f"{e}{did_you_mean(command, names)}") from e
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:

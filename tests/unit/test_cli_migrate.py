@@ -112,6 +112,13 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+def test_a_reason_that_is_the_only_problem_is_said_once(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "device hostdev0: a passed-through device cannot be migrated"
+    source.answers = [{"status": "failed", "error-desc": why, "problems": [why]}]
+    assert main(["migrate", "web1", URI]) == 1
+    assert capsys.readouterr().err.count(why) == 1
+
+
 @pytest.mark.parametrize(("status", "code"), [("failed", 1), ("cancelled", CANCELLED)])
 def test_one_that_came_to_nothing_says_what_became_of_each_primary(
     source: Source, capsys: pytest.CaptureFixture[str], status: str, code: int
@@ -295,6 +302,11 @@ def test_a_guest_that_writes_too_fast_is_said_to() -> None:
     assert figures({"cpu-throttle-percentage": 30, "not-converging": "it writes 90 MiB/s"}).endswith(
         "vCPUs slowed down by 30 %, it writes 90 MiB/s"
     )
+
+
+def test_what_slows_it_down_is_said_once() -> None:
+    said = "it writes 90 MiB/s; its vCPUs sleep 30 % of the time"
+    assert figures({"status": "active", "cpu-throttle-percentage": 30, "not-converging": said}) == said
 
 
 SECOND: Final = 10**9
