@@ -19,7 +19,7 @@ PS_PATIENCE: Final = 2.0
 RATE_SECONDS: Final = 0.5
 # What goes on at a root port, in words
 STATES: Final = {
-    "hidden": "hidden until the guest's driver asks for it",
+    "hidden": "hidden from the guest, see its failover pair",
     "waiting": "shown to the guest when that is done with the one before",
     "off": "the guest does not use it",
     "working": "the guest is at work on it",
@@ -129,6 +129,8 @@ def _brief(device: dict[str, Any]) -> str:
 def _show(device: dict[str, Any]) -> None:
     """A device: what and where it is, what it is doing, its queues, and why it is broken if it is."""
     facts = {key: value for key, value in device.items() if key not in SAID_APART and value not in ("", None, {})}
+    if "bars" in facts:
+        facts["bars"] = {index: "not placed" if at is None else f"at {at:#x}" for index, at in facts["bars"].items()}
     if facts.get("path") == "vhost" and not any(facts.get("userspace", {}).values()):
         facts.pop("userspace", None)  # its frames pass by us, uncounted: zeros would say that there are none
     place = f"at {device['address']}" if device["address"] else "at no address yet"
@@ -162,7 +164,7 @@ def _show_pair(pair: dict[str, Any]) -> None:
     if (primary := pair.get("primary-id")) is None:
         print(f"  failover pair {standby} ({address}): no primary")
     else:
-        own = pair.get("primary-mac", "no address now")
+        own = pair.get("primary-mac", "no MAC now")
         print(f"  failover pair {standby} ({address}), {primary} ({own}): {PRIMARIES[pair['state']]}")
         gap = f"; at its last change frames went nowhere for {pair['rx-gap-ms']:g} ms" if "rx-gap-ms" in pair else ""
         print(f"    frames take the {pair['path']}{gap}")

@@ -182,6 +182,7 @@ def make_parser() -> argparse.ArgumentParser:
     qmp.add_argument(
         "arguments", nargs="*", metavar="KEY=VALUE", help="VALUE is JSON, or else a string; a.b=1 is {a: {b: 1}}"
     )
+    qmp.add_argument("--events", action="store_true", help="print the machine's events, one a line, until it ends")
     return parser
 
 

@@ -233,7 +233,8 @@ def outcome(
     if status == "cancelled":
         tell(f"kvmpy: {name}: cancelled; the guest is here, and {before}")
         return CANCELLED
-    for problem in answer.get("problems") or []:
+    problems = answer.get("problems") or []
+    for problem in problems if problems != [error] else ():
         tell(f"kvmpy: {name}: {printable(problem)}")
     raise HostError(f"{name}: migration failed: {error or 'no reason was given'}; the guest is here, and {before}")
 

@@ -55,14 +55,15 @@ def figures(answer: Mapping[str, Any]) -> str:
     parts = _rounds(ram)
     if answer.get("expected-downtime"):
         parts.append(f"downtime would be {answer['expected-downtime']:g} ms")
-    if answer.get("cpu-throttle-percentage"):
+    said = str(answer.get("not-converging") or "")
+    if answer.get("cpu-throttle-percentage") and "vCPUs sleep" not in said:
         parts.append(f"vCPUs slowed down by {answer['cpu-throttle-percentage']} %")
     if ram.get("transferred"):
         parts.append(f"{megabytes(ram['transferred'])} sent")
     if answer.get("preparing"):
         parts.append("the destination is still preparing its primaries")
-    if answer.get("not-converging"):
-        parts.append(str(answer["not-converging"]))
+    if said:
+        parts.append(said)
     return ", ".join(parts)
 
 

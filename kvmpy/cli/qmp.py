@@ -1,28 +1,58 @@
-"""`kvmpy qmp`: one monitor command, or without one, a list of what there is."""
+"""`kvmpy qmp`: one monitor command, or without one, a list of what there is; and what a machine tells of itself."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Final
 
-from kvmpy.cli.client import Client, find
-from kvmpy.errors import ConfigError
+from kvmpy.cli.client import Client, HungUp, find
+from kvmpy.config.toml_lines import did_you_mean
+from kvmpy.errors import ConfigError, HostError
 
 # The longest a command may take: a device that is plugged in may have all of the guest's memory mapped for it first.
 COMMAND_PATIENCE: Final = 600.0
 
 
 def qmp(args: argparse.Namespace) -> int:
-    """Send one monitor command and print what it returns, as JSON; without one, list those there are."""
+    """Send one monitor command and print what it returns, as JSON; without one, list those there are.
+
+    With --events, print every event from then on.
+    """
     arguments = parse_arguments(args.arguments)
-    with Client(find(args.name), COMMAND_PATIENCE) as client:
+    with Client(find(args.name), None if args.events else COMMAND_PATIENCE) as client:
+        if args.events:
+            return _watch(client, args.command, arguments)
         if args.command is None:
             print("\n".join(usages(client("query-qmp-schema"))))
         else:
-            print(json.dumps(client(args.command, **arguments), indent=2))
+            print(json.dumps(_run(client, args.command, arguments), indent=2))
     return 0
+
+
+def _watch(client: Client, command: str | None, arguments: dict[str, Any]) -> int:
+    """What the ``command`` returns, if there is one; then each event, as JSON on a line of its own."""
+    try:
+        if command is not None:
+            print(json.dumps(_run(client, command, arguments)))
+        for event in chain(tuple(client.seen), client.events()):
+            print(json.dumps(event), flush=True)
+    except (HungUp, KeyboardInterrupt):  # the machine has ended, or whoever watches has seen enough
+        pass
+    return 0
+
+
+def _run(client: Client, command: str, arguments: dict[str, Any]) -> Any:
+    """Send a command. Raises HostError, which for a name with a slip in it has the right one."""
+    try:
+        return client(command, **arguments)
+    except HostError as e:
+        if f"The command {command} has not been found" not in str(e):
+            raise
+        names = [usage.split()[0] for usage in usages(client("query-qmp-schema"))]
+        raise HostError(f"{e}{did_you_mean(command, names)}") from e
 
 
 def parse_arguments(texts: Sequence[str]) -> dict[str, Any]:

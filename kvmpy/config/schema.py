@@ -381,6 +381,17 @@ def _override(document: Document, overrides: Sequence[str]) -> Iterator[str]:
         try:
             if not equals:
                 raise ValueError("expected KEY=VALUE")
+            _require_table(document, key.strip())
             document.set(key, parse_value(value), place)
         except ValueError as e:
             yield f"{place}: {e}"
+
+
+def _require_table(document: Document, key: str) -> None:
+    """Who begins a key with an id, as in net1.mac, is told what it belongs to. Raises ValueError."""
+    name = key.partition(".")[0]
+    if name in {field.encode_name for field in msgspec.structs.fields(Config)}:
+        return
+    for array, items in document.data.items():
+        if isinstance(items, list) and any(isinstance(item, dict) and item.get("id") == name for item in items):
+            raise ValueError(f"unknown key '{plain(name)}' (did you mean {array}.{plain(key)}?)")

@@ -238,6 +238,11 @@ class Pairing:
         if not self.port.is_releasing:
             self.port.request()
 
+    def ask_again(self) -> None:
+        """The guest has gone back. So has a device_del that was under way: told that it stays, one gets it again."""
+        self._returns_until = math.inf
+        self.ask()
+
     def arrive(self) -> None:
         """Show what is to be shown."""
         self.is_leaving = False

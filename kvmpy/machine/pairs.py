@@ -102,7 +102,7 @@ class Pairs:
                 continue  # it has left since, as by a reset
             pairing.pair.kept(reason)
             if pairing.is_leaving:
-                pairing.ask()
+                pairing.ask_again()
             self.on_change()
 
     def kept(self, function: PciFunction[Any]) -> None:

@@ -112,6 +112,13 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+def test_a_reason_that_is_the_only_problem_is_said_once(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
+    why = "device hostdev0: a passed-through device cannot be migrated"
+    source.answers = [{"status": "failed", "error-desc": why, "problems": [why]}]
+    assert main(["migrate", "web1", URI]) == 1
+    assert capsys.readouterr().err.count(why) == 1
+
+
 @pytest.mark.parametrize(("status", "code"), [("failed", 1), ("cancelled", CANCELLED)])
 def test_one_that_came_to_nothing_says_what_became_of_each_primary(
     source: Source, capsys: pytest.CaptureFixture[str], status: str, code: int
@@ -301,6 +308,11 @@ def test_r54_that_the_destination_is_not_done_with_its_primaries_is_said() -> No
     words = "the destination is still preparing its primaries"
     assert words in figures(ACTIVE | {"preparing": True})
     assert words not in figures(ACTIVE)
+
+
+def test_what_slows_it_down_is_said_once() -> None:
+    said = "it writes 90 MiB/s; its vCPUs sleep 30 % of the time"
+    assert figures({"status": "active", "cpu-throttle-percentage": 30, "not-converging": said}) == said
 
 
 SECOND: Final = 10**9

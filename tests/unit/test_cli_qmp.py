@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvmpy.cli.main import main
 from kvmpy.cli.qmp import parse_arguments, usages
 from kvmpy.errors import ConfigError
 from kvmpy.monitor import schema
 from kvmpy.monitor.commands import COMMANDS
+from tests.fakes.qmp import FakeMonitor, Handler, Refusal
 
 
 @pytest.mark.parametrize(
@@ -54,3 +58,38 @@ def test_every_command_is_listed_with_its_arguments() -> None:
     assert "set_link name=STRING up=BOOLEAN" in lines
     assert "device_del id=STRING [force=BOOLEAN]" in lines
     assert "netdev_add type=tap id=STRING ..." in lines
+
+
+def test_a_command_with_a_slip_in_its_name_is_answered_with_the_right_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(_: object) -> None:
+        raise Refusal("The command migrate-cancel has not been found")
+
+    monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
+    handlers: dict[str, Handler] = {
+        "query-qmp-schema": lambda _: schema.entries(COMMANDS.values()),
+        "migrate-cancel": refuse,
+    }
+    with FakeMonitor("web1", handlers):
+        assert main(["qmp", "web1", "migrate-cancel"]) == 1
+    assert "migrate-cancel has not been found (did you mean 'migrate_cancel'?)" in capsys.readouterr().err
+
+
+def test_events_are_printed_one_a_line_until_the_machine_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
+    with FakeMonitor("web1", {}) as machine:
+
+        def device_del(_: object) -> dict[str, Any]:
+            machine.emit("UNPLUG_PRIMARY", device_id="hostdev0")
+            machine.quit.set()  # it hangs up after its answer
+            return {}
+
+        machine.handlers["device_del"] = device_del
+        assert main(["qmp", "web1", "device_del", "id=hostdev0", "--events"]) == 0
+    reply, event = capsys.readouterr().out.splitlines()
+    assert json.loads(reply) == {}
+    told = json.loads(event)
+    assert (told["event"], told["data"]) == ("UNPLUG_PRIMARY", {"device-id": "hostdev0"})

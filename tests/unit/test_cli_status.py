@@ -36,11 +36,17 @@ def test_frames_that_pass_by_us_are_not_said_to_be_none(
 
 
 def test_a_function_of_the_host_is_shown_with_where_it_is_there(capsys: pytest.CaptureFixture[str]) -> None:
-    function = {"bars": {"0": None}, "interrupts": "msix", "host": "0000:01:10.0", "reset": "flr", "broken": None}
+    function = {
+        "bars": {"0": None, "3": 0x1_0000_4000},
+        "interrupts": "msix",
+        "host": "0000:01:10.0",
+        "reset": "flr",
+        "broken": None,
+    }
     _show({"id": "hostdev0", "driver": "vfio-pci", "address": "01:00.0", **function})
     out = capsys.readouterr().out
     assert out.startswith("  hostdev0: vfio-pci at 01:00.0, the host's 0000:01:10.0\n    ")
-    assert "interrupts msix, reset flr" in out
+    assert "bars (0 not placed, 3 at 0x100004000), interrupts msix, reset flr" in out
 
 
 def test_a_device_on_a_bus_without_a_number_is_said_to_be_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +85,7 @@ def test_r13_a_failover_pair_is_shown_with_its_addresses_and_what_is_wrong(capsy
     _show_pair(pair | {"primary-id": "hostdev0", "state": "plugged", "primary-mac": mac, "path": "primary"})
     assert capsys.readouterr().out == (
         f"  failover pair net1 ({mac}): no primary\n"
-        f"  failover pair net1 ({mac}), hostdev0 (no address now): hidden: no driver has asked for it\n"
+        f"  failover pair net1 ({mac}), hostdev0 (no MAC now): hidden: no driver has asked for it\n"
         "    frames take the standby\n"
         "    last error: EBUSY\n"
         f"  failover pair net1 ({mac}), hostdev0 ({mac}): in use\n"

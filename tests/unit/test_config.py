@@ -301,6 +301,7 @@ def test_an_override_changes_a_key(read: Read, override: str, value: Callable[[C
             "--set netdev.hostnet2.ifname: no netdev has the id 'hostnet2' (did you mean 'hostnet1'?)",
         ),
         ("nope.x=3", "--set nope.x: unknown key 'nope'"),
+        ("hostnet1.ifname=x", "--set hostnet1.ifname: unknown key 'hostnet1' (did you mean netdev.hostnet1.ifname?)"),
         ("machin.cpus=3", "--set machin.cpus: unknown key 'machin' (did you mean 'machine'?)"),
         ("drive.0.path=r", "--set drive.0.path: there is no drive[0]"),
         ("drive.d.path=r", "--set drive.d.path: no drive has the id 'd'"),

@@ -143,6 +143,23 @@ def test_r33_one_whose_guest_goes_back_is_asked_again(rig: FailoverRig) -> None:
     assert staying(rig) == []
 
 
+def test_r40_a_device_del_that_the_guest_has_refused_meanwhile_is_over(rig: FailoverRig) -> None:
+    guest = rig.guests["root2"]
+    rig.remove("primary0")
+    rig.pass_(2.0)
+    rig.departure.begin()
+    assert guest.state is Guest.BLINKING_OFF
+    guest._button()
+    rig.settle()
+    assert rig.told("DEVICE_UNPLUG_GUEST_ERROR") == [("DEVICE_UNPLUG_GUEST_ERROR", "primary0")]
+    rig.pass_(15.0)
+    assert (staying(rig), rig.state()) == ([], PairState.RELEASED)
+    assert came_back(rig) == ["primary0 is plugged in again"]
+    assert rig.told(DELETED) == []
+    rig.pass_()
+    assert rig.state() is PairState.PLUGGED
+
+
 def test_r36_one_that_is_torn_out_is_away_at_once_and_comes_back_like_the_others(rig: FailoverRig) -> None:
     rig.departure.begin()
     rig.pass_(1.0)

@@ -63,3 +63,13 @@ def test_what_a_guest_cannot_repeat_without_us_is_never_held_back() -> None:
     for _ in range(3):
         b.throttle.take("RESET", {"guest": True, "reason": "guest-reset"})
     assert len(b.sent) == 3
+
+
+def test_a_primary_that_comes_and_goes_again_and_again_is_heard_of_once_a_second() -> None:
+    b = Bench()
+    for _ in range(100):
+        b.throttle.take("FAILOVER_PRIMARY_PLUGGED", {"device-id": "hostdev0"})
+        b.throttle.take("FAILOVER_PRIMARY_RELEASED", {"device-id": "hostdev0"})
+    assert [name for name, _ in b.sent] == ["FAILOVER_PRIMARY_PLUGGED", "FAILOVER_PRIMARY_RELEASED"]
+    b.clock.pass_(1.5)
+    assert [name for name, _ in b.sent][2:] == ["FAILOVER_PRIMARY_PLUGGED", "FAILOVER_PRIMARY_RELEASED"]
