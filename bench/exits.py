@@ -1,136 +1,165 @@
-"""`make bench`: what a flat guest can tell of kvmpy beside Debian's QEMU, alternately on the same kernel and KVM.
+"""The round trip of an exit: a flat guest times its accesses by TSC, in kvmpy and in QEMU by turns.
 
-The round trips of accesses that userspace answers, as the slope between a guest that makes few and one that makes many,
-and the time from process start to the power-off of a guest that does next to nothing. The last includes QEMU's
-firmware, which kvmpy has none of. Writes bench/results/latest.json too.
-
-In an emulated host, where an exit takes a hundred times as long and all of kvmpy's code is dearer still (what it costs
-a Linux guest there is what tests/lab shows): python -m scripts.lab run -- python -m bench --many 1000 --repetitions 3
+From before the access to after it, so all of it: the processor's or KVM's part, the VMM's, and the way back. "in the
+kernel" is an access that KVM answers itself, the same for either VMM: what is below any VMM, and a check of the method.
+With two vCPUs both do the same at once. "kvmpy's share" is the path from KVM_RUN to a device and back, in one process
+beside a bare loop of KVM_RUN; where the machine can count instructions, so is what an exit takes of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import Final, NamedTuple
+from typing import Final
 
-from tests.fakes.pvh_kernel import pvh_kernel
+from bench.figures import Curves, distribution
+from bench.guests import ACCESSES, loop_of, stopwatch
+from bench.program import main
+from bench.rows import KVMPY, QEMU, Pair, Row, alternately
+from bench.vmms import Flat, run
+from kvmpy._native import lib
+from kvmpy.config.schema import load
+from kvmpy.kvm.exits import PioWrite
+from kvmpy.kvm.tsc import khz
+from kvmpy.machine import registers
+from kvmpy.machine.machine import Machine
+from kvmpy.machine.vcpu import Gate, VcpuThread
 
-FEW: Final = 1
-ACCESSES: Final = {
-    "PIO write exit": b"\x66\xba\x80\x00\xee",  # mov dx, 0x80; out dx, al
-    "PCI config read by ports": (  # two exits
-        b"\xb8\x00\x00\x00\x80\x66\xba\xf8\x0c\xef"  # mov eax, 0x80000000; mov dx, 0xcf8; out dx, eax
-        b"\xb2\xfc\xed"  # mov dl, 0xfc; in eax, dx
-    ),
-    "PCI config read by ECAM": b"\xa1\x00\x00\x00\xb0",  # mov eax, [0xb0000000]: there in either VMM
-}
-"""What a guest does that often. 00:00.0 is a host bridge in either VMM."""
-BUDGET: Final = 1.25
-RESULTS: Final = Path(__file__).parent / "results" / "latest.json"
-CONFIG: Final = '[boot]\nkernel = "{kernel}"\n[machine]\nmemory = "32MiB"\n[console]\nserial = "null"\n'
-
-
-class Row(NamedTuple):
-    """Seconds of kvmpy and of its peer (medians), their ratio, and what it may be (a budget); None: not set."""
-
-    name: str
-    kvmpy: float
-    peer: float
-    ratio: float
-    budget: float | None
-
-    @property
-    def verdict(self) -> str:
-        return "-" if self.budget is None else "met" if self.ratio <= self.budget else "missed"
+BUDGETED: Final = ("PIO write", "PIO read", "MMIO write", "MMIO read")
+QUANTILES: Final = {"median": 0.5, "p99": 0.99, "p99.9": 0.999}
+LOOPS: Final = 20_000
+FEW, MANY = 1_000, 101_000
+Trips = Mapping[str, Sequence[int]]
+"""The round trips of each access, in ticks of the TSC."""
 
 
-def main() -> int:
-    """Measure and print; returns the exit code."""
-    options = _options()
-    if not shutil.which("qemu-system-x86_64"):
-        print("bench: needs qemu-system-x86_64", file=sys.stderr)
-        return 1
+def measure(quick: bool) -> list[Row]:
+    """One vCPU, two at once, and kvmpy's share."""
+    count, rounds = (2_000, 3) if quick else (8_000, 7)
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as directory:
-        kernels = {(name, n): _kernel(Path(directory), name, n) for name in ACCESSES for n in (FEW, options.many)}
-        times: dict[tuple[str, str, int], list[float]] = {}
-        for _ in range(options.repetitions):
-            for (name, n), kernel in kernels.items():
-                for who, command in (("kvmpy", _kvmpy(kernel)), ("qemu", _qemu(kernel))):
-                    times.setdefault((who, name, n), []).append(_seconds(command))
-    taken = {run: median(seconds) for run, seconds in times.items()}
-    rows = [_row(name, taken, options.many) for name in ACCESSES]
-    start = {who: median(taken[who, name, FEW] for name in ACCESSES) for who in ("kvmpy", "qemu")}
-    rows.append(Row("process start to power-off", start["kvmpy"], start["qemu"], start["kvmpy"] / start["qemu"], None))
-    _report(rows)
-    return 0
+        for cpus in (1, 2):
+            rows += round_trips(Path(directory), count, cpus, rounds)
+        rows += share(Path(directory), rounds)
+        rows += instructions_row(Path(directory), 1 if quick else 3)
+    return rows
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench", description="Measure kvmpy beside QEMU with a flat guest.")
-    parser.add_argument("--many", type=int, default=20_000, metavar="N", help="accesses of a guest that makes many")
-    parser.add_argument("--repetitions", type=int, default=7, metavar="N", help="runs, of which the median is taken")
-    return parser.parse_args()
+def round_trips(directory: Path, count: int, cpus: int, rounds: int) -> Iterator[Row]:
+    flat = Flat(directory, stopwatch(count, cpus), cpus=cpus, serial="file")
+    ticks = tsc_khz(directory) * 1000
+    everything: dict[str, dict[str, list[float]]] = {KVMPY: {}, QEMU: {}}
+
+    def turn(who: str, command: list[str]) -> dict[str, float]:
+        run(command, directory)
+        found = split(flat.said(), cpus)
+        for access, trips in found.items():
+            everything[who].setdefault(access, []).extend(trip / ticks * 1e6 for trip in trips)
+        return {f"{access} {name}": value / ticks for access, trips in found.items() for name, value in ranks(trips)}
+
+    taken = alternately({KVMPY: lambda: turn(KVMPY, flat.kvmpy()), QEMU: lambda: turn(QEMU, flat.qemu())}, rounds)
+    where = "1 vCPU" if cpus == 1 else f"{cpus} vCPUs at once"
+    for access in ACCESSES:
+        lines = {who: distribution(each[access]) for who, each in everything.items()}
+        title = f"The round trip of a guest's access: {access}, {where}"
+        curves = Curves(title, "us", "per cent that take no longer", lines, log_x=True)
+        for name in QUANTILES:
+            is_budgeted = name == "median" and access in BUDGETED
+            yield Pair(
+                f"exits: {access}, {where}" + f", {name}" * (name != "median"),
+                taken[KVMPY][f"{access} {name}"],
+                taken[QEMU][f"{access} {name}"],
+                budget="exit" if is_budgeted else None,
+                figure=curves if is_budgeted else None,
+            ).row()
 
 
-def _row(name: str, taken: dict[tuple[str, str, int], float], many: int) -> Row:
-    kvmpy, qemu = ((taken[who, name, many] - taken[who, name, FEW]) / (many - FEW) for who in ("kvmpy", "qemu"))
-    return Row(name, kvmpy, qemu, kvmpy / qemu, BUDGET)
+def split(said: bytes, cpus: int) -> Trips:
+    """What the guest has said, of all vCPUs together. Raises ValueError where it has not said all."""
+    trips = array("I", said)
+    each = len(trips) // (cpus * len(ACCESSES))
+    if not each or len(trips) != each * cpus * len(ACCESSES):
+        raise ValueError(f"the guest has said {len(trips)} round trips")
+    found: dict[str, list[int]] = {name: [] for name in ACCESSES}
+    for at in range(cpus * len(ACCESSES)):
+        found[list(ACCESSES)[at % len(ACCESSES)]] += trips[at * each : (at + 1) * each]
+    return found
 
 
-def _report(rows: Sequence[Row]) -> None:
-    print(f"{'':<30} {'kvmpy':>12} {'QEMU':>12} {'ratio':>8} {'budget':>8}  verdict")
-    for row in rows:
-        budget = "-" if row.budget is None else f"{row.budget:.2f}"
-        print(
-            f"{row.name:<30} {row.kvmpy * 1e6:>9.1f} us {row.peer * 1e6:>9.1f} us {row.ratio:>8.3f} {budget:>8}"
-            f"  {row.verdict}"
+def ranks(trips: Sequence[int]) -> Iterator[tuple[str, int]]:
+    ordered = sorted(trips)
+    for name, part in QUANTILES.items():
+        yield name, ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def tsc_khz(directory: Path) -> int:
+    with machine(directory, b"\xf4") as idle:
+        return khz(idle.board.vcpus[0]) or 1
+
+
+def machine(directory: Path, code: bytes) -> Machine:
+    """One in this process, not started."""
+    flat = Flat(directory / "here", code)
+    flat.kvmpy()
+    return Machine(load(flat.directory / "bench.toml"))
+
+
+def share(directory: Path, rounds: int) -> list[Row]:
+    """What of an exit kvmpy takes, by the thread that would run the vCPU."""
+    with machine(directory, loop_of(ACCESSES["PIO write"])) as here:
+        vcpu = here.board.vcpus[0]
+        registers.enter(vcpu, here.boot.load(here.board.memory))
+        thread = VcpuThread(vcpu, Gate(), here.board.pio, here.board.mmio, lambda *_: None)
+        assert isinstance(vcpu.run(), PioWrite)
+
+        def loop(step: Callable[[], object]) -> dict[str, float]:
+            began = time.perf_counter()
+            for _ in range(LOOPS):
+                step()
+            return {"seconds": (time.perf_counter() - began) / LOOPS}
+
+        taken = alternately(
+            {KVMPY: lambda: loop(thread.step), "KVM_RUN alone": lambda: loop(partial(lib.kvmpy_run, vcpu.fd))}, rounds
         )
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps([{**row._asdict(), "verdict": row.verdict} for row in rows], indent=2) + "\n")
+    whole, alone = taken[KVMPY]["seconds"], taken["KVM_RUN alone"]["seconds"]
+    note = f"so kvmpy's share is {100 * (1 - sum(alone) / sum(whole)):.0f} per cent"
+    return [Pair("exits: PIO write, in one process", whole, alone, peer_name="KVM_RUN alone", note=note).row()]
 
 
-def _kernel(directory: Path, name: str, count: int) -> Path:
-    """A guest that makes the access ``name`` that often, then powers off, as either VMM's ACPI wants it."""
-    access = ACCESSES[name]
-    code = (
-        b"\xb9"
-        + count.to_bytes(4, "little")  # mov ecx, count
-        + access
-        + bytes((0xE2, -(len(access) + 2) & 0xFF))  # loop to the access
-        + b"\x66\xba\x04\x06"  # mov dx, 0x604
-        + b"\x66\xb8\x00\x34\x66\xef"  # mov ax, 0x3400; out dx, ax: kvmpy's S5
-        + b"\x66\xb8\x00\x20\x66\xef"  # mov ax, 0x2000; out dx, ax: q35's S5
-        + b"\xeb\xfe"
+def instructions_row(directory: Path, rounds: int) -> list[Row]:
+    """Instructions of user space for an exit, from the slope between few and many; none where perf cannot count."""
+    if not shutil.which("perf") or instructions(["true"]) is None:
+        return []
+    found: dict[str, list[float]] = {KVMPY: [], QEMU: []}
+    for _ in range(rounds):
+        for who in found:
+            counts = []
+            for number in (FEW, MANY):
+                flat = Flat(directory, loop_of(ACCESSES["PIO write"], number))
+                command = flat.kvmpy() if who == KVMPY else flat.qemu()
+                counts.append(instructions(command) or 0)
+            found[who].append((counts[1] - counts[0]) / (MANY - FEW))
+    return [Pair("exits: instructions for a PIO write", found[KVMPY], found[QEMU], "instructions").row()]
+
+
+def instructions(command: Sequence[str]) -> int | None:
+    done = subprocess.run(
+        ["perf", "stat", "-x", ",", "-e", "instructions:u", *command], capture_output=True, text=True, check=False
     )
-    path = directory / f"{name.replace(' ', '-')}-{count}"
-    path.write_bytes(pvh_kernel(code))
-    path.with_suffix(".toml").write_text(CONFIG.format(kernel=path.name))
-    return path
+    return counted(done.stderr)
 
 
-def _kvmpy(kernel: Path) -> Sequence[str]:
-    return (str(Path(sys.executable).with_name("kvmpy")), "run", str(kernel.with_suffix(".toml")))
-
-
-def _qemu(kernel: Path) -> Sequence[str]:
-    machine = ("-accel", "kvm", "-M", "q35", "-m", "32", "-nodefaults", "-display", "none", "-no-reboot")
-    return ("qemu-system-x86_64", *machine, "-kernel", str(kernel))
-
-
-def _seconds(command: Sequence[str]) -> float:
-    begin = time.monotonic()
-    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=120)
-    return time.monotonic() - begin
+def counted(said: str) -> int | None:
+    """What perf has counted, by its line of comma-separated values; None where it cannot."""
+    lines = [line.split(",") for line in said.splitlines() if "instructions" in line]
+    return int(lines[0][0]) if lines and lines[0][0].isdigit() else None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main("exits", measure)
