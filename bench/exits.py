@@ -23,7 +23,7 @@ from bench.guests import ACCESSES, loop_of, stopwatch
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row, alternately
 from bench.vmms import Flat, run
-from kvmpy._native import lib
+from kvmpy._native import ffi, lib
 from kvmpy.config.schema import load
 from kvmpy.kvm.exits import PioWrite
 from kvmpy.kvm.tsc import khz
@@ -117,7 +117,8 @@ def share(directory: Path, rounds: int) -> list[Row]:
         vcpu = here.board.vcpus[0]
         registers.enter(vcpu, here.boot.load(here.board.memory))
         thread = VcpuThread(vcpu, Gate(), here.board.pio, here.board.mmio, lambda *_: None)
-        assert isinstance(vcpu.run(), PioWrite)
+        vcpu.enter()
+        assert isinstance(vcpu.exit(), PioWrite)
 
         def loop(step: Callable[[], object]) -> dict[str, float]:
             began = time.perf_counter()
@@ -126,7 +127,11 @@ def share(directory: Path, rounds: int) -> list[Row]:
             return {"seconds": (time.perf_counter() - began) / LOOPS}
 
         taken = alternately(
-            {KVMPY: lambda: loop(thread.step), "KVM_RUN alone": lambda: loop(partial(lib.kvmpy_run, vcpu.fd))}, rounds
+            {
+                KVMPY: lambda: loop(thread.step),
+                "KVM_RUN alone": lambda: loop(partial(lib.kvmpy_ioctl, vcpu.fd, lib.KVM_RUN, ffi.NULL)),
+            },
+            rounds,
         )
     whole, alone = taken[KVMPY]["seconds"], taken["KVM_RUN alone"]["seconds"]
     note = f"so kvmpy's share is {100 * (1 - sum(alone) / sum(whole)):.0f} per cent"
