@@ -63,8 +63,9 @@ class Flat:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """With this checkout's kvmpy, whatever else is installed, and no other machine's names."""
-    return {**os.environ, "PYTHONPATH": str(CHECKOUT), "KVMPY_RUNTIME_DIR": str(directory)}
+    """With this checkout's kvmpy, whatever else is installed, its bytecode kept, and no other machine's names."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(CHECKOUT), "KVMPY_RUNTIME_DIR": str(directory)}
 
 
 def run(command: Sequence[str], directory: Path) -> None:
