@@ -10,7 +10,7 @@ WORKERS ?= 2
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help packages setup images demo demo-boot demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench check lint types layers fmt docs clean
+.PHONY: help packages setup images demo demo-boot demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench bench-quick check lint types layers fmt docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,12 +50,11 @@ fuzz: packages $(NATIVE) ## a whole machine under a million random operations (K
 soak: setup ## the tests with their full counts
 	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
-bench: setup ## measure kvmpy beside QEMU and print the ratios
+bench: setup ## measure kvmpy beside QEMU: bench/results/ has the table, and a page with the plots
 	$(BIN)/python -m bench
-	$(BIN)/python -m bench.pages
-	$(BIN)/python -m bench.hotplug
-	$(BIN)/python -m bench.exits
-	$(BIN)/python -m bench.failover
+
+bench-quick: setup ## the same in under five minutes; says what it leaves out
+	$(BIN)/python -m bench --quick
 
 check: lint types layers ## all static checks
 

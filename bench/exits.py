@@ -1,196 +1,171 @@
-"""`python -m bench.exits`: what a migration costs a guest's exits, as the distribution of their round trips.
+"""The round trip of an exit: a flat guest times its accesses by TSC, in kvmpy and in QEMU by turns.
 
-A flat guest writes to a port as fast as it can, and to another page of memory every sixteenth time. From one such write
-to the next is a round trip: the exit, the bus, a device, and the way back. That is measured in turns in one run, with
-nothing else going on, and while a migration sends pages to a process that waits for the guest; it is kept from being
-completed by a downtime limit of nothing. The ratios count, not the times: both sides share this machine's processors
-with the guest, and a machine that is busy otherwise has long tails without any migration.
+From before the access to after it, so all of it: the processor's or KVM's part, the VMM's, and the way back. "in the
+kernel" is an access that KVM answers itself, the same for either VMM: what is below any VMM, and a check of the method.
+With two vCPUs both do the same at once. "kvmpy's share" is the path from KVM_RUN to a device and back, in one process
+beside a bare loop of KVM_RUN; where the machine can count instructions, so is what an exit takes of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import os
+import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from array import array
-from contextlib import ExitStack
-from itertools import pairwise
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final
 
-from kvmpy.cli.run import SWITCH_INTERVAL
+from bench.figures import Curves, distribution
+from bench.guests import ACCESSES, loop_of, stopwatch
+from bench.program import main
+from bench.rows import KVMPY, QEMU, Pair, Row, alternately
+from bench.vmms import Flat, run
+from kvmpy._native import ffi, lib
 from kvmpy.config.schema import load
-from kvmpy.devices.base import Device
+from kvmpy.kvm.exits import PioWrite
+from kvmpy.kvm.tsc import khz
+from kvmpy.machine import registers
 from kvmpy.machine.machine import Machine
-from kvmpy.machine.runstate import RunState
-from kvmpy.migration.control import Migrations
-from kvmpy.migration.parameters import OnNoConvergence
-from kvmpy.migration.status import Status
-from kvmpy.state import State
-from tests.fakes.pvh_kernel import pvh_kernel
+from kvmpy.machine.vcpu import Gate, VcpuThread
 
-PORT: Final = 0x0CC0
-BUDGET: Final = 3.0
-QUANTILES: Final = (("median", 0.5), ("p99", 0.99), ("p99.9", 0.999))
-CONFIG: Final = """
-name = "{name}"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "{memory}MiB"
-[console]
-serial = "null"
-"""
-# 16384 pages from 16 MiB on, one after the other.
-GUEST: Final = (
-    b"\xbb\x00\x00\x00\x00"  # mov ebx, 0
-    b"\x66\xba" + PORT.to_bytes(2, "little") + b"\xb9\x10\x00\x00\x00"  # again: mov dx, PORT; mov ecx, 16
-    b"\xee"  # next: out dx, al
-    b"\xe2\xfd"  # loop next
-    b"\x43"  # inc ebx
-    b"\x89\xd8"  # mov eax, ebx
-    b"\x25\xff\x3f\x00\x00"  # and eax, 0x3fff
-    b"\xc1\xe0\x0c"  # shl eax, 12
-    b"\x89\x98\x00\x00\x00\x01"  # mov [eax + 0x1000000], ebx
-    b"\xeb\xe1"  # jmp again
-)
+BUDGETED: Final = ("PIO write", "PIO read", "MMIO write", "MMIO read")
+QUANTILES: Final = {"median": 0.5, "p99": 0.99, "p99.9": 0.999}
+LOOPS: Final = 20_000
+FEW, MANY = 1_000, 101_000
+Trips = Mapping[str, Sequence[int]]
+"""The round trips of each access, in ticks of the TSC."""
 
 
-class NothingState(State):
-    NAME = "bench-stopwatch"
+def measure(quick: bool) -> list[Row]:
+    """One vCPU, two at once, and kvmpy's share."""
+    count, rounds = (2_000, 3) if quick else (8_000, 7)
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for cpus in (1, 2):
+            rows += round_trips(Path(directory), count, cpus, rounds)
+        rows += share(Path(directory), rounds)
+        rows += instructions_row(Path(directory), 1 if quick else 3)
+    return rows
 
 
-class Stopwatch(Device[NothingState]):
-    """Stamps each write, from `begin` until there are enough."""
+def round_trips(directory: Path, count: int, cpus: int, rounds: int) -> Iterator[Row]:
+    flat = Flat(directory, stopwatch(count, cpus), cpus=cpus, serial="file")
+    ticks = tsc_khz(directory) * 1000
+    everything: dict[str, dict[str, list[float]]] = {KVMPY: {}, QEMU: {}}
 
-    def __init__(self) -> None:
-        super().__init__("stopwatch", NothingState())
-        self._stamps, self._count = array("q", [0]), 1
+    def turn(who: str, command: list[str]) -> dict[str, float]:
+        flat.forget()
+        run(command, directory)
+        found = split(flat.said(), cpus)
+        for access, trips in found.items():
+            everything[who].setdefault(access, []).extend(trip / ticks * 1e6 for trip in trips)
+        return {f"{access} {name}": value / ticks for access, trips in found.items() for name, value in ranks(trips)}
 
-    def begin(self, count: int) -> None:
-        stamps = array("q", bytes(8 * count))
-        with self.lock:
-            self._stamps, self._count = stamps, 0
-
-    @property
-    def is_done(self) -> bool:
-        return self._count >= len(self._stamps)
-
-    def take(self) -> list[int]:
-        """The round trips, in nanoseconds, the shortest first."""
-        stamps = self._stamps
-        return sorted(after - before for before, after in pairwise(stamps))
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        if self._count < len(self._stamps):
-            self._stamps[self._count] = time.monotonic_ns()
-            self._count += 1
+    taken = alternately({KVMPY: lambda: turn(KVMPY, flat.kvmpy()), QEMU: lambda: turn(QEMU, flat.qemu())}, rounds)
+    where = "1 vCPU" if cpus == 1 else f"{cpus} vCPUs at once"
+    for access in ACCESSES:
+        lines = {who: distribution(each[access]) for who, each in everything.items()}
+        title = f"The round trip of a guest's access: {access}, {where}"
+        curves = Curves(title, "us", "per cent that take no longer", lines, log_x=True)
+        for name in QUANTILES:
+            is_budgeted = name == "median" and access in BUDGETED
+            yield Pair(
+                f"exits: {access}, {where}" + f", {name}" * (name != "median"),
+                taken[KVMPY][f"{access} {name}"],
+                taken[QEMU][f"{access} {name}"],
+                budget="exit" if is_budgeted else None,
+                figure=curves if is_budgeted else None,
+            ).row()
 
 
-class Rig:
-    """The guest here, and a process that waits for it."""
+def split(said: bytes, cpus: int) -> Trips:
+    """What the guest has said, of all vCPUs together. Raises ValueError where it has not said all."""
+    trips = array("I", said)
+    each = len(trips) // (cpus * len(ACCESSES))
+    if not each or len(trips) != each * cpus * len(ACCESSES):
+        raise ValueError(f"the guest has said {len(trips)} round trips")
+    found: dict[str, list[int]] = {name: [] for name in ACCESSES}
+    for at in range(cpus * len(ACCESSES)):
+        found[list(ACCESSES)[at % len(ACCESSES)]] += trips[at * each : (at + 1) * each]
+    return found
 
-    def __init__(self, stack: ExitStack, memory: int) -> None:
-        self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (self._directory / "kernel").write_bytes(pvh_kernel(GUEST))
-        for name in ("here", "there"):
-            (self._directory / f"{name}.toml").write_text(CONFIG.format(name=f"exits-{name}", memory=memory))
-        self.machine = stack.enter_context(Machine(load(self._directory / "here.toml")))
-        self._turns = 0
-        self.watch = Stopwatch()
-        self.machine.board.pio.map(PORT, 1, self.watch)
-        self.migrations = Migrations(self.machine)
-        self.migrations.set_parameters(downtime_limit=0, x_on_no_convergence=OnNoConvergence.CONTINUE)
-        sys.setswitchinterval(SWITCH_INTERVAL)
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # as kvmpy run does
-        self.machine.start()
 
-    def migrating(self, stack: ExitStack) -> None:
-        """Begin a migration that is cancelled with ``stack``, and wait until pages travel."""
-        self._turns += 1
-        config, path = self._directory / "there.toml", self._directory / f"stream{self._turns}"
-        there = stack.enter_context(
-            subprocess.Popen(
-                [sys.executable, "-m", "kvmpy", "run", str(config), "--incoming", f"unix:{path}"],
-                env={**os.environ, "KVMPY_RUNTIME_DIR": str(self._directory)},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
+def ranks(trips: Sequence[int]) -> Iterator[tuple[str, int]]:
+    ordered = sorted(trips)
+    for name, part in QUANTILES.items():
+        yield name, ordered[min(int(len(ordered) * part), len(ordered) - 1)]
+
+
+def tsc_khz(directory: Path) -> int:
+    with machine(directory, b"\xf4") as idle:
+        return khz(idle.board.vcpus[0]) or 1
+
+
+def machine(directory: Path, code: bytes) -> Machine:
+    """One in this process, not started."""
+    flat = Flat(directory / "here", code)
+    flat.kvmpy()
+    return Machine(load(flat.directory / "bench.toml"))
+
+
+def share(directory: Path, rounds: int) -> list[Row]:
+    """What of an exit kvmpy takes, by the thread that would run the vCPU."""
+    with machine(directory, loop_of(ACCESSES["PIO write"])) as here:
+        vcpu = here.board.vcpus[0]
+        registers.enter(vcpu, here.boot.load(here.board.memory))
+        thread = VcpuThread(vcpu, Gate(), here.board.pio, here.board.mmio, lambda *_: None)
+        vcpu.enter()
+        assert isinstance(vcpu.exit(), PioWrite)
+
+        def loop(step: Callable[[], object]) -> dict[str, float]:
+            began = time.perf_counter()
+            for _ in range(LOOPS):
+                step()
+            return {"seconds": (time.perf_counter() - began) / LOOPS}
+
+        taken = alternately(
+            {
+                KVMPY: lambda: loop(thread.step),
+                "KVM_RUN alone": lambda: loop(partial(lib.kvmpy_ioctl, vcpu.fd, lib.KVM_RUN, ffi.NULL)),
+            },
+            rounds,
         )
-        stack.callback(there.kill)
-        assert there.stderr is not None
-        while b"waiting for the guest" not in (line := there.stderr.readline()):
-            assert line, "the destination has ended"
-        self.migrations.migrate(f"unix:{path}")
-        stack.callback(self._cancel)
-        while self.migrations.progress.status is not Status.ACTIVE:
-            assert not self.migrations.progress.is_over, self.migrations.progress.error
-            time.sleep(0.01)
-
-    def measure(self, exits: int) -> list[int]:
-        self.watch.begin(exits)
-        while not self.watch.is_done and self.machine.state is not RunState.POSTMIGRATE:
-            time.sleep(0.05)
-        return self.watch.take()
-
-    def bring_back(self) -> bool:
-        """A guest that has gone after all, having written nothing for a moment; whether it had."""
-        has_gone = self.machine.state is RunState.POSTMIGRATE
-        if has_gone:
-            self.machine.resume(force=True)
-        return has_gone
-
-    def _cancel(self) -> None:
-        self.migrations.cancel()
-        self.migrations.wait()
+    whole, alone = taken[KVMPY]["seconds"], taken["KVM_RUN alone"]["seconds"]
+    note = f"so kvmpy's share is {100 * (1 - sum(alone) / sum(whole)):.0f} per cent"
+    return [Pair("exits: PIO write, in one process", whole, alone, peer_name="KVM_RUN alone", note=note).row()]
 
 
-def main() -> None:
-    options = _options()
-    idle: list[int] = []
-    moving: list[int] = []
-    rounds = 0
-    with ExitStack() as stack:
-        rig = Rig(stack, options.memory)
-        rig.measure(options.exits)  # the first are of a cold machine
-        turns = 0
-        while turns < options.repetitions:
-            before = rig.measure(options.exits)
-            with ExitStack() as migration:
-                rig.migrating(migration)
-                meanwhile = rig.measure(options.exits)
-            if rig.bring_back():
-                continue
-            idle += before
-            moving += meanwhile
-            rounds += rig.migrations.progress.passes
-            turns += 1
-    _report(sorted(idle), sorted(moving))
-    print(f"{len(idle)} exits each, {rounds} rounds of pages meanwhile; budget of p99.9: {BUDGET:g}")
+def instructions_row(directory: Path, rounds: int) -> list[Row]:
+    """Instructions of user space for an exit, from the slope between few and many; none where perf cannot count."""
+    if not shutil.which("perf") or instructions(["true"]) is None:
+        return []
+    found: dict[str, list[float]] = {KVMPY: [], QEMU: []}
+    for _ in range(rounds):
+        for who in found:
+            counts = []
+            for number in (FEW, MANY):
+                flat = Flat(directory, loop_of(ACCESSES["PIO write"], number))
+                command = flat.kvmpy() if who == KVMPY else flat.qemu()
+                counts.append(instructions(command) or 0)
+            found[who].append((counts[1] - counts[0]) / (MANY - FEW))
+    return [Pair("exits: instructions for a PIO write", found[KVMPY], found[QEMU], "instructions").row()]
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bench.exits", description="Measure exits with and without a migration.")
-    parser.add_argument("--exits", type=int, default=20_000, metavar="N", help="in each turn")
-    parser.add_argument("--repetitions", type=int, default=5, metavar="N", help="turns of each")
-    parser.add_argument("--memory", type=int, default=256, metavar="MIB", help="the guest's memory, 96 or more")
-    return parser.parse_args()
+def instructions(command: Sequence[str]) -> int | None:
+    done = subprocess.run(
+        ["perf", "stat", "-x", ",", "-e", "instructions:u", *command], capture_output=True, text=True, check=False
+    )
+    return counted(done.stderr)
 
 
-def _report(idle: list[int], moving: list[int]) -> None:
-    print(f"{'':<10} {'idle':>12} {'migrating':>12} {'ratio':>8}")
-    for name, share in QUANTILES:
-        before, after = (times[min(int(len(times) * share), len(times) - 1)] for times in (idle, moving))
-        print(f"{name:<10} {before / 1000:>9.1f} us {after / 1000:>9.1f} us {after / before:>8.2f}")
-    print(f"{'longest':<10} {idle[-1] / 1000:>9.1f} us {moving[-1] / 1000:>9.1f} us {moving[-1] / idle[-1]:>8.2f}")
+def counted(said: str) -> int | None:
+    """What perf has counted, by its line of comma-separated values; None where it cannot."""
+    lines = [line.split(",") for line in said.splitlines() if "instructions" in line]
+    return int(lines[0][0]) if lines and lines[0][0].isdigit() else None
 
 
 if __name__ == "__main__":
-    main()
+    main("exits", measure)

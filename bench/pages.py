@@ -1,4 +1,4 @@
-"""`python -m bench.pages`: the page pump beside what a copy and a plain send of the same memory take, on loopback TCP.
+"""The page pump of a migration beside what a copy and a plain send of the same memory take, on loopback TCP.
 
 All in one process and in turns, so both ends share this machine's processors: the ratios count, not the seconds.
 """
@@ -9,11 +9,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from statistics import median
 from typing import Final
 
+from bench.program import main
+from bench.rows import Pair, Row, Way, alternately
 from kvmpy.host.memory import Mapping
 from kvmpy.memory import GuestMemory, Ram
 from kvmpy.migration.checksum import checksums
@@ -24,7 +25,8 @@ from tests.fakes.page_channel import FakeChannel
 
 SIZE: Final = 256 << 20
 ZEROS: Final = 1 << 30
-REPETITIONS: Final = 7
+REPETITIONS, QUICK = 7, 3
+COPY, SOCKET = "memcpy", "bare socket"
 MIB: Final = 1 << 20
 
 
@@ -97,7 +99,8 @@ def pump(
         return seconds(move)
 
 
-def main() -> None:
+def measure(quick: bool) -> list[Row]:
+    """Bytes per second, beside a copy, and beside a socket that both ends do nothing but fill and drain."""
     with ExitStack() as stack:
         source, destination = guest(stack, SIZE), guest(stack, SIZE)
         blank, blank_too = guest(stack, ZEROS), guest(stack, ZEROS)
@@ -106,28 +109,28 @@ def main() -> None:
             source.write(at, block)
         destination.write(0, source.view(0, SIZE))
         ways: dict[str, tuple[int, Callable[[], float]]] = {
-            "memcpy": (SIZE, lambda: copy(source, destination)),
-            "sendall and recv_into": (SIZE, lambda: plain_send(source, destination)),
-            "pump, 1 channel": (SIZE, lambda: pump(source, destination, 1)),
-            "pump, 2 channels": (SIZE, lambda: pump(source, destination, 2)),
-            "pump, every other page": (SIZE // 2, lambda: pump(source, destination, 1, 2)),
-            "pump, by way of a copy": (SIZE, lambda: pump(source, destination, 1, sealed=True)),
-            "pump, untouched memory": (ZEROS, lambda: pump(blank, blank_too, 1)),
+            COPY: (SIZE, lambda: copy(source, destination)),
+            SOCKET: (SIZE, lambda: plain_send(source, destination)),
+            "1 channel": (SIZE, lambda: pump(source, destination, 1)),
+            "2 channels": (SIZE, lambda: pump(source, destination, 2)),
+            "every other page": (SIZE // 2, lambda: pump(source, destination, 1, 2)),
+            "by way of a copy": (SIZE, lambda: pump(source, destination, 1, sealed=True)),
+            "untouched memory": (ZEROS, lambda: pump(blank, blank_too, 1)),
             "checksums": (SIZE, lambda: seconds(lambda: checksums(source))),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(REPETITIONS):
-            for name, (_, way) in ways.items():
-                times[name].append(way())
-    report({name: size / median(times[name]) for name, (size, _) in ways.items()})
+        taken = alternately({name: rate(*way) for name, way in ways.items()}, QUICK if quick else REPETITIONS)
+    rates = {name: each["rate"] for name, each in taken.items()}
+    return [
+        Pair(f"page pump: {name}, of a {peer}", rates[name], rates[peer], "B/s", peer_name=peer).row()
+        for name in rates
+        if name not in (COPY, SOCKET)
+        for peer in (COPY, SOCKET)
+    ]
 
 
-def report(rates: dict[str, float], peers: Sequence[str] = ("memcpy", "sendall and recv_into")) -> None:
-    print(f"{'':26}{'MiB/s':>8}" + "".join(f"  of {peer}" for peer in peers))
-    for name, rate in rates.items():
-        ratios = "".join(f"{rate / rates[peer]:{len(peer) + 5}.2f}" for peer in peers)
-        print(f"{name:26}{rate / MIB:8.0f}{ratios}")
+def rate(size: int, way: Callable[[], float]) -> Way:
+    return lambda: {"rate": size / way()}
 
 
 if __name__ == "__main__":
-    main()
+    main("pages", measure)

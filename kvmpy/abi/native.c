@@ -13,15 +13,67 @@
 #include <unistd.h>
 #include "compat.h"
 
+enum { KVMPY_RARE, KVMPY_PIO_WRITE, KVMPY_PIO_READ, KVMPY_MMIO_WRITE, KVMPY_MMIO_READ, KVMPY_INTERRUPTED };
+
+/* A vCPU and its last exit: of an access where it goes, how many bytes, and their value, which of a read Python sets. */
+struct kvmpy_vcpu {
+    uint32_t kind, size;
+    uint64_t addr, value;
+    struct kvm_run *run;
+    int fd;
+};
+
 static long kvmpy_ioctl(int fd, unsigned long request, void *argument)
 {
     int result = ioctl(fd, request, argument);
     return result < 0 ? -(long)errno : result;
 }
 
-static int kvmpy_run(int fd)
+static void answer_read(struct kvmpy_vcpu *v)
 {
-    return ioctl(fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    struct kvm_run *run = v->run;
+    if (v->kind == KVMPY_PIO_READ)
+        memcpy((char *)run + run->io.data_offset, &v->value, v->size);
+    else if (v->kind == KVMPY_MMIO_READ)
+        memcpy(run->mmio.data, &v->value, v->size);
+    v->kind = KVMPY_RARE;
+}
+
+/* The two exits that come by the thousand, as one record, so that Python reads it at one go. An access that repeats (INS,
+ * OUTS) is rare. */
+static void decode_access(struct kvmpy_vcpu *v)
+{
+    struct kvm_run *run = v->run;
+    v->value = 0;
+    if (run->exit_reason == KVM_EXIT_IO && run->io.count == 1 && run->io.size <= sizeof v->value) {
+        int is_in = run->io.direction == KVM_EXIT_IO_IN;
+        v->kind = is_in ? KVMPY_PIO_READ : KVMPY_PIO_WRITE;
+        v->size = run->io.size;
+        v->addr = run->io.port;
+        if (!is_in)
+            memcpy(&v->value, (char *)run + run->io.data_offset, v->size);
+    } else if (run->exit_reason == KVM_EXIT_MMIO && run->mmio.len <= sizeof v->value) {
+        v->kind = run->mmio.is_write ? KVMPY_MMIO_WRITE : KVMPY_MMIO_READ;
+        v->size = run->mmio.len;
+        v->addr = run->mmio.phys_addr;
+        if (run->mmio.is_write)
+            memcpy(&v->value, run->mmio.data, v->size);
+    }
+}
+
+/* Enters the guest, after the last access's answer, which is in `value` if it was a read, until the next exit. */
+static int kvmpy_run(struct kvmpy_vcpu *v)
+{
+    answer_read(v);
+    if (ioctl(v->fd, KVM_RUN, 0) < 0) {
+        /* EAGAIN: a vCPU that waited for its start-up IPI was woken by something else. */
+        if (errno != EINTR && errno != EAGAIN)
+            return -errno;
+        v->kind = KVMPY_INTERRUPTED;
+        return 0;
+    }
+    decode_access(v);
+    return 0;
 }
 
 static void no_op(int signal_number)

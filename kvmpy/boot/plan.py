@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ParamSpec, TypeVar, assert_never
 
 from kvmpy.boot import boot_params, cmdline, cpu_tables, pvh
@@ -17,7 +16,7 @@ from kvmpy.boot.e820 import memory_map
 from kvmpy.boot.examine import examine
 from kvmpy.boot.kernel import BootInfo, EntryMode, Kernel, Segment
 from kvmpy.boot.placement import LowMemory, Room
-from kvmpy.boot.source import CHUNK, Reader, Source
+from kvmpy.boot.source import CHUNK, Reader, Source, StrPath
 from kvmpy.errors import ConfigError
 from kvmpy.memory import GuestMemory
 
@@ -94,8 +93,8 @@ class BootPlan:
 
 
 def plan(
-    kernel: Path,
-    initrd: Path | None,
+    kernel: StrPath,
+    initrd: StrPath | None,
     command_line: str,
     *,
     ram: Sequence[tuple[int, int]],

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Final
 
@@ -24,12 +25,11 @@ LONGEST_LIMIT: Final = 86400.0  # a guest that takes more than a day to power of
 
 def main(argv: Sequence[str]) -> int:
     """Run the command in ``argv``; returns the exit code."""
-    args, surplus = make_parser().parse_known_args(argv)
+    args, surplus = make_parser(argv[0] if argv else "").parse_known_args(argv)
     if surplus:
         args.parser.error(f"unrecognized arguments: {' '.join(surplus)}")
-    module, function = args.run.split(":")
     try:
-        result: int = getattr(import_module(f"kvmpy.cli.{module}"), function)(args)
+        result = _imported(args.run)(args)
     except BrokenPipeError:  # whoever read our output has had enough
         return HOST_ERROR
     except (KvmpyError, OSError) as e:
@@ -39,6 +39,18 @@ def main(argv: Sequence[str]) -> int:
             tell(traceback.format_exc().rstrip())
         return say(e)
     return result
+
+
+def _imported(run: str) -> Callable[[argparse.Namespace], int]:
+    """The function "module:function" of a command. What is imported for it stays: no garbage is looked for in it."""
+    module, function = run.split(":")
+    gc.disable()
+    try:
+        command: Callable[[argparse.Namespace], int] = getattr(import_module(f"kvmpy.cli.{module}"), function)
+    finally:
+        gc.freeze()
+        gc.enable()
+    return command
 
 
 def say(e: KvmpyError | OSError) -> int:
@@ -70,8 +82,8 @@ def _sentence(e: KvmpyError | OSError) -> str:
     return f"{text}; {ADVICE[number]}" if number in ADVICE else text
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Every command and option."""
+def make_parser(command: str = "") -> argparse.ArgumentParser:
+    """Every command and option; of ``run`` its own only, because to make the others takes longer than to use them."""
     parser = argparse.ArgumentParser(prog="kvmpy", description="Boot and control Linux guests on KVM.")
     parser.add_argument("--version", action="version", version=f"kvmpy {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
@@ -101,6 +113,9 @@ def make_parser() -> argparse.ArgumentParser:
     run.add_argument("--insecure", action="store_true", help="with --incoming: let tcp be used without TLS")
     run.add_argument("--timings", action="store_true", help="say at the end where the time of the first boot went")
     run.add_argument("--trace", action="append", default=[], metavar="GLOB", help="trace to stderr, such as 'bus.*'")
+
+    if command == "run":
+        return parser
 
     check = _command(commands, "check", "check:check", "check a configuration; needs neither root nor /dev/kvm")
     _config_arguments(check)

@@ -15,6 +15,7 @@ import errno
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from typing import Any, Final
 
 from kvmpy._native import ffi, lib
@@ -38,7 +39,6 @@ from kvmpy.kvm.vm import Vm
 
 KICK_SIGNAL: Final[int] = lib.kvmpy_kick_signal()
 EXIT_IO: Final[int] = lib.KVM_EXIT_IO
-EXIT_MMIO: Final[int] = lib.KVM_EXIT_MMIO
 EXIT_HLT: Final[int] = lib.KVM_EXIT_HLT
 EXIT_INTR: Final[int] = lib.KVM_EXIT_INTR
 EXIT_IRQ_WINDOW_OPEN: Final[int] = lib.KVM_EXIT_IRQ_WINDOW_OPEN
@@ -46,13 +46,15 @@ EXIT_SHUTDOWN: Final[int] = lib.KVM_EXIT_SHUTDOWN
 EXIT_FAIL_ENTRY: Final[int] = lib.KVM_EXIT_FAIL_ENTRY
 EXIT_INTERNAL_ERROR: Final[int] = lib.KVM_EXIT_INTERNAL_ERROR
 IO_IN: Final[int] = lib.KVM_EXIT_IO_IN
-REASON_AT: Final[int] = ffi.offsetof("struct kvm_run", "exit_reason")
-MMIO_AT: Final[int] = ffi.offsetof("struct kvm_run", "mmio")
-MMIO_DATA: Final[int] = ffi.offsetof("struct kvm_run", "mmio", "data")
-# The two exits that come by the thousand, each read at one go: the reason and io; mmio with its 8 bytes of data as one.
-# tests/unit/test_abi.py holds them against the header.
-REASON_AND_IO: Final = struct.Struct("=I20xBBHIQ")
-MMIO: Final = struct.Struct("=QQIB")
+RARE: Final[int] = lib.KVMPY_RARE
+PIO_WRITE: Final[int] = lib.KVMPY_PIO_WRITE
+PIO_READ: Final[int] = lib.KVMPY_PIO_READ
+MMIO_WRITE: Final[int] = lib.KVMPY_MMIO_WRITE
+MMIO_READ: Final[int] = lib.KVMPY_MMIO_READ
+INTERRUPTED: Final[int] = lib.KVMPY_INTERRUPTED
+# How struct kvmpy_vcpu begins: kind, size, addr, value. tests/unit/test_abi.py holds it against the compiler.
+ACCESS: Final = struct.Struct("=IIQQ")
+ALL_ONES: Final = (1 << 64) - 1
 ECX_VMX: Final = 1 << 5  # of CPUID leaf 1
 ECX_SVM: Final = 1 << 2  # of leaf 0x8000_0001
 
@@ -77,12 +79,13 @@ class Vcpu:
             raise
         self._shared = memoryview(self._mmap)
         self._kvm_run: Any = ffi.cast("struct kvm_run *", ffi.from_buffer(self._shared))
-        self._data_at = self._data_size = 0
+        self._last: Any = ffi.new("struct kvmpy_vcpu *", {"run": self._kvm_run, "fd": self.fd})
+        self._access: Any = ffi.buffer(self._last, ACCESS.size)
 
     def close(self) -> None:
         """Close the descriptor and the shared area; closing twice is allowed."""
         if self.fd >= 0:
-            self._kvm_run = None
+            self._kvm_run = self._last = self._access = None
             self._shared.release()
             self._mmap.close()
             os.close(self.fd)
@@ -90,37 +93,46 @@ class Vcpu:
 
     # Running
 
-    def run(self) -> Exit:
-        """Enter the guest until it needs us. An `Interrupted` says only that something may be asked of the thread.
+    def enter(self) -> tuple[int, int, int, int]:
+        """Enter the guest until it needs us: the kind of exit; of an access also its size, address and value.
 
-        Raises IoctlError where KVM_RUN itself fails.
+        Ints and no object, because every access of the guest's comes through here. With `INTERRUPTED` something may be
+        asked of the thread; of a `RARE` one `exit` says more. Raises IoctlError where KVM_RUN itself fails.
         """
-        result = _run(self.fd)
-        if result < 0:
-            # EAGAIN: a vCPU that waited for its start-up IPI was woken by something else.
-            if result in (-errno.EINTR, -errno.EAGAIN):
-                return Interrupted()
+        if result := _run(self._last):
             raise IoctlError("KVM_RUN", -result)
-        reason, direction, size, port, count, at = REASON_AND_IO.unpack_from(self._mmap, REASON_AT)
-        if reason == EXIT_IO:
-            self._data_at, self._data_size = at, size * count
-            if direction == IO_IN:
-                return PioRead(port, size, count)
-            data = self._mmap[at : at + size * count]
-            return PioWrite(port, size, (int.from_bytes(data, "little"),) if count == 1 else _items(data, size))
-        if reason == EXIT_MMIO:
-            gpa, data, size, is_write = MMIO.unpack_from(self._mmap, MMIO_AT)
-            self._data_at, self._data_size = MMIO_DATA, size
-            return MmioWrite(gpa, size, data & (1 << 8 * size) - 1) if is_write else MmioRead(gpa, size)
-        return self._rare(reason)
+        access: tuple[int, int, int, int] = ACCESS.unpack_from(self._access)
+        return access
 
     def reply(self, value: int) -> None:
-        """Answer the read that `run` returned: a little-endian int, masked to the access's size.
+        """Answer the read that `enter` returned: a little-endian int, of which KVM takes the access's size."""
+        self._last.value = value & ALL_ONES
 
-        KVM does not look at what a write is answered.
-        """
-        at, size = self._data_at, self._data_size
-        self._mmap[at : at + size] = (value & (1 << 8 * size) - 1).to_bytes(size, "little")
+    def reply_all(self, values: Sequence[int]) -> None:
+        """Answer the reads of an `Exit` with ``repeat``, each an int that fits its size."""
+        io = self._kvm_run.io
+        data = b"".join([value.to_bytes(io.size, "little") for value in values])
+        self._mmap[io.data_offset : io.data_offset + len(data)] = data
+
+    def reply_ones(self) -> None:
+        """Answer whatever reads the last exit was with all ones. KVM does not look at what a write is answered."""
+        self._last.value = ALL_ONES
+        if self._kvm_run.exit_reason == EXIT_IO:
+            at, size = self._kvm_run.io.data_offset, self._kvm_run.io.size * self._kvm_run.io.count
+            self._mmap[at : at + size] = b"\xff" * size
+
+    def exit(self) -> Exit:
+        """What the last exit was, of whatever kind, by its name."""
+        kind, size, addr, value = ACCESS.unpack_from(self._access)
+        if kind == PIO_WRITE:
+            return PioWrite(addr, size, (value,))
+        if kind == PIO_READ:
+            return PioRead(addr, size, 1)
+        if kind == MMIO_WRITE:
+            return MmioWrite(addr, size, value)
+        if kind == MMIO_READ:
+            return MmioRead(addr, size)
+        return Interrupted() if kind == INTERRUPTED else self._rare(self._kvm_run.exit_reason)
 
     def kick(self, thread: int) -> None:
         """Make `run`, under way or about to begin in the thread of that native id, return `Interrupted`.
@@ -137,11 +149,15 @@ class Vcpu:
     def complete(self) -> None:
         """Finish the access of the last exit without running another instruction. By the vCPU's own thread."""
         self._kvm_run.immediate_exit = 1
-        result = _run(self.fd)
-        if result < 0 and result not in (-errno.EINTR, -errno.EAGAIN):
+        if result := _run(self._last):
             raise IoctlError("KVM_RUN", -result)
 
     def _rare(self, reason: int) -> Exit:
+        if reason == EXIT_IO:
+            io = self._kvm_run.io
+            if io.direction == IO_IN:
+                return PioRead(io.port, io.size, io.count)
+            return PioWrite(io.port, io.size, _items(self._mmap[io.data_offset :][: io.size * io.count], io.size))
         if reason in (EXIT_INTR, EXIT_IRQ_WINDOW_OPEN):
             return Interrupted()
         if reason == EXIT_HLT:

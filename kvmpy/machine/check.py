@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Final
 
 from kvmpy.boot import acpi, pci_tables
@@ -51,8 +50,8 @@ def plan_boot(config: Config) -> BootPlan:
     """
     try:
         return plan(
-            Path(config.boot.kernel),
-            Path(config.boot.initrd) if config.boot.initrd else None,
+            config.boot.kernel,
+            config.boot.initrd or None,
             config.boot.cmdline,
             ram=layout.ram(config.machine.memory, huge_page=huge_page(config)),
             reserved=layout.RESERVED,

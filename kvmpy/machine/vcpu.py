@@ -6,24 +6,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final, assert_never
+from typing import Final
 
 from kvmpy.bus import Bus
 from kvmpy.errors import HostError
-from kvmpy.kvm.exits import (
-    Exit,
-    FailEntry,
-    Halted,
-    InternalError,
-    Interrupted,
-    MmioRead,
-    MmioWrite,
-    PioRead,
-    PioWrite,
-    TripleFault,
-    Unknown,
-)
-from kvmpy.kvm.vcpu import Vcpu
+from kvmpy.kvm.exits import Exit, Interrupted, PioRead, PioWrite
+from kvmpy.kvm.vcpu import INTERRUPTED, MMIO_READ, MMIO_WRITE, PIO_READ, PIO_WRITE, Vcpu
 
 log = logging.getLogger(__name__)
 
@@ -193,32 +181,42 @@ class VcpuThread(threading.Thread):
 
     def step(self) -> bool:
         """Run to the next exit and serve it; False when the gate is to be looked at."""
-        match self.vcpu.run():
-            case PioWrite() as out:
+        kind, size, addr, value = self.vcpu.enter()
+        if kind == PIO_WRITE:
+            self.pio_exits += 1
+            self._pio.write(addr, size, value)
+        elif kind == PIO_READ:
+            self.pio_exits += 1
+            self.vcpu.reply(self._pio.read(addr, size))
+        elif kind == MMIO_WRITE:
+            self.mmio_exits += 1
+            self._mmio.write(addr, size, value)
+        elif kind == MMIO_READ:
+            self.mmio_exits += 1
+            self.vcpu.reply(self._mmio.read(addr, size))
+        elif kind == INTERRUPTED:
+            self.other_exits += 1
+            return False
+        else:
+            return self._serve_rare(self.vcpu.exit())
+        return True
+
+    def _serve_rare(self, exit_: Exit) -> bool:
+        """An access that repeats, or that this vCPU cannot go on."""
+        match exit_:
+            case PioWrite(port, size, values):
                 self.pio_exits += 1
-                for value in out.values:
-                    self._pio.write(out.port, out.size, value)
-            case PioRead(repeat=1) as in_:
-                self.pio_exits += 1
-                self.vcpu.reply(self._pio.read(in_.port, in_.size))
+                for value in values:
+                    self._pio.write(port, size, value)
             case PioRead(port, size, repeat):
                 self.pio_exits += 1
-                items = b"".join([self._pio.read(port, size).to_bytes(size, "little") for _ in range(repeat)])
-                self.vcpu.reply(int.from_bytes(items, "little"))
-            case MmioWrite() as store:
-                self.mmio_exits += 1
-                self._mmio.write(store.gpa, store.size, store.value)
-            case MmioRead() as load:
-                self.mmio_exits += 1
-                self.vcpu.reply(self._mmio.read(load.gpa, load.size))
+                self.vcpu.reply_all([self._pio.read(port, size) for _ in range(repeat)])
             case Interrupted():
                 self.other_exits += 1
                 return False
-            case Halted() | TripleFault() | InternalError() | FailEntry() | Unknown() as fatal:
+            case fatal:
                 self._fatal(fatal)
                 return False
-            case other:
-                assert_never(other)
         return True
 
     def _fatal(self, what: Exit | HostError) -> None:
@@ -234,5 +232,5 @@ class VcpuThread(threading.Thread):
         self.faults += 1
         if self.faults <= FAULTS_LOGGED:
             log.exception("%s: a device failed; the access is ignored", self.name)
-        self.vcpu.reply(-1)
+        self.vcpu.reply_ones()
         self.vcpu.complete()

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from kvmpy.errors import IoctlError
-from kvmpy.kvm.exits import Exit, Interrupted
+from kvmpy.kvm.exits import Exit, Interrupted, MmioRead, MmioWrite, PioRead, PioWrite
+from kvmpy.kvm.vcpu import INTERRUPTED, MMIO_READ, MMIO_WRITE, PIO_READ, PIO_WRITE, RARE
 from tests.fakes.loop import BOUND
 
 
+def as_access(exit_: Exit) -> tuple[int, int, int, int]:
+    """What `Vcpu.enter` returns for it."""
+    match exit_:
+        case PioWrite(port, size, (value,)):
+            return PIO_WRITE, size, port, value
+        case PioRead(port, size, 1):
+            return PIO_READ, size, port, 0
+        case MmioWrite(gpa, size, value):
+            return MMIO_WRITE, size, gpa, value
+        case MmioRead(gpa, size):
+            return MMIO_READ, size, gpa, 0
+        case Interrupted():
+            return INTERRUPTED, 0, 0, 0
+    return RARE, 0, 0, 0
+
+
 class FakeVcpu:
-    """`run` gives the next of ``exits``, and with none left waits in the guest until it is kicked.
+    """`enter` gives the next of ``exits``, and with none left waits in the guest until it is kicked.
 
     An exception among the exits is raised. ``log`` has what the thread did, in order.
     """
@@ -25,10 +42,19 @@ class FakeVcpu:
         self.in_guest = threading.Event()
         self.before_accept: Callable[[], object] = lambda: None
         self._exits = list(exits)
+        self._last: Exit = Interrupted()
         self._immediate_exit = False
         self._changed = threading.Condition()
 
-    def run(self) -> Exit:
+    def enter(self) -> tuple[int, int, int, int]:
+        """As kvmpy.kvm.vcpu.Vcpu's does: an access as ints, and anything else to be had by `exit`."""
+        self._last = self._next()
+        return as_access(self._last)
+
+    def exit(self) -> Exit:
+        return self._last
+
+    def _next(self) -> Exit:
         with self._changed:
             if not self._immediate_exit and self._exits:
                 self.log.append("run")
@@ -50,6 +76,12 @@ class FakeVcpu:
 
     def reply(self, value: int) -> None:
         self.replies.append(value)
+
+    def reply_all(self, values: Sequence[int]) -> None:
+        self.replies += values
+
+    def reply_ones(self) -> None:
+        self.replies.append(-1)
 
     def kick(self, thread: int) -> None:
         with self._changed:

@@ -10,6 +10,7 @@ import pytest
 from kvmpy.abi import kvm as abi
 from kvmpy.errors import HostError
 from kvmpy.host.memory import Mapping
+from kvmpy.kvm.exits import Exit
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu, accept_kicks
 from kvmpy.kvm.vm import MemorySlots, Vm
@@ -58,6 +59,12 @@ class FlatGuest:
         self.vcpu.sregs = sregs
         self.vcpu.regs = abi.Regs.new(rip=CODE, rflags=2, rsp=CODE)
         return self.vcpu
+
+
+def run(vcpu: Vcpu) -> Exit:
+    """Enter the guest until it exits; as what."""
+    vcpu.enter()
+    return vcpu.exit()
 
 
 MakeGuest = Callable[..., FlatGuest]

@@ -13,7 +13,7 @@ from kvmpy.boot.plan import Entry
 from kvmpy.errors import GuestError, IoctlError
 from kvmpy.kvm.exits import Halted, MmioRead
 from kvmpy.machine.registers import enter
-from tests.kvm.conftest import CODE, FlatGuest, MakeGuest
+from tests.kvm.conftest import CODE, FlatGuest, MakeGuest, run
 
 GDT, PAGE_TABLES = 0x500, 0x9000
 DEVICE = 0xD000_0000
@@ -34,13 +34,13 @@ def test_a_guest_reaches_a_direct_slot_with_no_exit_until_it_is_closed(make_gues
     registers[:8] = b"register"
     slot = guest.vm.direct(DEVICE, mmap.PAGESIZE, int(ffi.cast("uintptr_t", ffi.from_buffer(registers))))
     begin(guest)
-    assert guest.vcpu.run() == Halted()
+    assert run(guest.vcpu) == Halted()
     assert registers[8:16] == b"register"
     with pytest.raises(GuestError):
         guest.memory.read(DEVICE, 8)
     slot.close()
     begin(guest)
-    assert guest.vcpu.run() == MmioRead(DEVICE, 8)
+    assert run(guest.vcpu) == MmioRead(DEVICE, 8)
     slot.close()
 
 

@@ -23,7 +23,7 @@ from kvmpy.pagebits import PAGE, PageBits
 from tests.conftest import skip_or_fail
 from tests.fakes.page_channel import channel_pairs
 from tests.fakes.virtio_driver import Bytes
-from tests.kvm.conftest import RAM_SIZE, FlatGuest, MakeGuest
+from tests.kvm.conftest import RAM_SIZE, FlatGuest, MakeGuest, run
 
 HLT = b"\xf4"
 SET_DX = b"\xba\xf8\x03"  # mov dx, 0x3f8
@@ -81,19 +81,19 @@ def test_log_begins_with_every_page_and_goes_on_with_those_that_are_written(
     guest = make_guest()
     source = Source(guest, manual=manual)
     vcpu = guest.load(SET_DX + OUT + store(0x5000) + store(0x1_2345) + OUT + store(0xF_FFFF) + OUT + HLT)
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     source.log.start()
     assert source.collect() == set(range(0, RAM_SIZE, PAGE))
     assert source.send() == RAM_SIZE // PAGE
     assert source.collect() == set()
 
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     assert source.collect() == {0x5000, 0x1_2000}
     assert source.send() == 2
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     assert source.collect() == {0xF_F000}
     source.send()
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == Halted()
     assert source.collect() == set()
     compare(guest.memory, checksums(source.destination))
     source.log.stop()
@@ -108,12 +108,12 @@ def test_pages_that_are_collected_twice_before_they_are_sent_are_there_once(
     source.log.start()
     source.collect()
     source.send()
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     assert source.collect() == {0x5000}
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     assert source.collect() == {0x5000, 0x7000}
     source.send()
-    assert isinstance(vcpu.run(), PioWrite)  # to a page that was sent: it is dirty again
+    assert isinstance(run(vcpu), PioWrite)  # to a page that was sent: it is dirty again
     assert source.collect() == {0x5000}
     source.log.stop()
 
@@ -126,7 +126,7 @@ def test_what_we_write_is_in_the_set_too(make_guest: MakeGuest, manual: bool) ->
     source.collect()
     source.send()
     guest.memory.write(0x8FFF, b"xy")
-    assert isinstance(vcpu.run(), PioWrite)
+    assert isinstance(run(vcpu), PioWrite)
     assert source.collect() == {0x5000, 0x8000, 0x9000}
     source.send()
     assert source.collect() == set()
@@ -141,7 +141,7 @@ def test_second_migration_begins_with_every_page_again(make_guest: MakeGuest, ma
         source.log.start()
         assert len(source.collect()) == RAM_SIZE // PAGE
         source.send()
-        assert isinstance(vcpu.run(), PioWrite)
+        assert isinstance(run(vcpu), PioWrite)
         assert source.collect() == {page}
         source.log.stop()
         source.log.stop()
@@ -191,7 +191,7 @@ def test_memory_that_a_running_guest_writes_is_the_same_in_the_end(make_guest: M
     guest = make_guest()
     source = Source(guest, manual=manual)
     vcpu = guest.load(COUNTING)
-    runner = threading.Thread(target=vcpu.run)
+    runner = threading.Thread(target=vcpu.enter)
     source.log.start()
     source.log.collect(source.dirty)
     source.send()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kvmpy.kvm.exits import Halted, MmioWrite, PioRead, PioWrite
-from tests.kvm.conftest import MakeGuest
+from tests.kvm.conftest import MakeGuest, run
 
 HLT = b"\xf4"
 SET_DX = b"\xba\xf8\x03"  # mov dx, 0x3f8
@@ -20,8 +20,8 @@ SET_DS = b"\xb8\x00\xf0\x8e\xd8"  # mov ax, 0xf000; mov ds, ax: [0] is 0xf0000, 
 )
 def test_out_arrives_with_port_size_and_value(make_guest: MakeGuest, out: bytes, size: int, value: int) -> None:
     vcpu = make_guest().load(SET_DX + SET_EAX + out + HLT)
-    assert vcpu.run() == PioWrite(0x3F8, size, (value,))
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == PioWrite(0x3F8, size, (value,))
+    assert run(vcpu) == Halted()
 
 
 @pytest.mark.parametrize(
@@ -31,9 +31,9 @@ def test_out_arrives_with_port_size_and_value(make_guest: MakeGuest, out: bytes,
 )
 def test_in_gets_the_reply_and_nothing_wider(make_guest: MakeGuest, code: bytes, size: int, rax: int) -> None:
     vcpu = make_guest().load(SET_DX + SET_EAX + code + HLT)
-    assert vcpu.run() == PioRead(0x3F8, size, 1)
+    assert run(vcpu) == PioRead(0x3F8, size, 1)
     vcpu.reply(0xAABBCCDD)
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == Halted()
     assert vcpu.regs.rax == rax
 
 
@@ -42,7 +42,7 @@ def test_string_output_carries_every_item(make_guest: MakeGuest) -> None:
     vcpu = guest.load(SET_DX + b"\xbe\x00\x20\xb9\x03\x00\xf3\x6f" + HLT)  # mov si,0x2000; mov cx,3; rep outsw
     guest.memory.write(0x2000, b"\x11\x22\x33\x44\x55\x66")
     items: list[int] = []
-    while isinstance(seen := vcpu.run(), PioWrite):
+    while isinstance(seen := run(vcpu), PioWrite):
         assert (seen.port, seen.size) == (0x3F8, 2)
         items += seen.values
     assert seen == Halted()
@@ -53,8 +53,8 @@ def test_string_input_fills_memory_in_order(make_guest: MakeGuest) -> None:
     guest = make_guest()
     vcpu = guest.load(SET_DX + b"\xbf\x00\x20\xb9\x04\x00\xf3\x6c" + HLT)  # mov di,0x2000; mov cx,4; rep insb
     next_byte = iter(range(1, 5))
-    while isinstance(seen := vcpu.run(), PioRead):
-        vcpu.reply(sum(next(next_byte) << 8 * at for at in range(seen.repeat)))
+    while isinstance(seen := run(vcpu), PioRead):
+        vcpu.reply_all([next(next_byte) for _ in range(seen.repeat)])
     assert seen == Halted()
     assert guest.memory.read(0x2000, 4) == b"\x01\x02\x03\x04"
 
@@ -75,5 +75,5 @@ def test_a_store_beyond_ram_arrives_as_mmio(make_guest: MakeGuest, store: bytes,
     sregs = vcpu.sregs
     sregs.ds.limit, sregs.ds.g = 0xFFFF_FFFF, 1
     vcpu.sregs = sregs
-    assert vcpu.run() == MmioWrite(0xD000_0000, size, value)
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == MmioWrite(0xD000_0000, size, value)
+    assert run(vcpu) == Halted()

@@ -10,7 +10,7 @@ from kvmpy.boot.plan import Entry
 from kvmpy.kvm.exits import Halted, MmioRead, MmioWrite
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.machine.registers import enter
-from tests.kvm.conftest import CODE, MakeGuest
+from tests.kvm.conftest import CODE, MakeGuest, run
 
 GDT, PAGE_TABLES = 0x500, 0x9000
 DEVICE = 0xD000_0000
@@ -41,8 +41,8 @@ def load_64(make_guest: MakeGuest, code: bytes) -> Vcpu:
 )
 def test_a_store_beyond_ram_is_an_mmio_write(make_guest: MakeGuest, store: bytes, size: int, value: int) -> None:
     vcpu = load_64(make_guest, SET_RBX + SET_RAX + store + HLT)
-    assert vcpu.run() == MmioWrite(DEVICE, size, value)
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == MmioWrite(DEVICE, size, value)
+    assert run(vcpu) == Halted()
 
 
 @pytest.mark.parametrize(
@@ -57,18 +57,18 @@ def test_a_store_beyond_ram_is_an_mmio_write(make_guest: MakeGuest, store: bytes
 )
 def test_a_load_beyond_ram_gets_the_reply(make_guest: MakeGuest, fetch: bytes, size: int, rax: int) -> None:
     vcpu = load_64(make_guest, SET_RBX + SET_RAX + fetch + HLT)
-    assert vcpu.run() == MmioRead(DEVICE, size)
+    assert run(vcpu) == MmioRead(DEVICE, size)
     vcpu.reply(0x0807060504030201)
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == Halted()
     assert vcpu.regs.rax == rax
 
 
 def test_a_pending_load_is_finished_without_running_on(make_guest: MakeGuest) -> None:
     vcpu = load_64(make_guest, SET_RBX + SET_RAX + b"\x8b\x03" + b"\x31\xc0" + HLT)  # mov eax,[rbx]; xor eax,eax
-    assert vcpu.run() == MmioRead(DEVICE, 4)
+    assert run(vcpu) == MmioRead(DEVICE, 4)
     vcpu.reply(0xCAFE)
     vcpu.complete()
     assert vcpu.regs.rax == 0xCAFE
     vcpu.accept()
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == Halted()
     assert vcpu.regs.rax == 0

@@ -9,7 +9,7 @@ from kvmpy.host.eventfd import EventFd
 from kvmpy.irq import MsiMessage, MsiVector
 from kvmpy.kvm.exits import PioWrite
 from kvmpy.kvm.irq import GSI_LIMIT, IOAPIC_PINS, IoEventFd, IrqFd
-from tests.kvm.conftest import FlatGuest, MakeGuest
+from tests.kvm.conftest import FlatGuest, MakeGuest, run
 
 GSI = 4
 REPORT = 0xE9
@@ -49,9 +49,9 @@ def test_a_signal_on_an_irqfd_reaches_the_guests_handler(make_guest: MakeGuest) 
     guest = waiting_guest(make_guest)
     with EventFd() as trigger:
         irqfd = IrqFd(guest.vm.fd, GSI, trigger)
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
         trigger.signal()
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
         irqfd.close()
 
 
@@ -59,10 +59,10 @@ def test_the_end_of_a_level_interrupt_signals_resample(make_guest: MakeGuest) ->
     guest = waiting_guest(make_guest, level=True)
     with EventFd() as trigger, EventFd() as resample:
         irqfd = IrqFd(guest.vm.fd, GSI, trigger, resample)
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
         assert resample.take() == 0
         trigger.signal()
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
         assert select.select([resample], [], [], 30)[0]
         irqfd.close()
 
@@ -70,9 +70,9 @@ def test_the_end_of_a_level_interrupt_signals_resample(make_guest: MakeGuest) ->
 def test_a_line_raised_by_us_reaches_the_guests_handler(make_guest: MakeGuest) -> None:
     guest = waiting_guest(make_guest)
     line = guest.vm.line(GSI)
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
     line.set(level=True)
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
 
 
 def test_an_ioeventfd_absorbs_the_write_it_matches_and_no_other(make_guest: MakeGuest) -> None:
@@ -81,7 +81,7 @@ def test_an_ioeventfd_absorbs_the_write_it_matches_and_no_other(make_guest: Make
     guest.load(b"\xb0\x01" + out_510 + out_510 + b"\xb0\x02" + out_510)
     with EventFd() as event:
         ioeventfd = IoEventFd(guest.vm.fd, 0x510, 1, event, pio=True, match=1)
-        assert guest.vcpu.run() == PioWrite(0x510, 1, (2,))
+        assert run(guest.vcpu) == PioWrite(0x510, 1, (2,))
         assert event.take() == 2
         ioeventfd.close()
 
@@ -91,7 +91,7 @@ def test_a_closed_ioeventfd_lets_the_write_exit(make_guest: MakeGuest) -> None:
     guest.load(b"\xba\x10\x05\xee")
     with EventFd() as event:
         IoEventFd(guest.vm.fd, 0x510, 1, event, pio=True).close()
-        assert guest.vcpu.run() == PioWrite(0x510, 1, (0,))
+        assert run(guest.vcpu) == PioWrite(0x510, 1, (0,))
         assert event.take() == 0
 
 
@@ -109,9 +109,9 @@ def guest_with_local_apic(make_guest: MakeGuest) -> FlatGuest:
 
 def test_a_message_reaches_the_guests_handler(make_guest: MakeGuest) -> None:
     guest = guest_with_local_apic(make_guest)
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
     guest.vm.signal_msi(MsiMessage(0xFEE0_0000, 0x24))
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
 
 
 def test_a_signal_on_an_irqfd_sends_the_message_its_gsi_is_routed_to(make_guest: MakeGuest) -> None:
@@ -120,9 +120,9 @@ def test_a_signal_on_an_irqfd_sends_the_message_its_gsi_is_routed_to(make_guest:
     guest.vm.routing.change(gsi, MsiMessage(0xFEE0_0000, 0x24))
     with EventFd() as trigger:
         irqfd = IrqFd(guest.vm.fd, gsi, trigger)
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
         trigger.signal()
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
         irqfd.close()
 
 
@@ -140,19 +140,19 @@ def test_message_routes_get_free_gsis_and_give_them_back(make_guest: MakeGuest) 
 def test_a_vector_that_was_signalled_while_masked_interrupts_once_when_it_gets_its_route(make_guest: MakeGuest) -> None:
     guest = guest_with_local_apic(make_guest)
     vector = guest.vm.vector()
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("R"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("R"),))
     vector.signal()
     vector.signal()
     assert waits(vector)
     vector.route(MsiMessage(0xFEE0_0000, 0x24))
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
     assert not waits(vector)
     vector.route(None)
     assert not waits(vector)
     vector.signal()
     assert waits(vector)
     vector.route(MsiMessage(0xFEE0_0000, 0x24))
-    assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("I"),))
+    assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("I"),))
     vector.close()
     assert not guest.vm.routing.messages
 
@@ -170,6 +170,6 @@ def test_a_doorbell_takes_writes_of_every_width_without_an_exit(make_guest: Make
     guest.vcpu.sregs = sregs
     with EventFd() as event:
         closing = guest.vm.doorbell(0xD000_0000, event)
-        assert guest.vcpu.run() == PioWrite(REPORT, 1, (ord("D"),))
+        assert run(guest.vcpu) == PioWrite(REPORT, 1, (ord("D"),))
         assert event.take() == 3
         closing.close()

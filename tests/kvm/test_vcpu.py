@@ -11,7 +11,7 @@ from kvmpy.errors import HostError, IoctlError
 from kvmpy.kvm.exits import Exit, Halted, Interrupted
 from kvmpy.kvm.system import System
 from kvmpy.kvm.vcpu import Vcpu
-from tests.kvm.conftest import CODE, MakeGuest
+from tests.kvm.conftest import CODE, MakeGuest, run
 
 SPIN = b"\xeb\xfe"
 HLT = b"\xf4"
@@ -20,21 +20,21 @@ HLT = b"\xf4"
 def test_a_kick_before_the_run_is_not_lost(make_guest: MakeGuest) -> None:
     vcpu = make_guest().load(SPIN)
     vcpu.kick(threading.get_native_id())
-    assert vcpu.run() == Interrupted()
+    assert run(vcpu) == Interrupted()
 
 
 def test_an_accepted_kick_is_over(make_guest: MakeGuest) -> None:
     vcpu = make_guest().load(HLT)
     vcpu.kick(threading.get_native_id())
-    assert vcpu.run() == Interrupted()
+    assert run(vcpu) == Interrupted()
     vcpu.accept()
-    assert vcpu.run() == Halted()
+    assert run(vcpu) == Halted()
 
 
 def test_a_kick_stops_a_guest_that_never_exits(make_guest: MakeGuest) -> None:
     vcpu = make_guest().load(SPIN)
     seen: list[Exit] = []
-    runner = threading.Thread(target=lambda: seen.append(vcpu.run()))
+    runner = threading.Thread(target=lambda: seen.append(run(vcpu)))
     runner.start()
     vcpu.kick(runner.native_id or 0)
     runner.join(60)

@@ -25,7 +25,7 @@ from kvmpy.kvm.vcpu_state import load, save, saved_msrs, xsave_size
 from kvmpy.state import StateError
 from kvmpy.state import load as decode
 from kvmpy.state import save as encode
-from tests.kvm.conftest import CODE, MakeGuest
+from tests.kvm.conftest import CODE, MakeGuest, run
 
 HLT = b"\xf4"
 KVM_MSRS = (0x4B56_4D00, 0x4B56_4D01, 0x4B56_4D02, 0x4B56_4D03, 0x4B56_4D04, 0x4B56_4D05)
@@ -207,9 +207,9 @@ def test_a_guest_goes_on_in_a_second_vm_where_it_was(make_guest: MakeGuest) -> N
     for guest in guests:
         guest.load(code)
     source, destination = (guest.vcpu for guest in guests)
-    source.run()
+    run(source)
     destination.regs = source.regs
-    destination.run()
+    run(destination)
     assert (destination.regs.rax, destination.regs.rip) == (5, CODE + 7)
 
 

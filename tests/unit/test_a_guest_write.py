@@ -11,26 +11,15 @@ import pytest
 
 from kvmpy.bus import Bus
 from kvmpy.devices.serial import Serial16550
-from kvmpy.kvm.exits import Interrupted, PioWrite
+from kvmpy.kvm.exits import PioWrite
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.machine.vcpu import Gate, VcpuThread
 from tests.fakes.host import Line
+from tests.fakes.vcpu import FakeVcpu
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "a-guest-write.md").read_text()
 SOURCES = "\n".join(path.read_text() for path in (ROOT / "kvmpy").rglob("*.py"))
-
-
-class OneExit:
-    """A vCPU that has the guest's write to report, and then nothing."""
-
-    index = 0
-
-    def __init__(self, exit_: PioWrite) -> None:
-        self._exits: list[PioWrite | Interrupted] = [exit_, Interrupted()]
-
-    def run(self) -> PioWrite | Interrupted:
-        return self._exits.pop(0)
 
 
 @pytest.mark.parametrize("quote", re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
@@ -48,7 +37,7 @@ def test_from_the_exit_to_the_device_there_are_three_hops() -> None:
     said = bytearray()
     pio = Bus("pio")
     pio.map(0x3F8, 8, Serial16550("com1", Line(), said.extend), widest=1)
-    vcpu = cast("Vcpu", OneExit(PioWrite(0x3F8, 1, (ord("K"),))))
+    vcpu = cast("Vcpu", FakeVcpu(PioWrite(0x3F8, 1, (ord("K"),))))
     thread = VcpuThread(vcpu, Gate(), pio, Bus("mmio"), on_fatal=lambda *_: None)
 
     def note(frame: Any, event: str, _: object) -> None:

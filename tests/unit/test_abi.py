@@ -270,13 +270,6 @@ def test_msrs_are_packed_as_the_header_has_them() -> None:
     assert abi.msr_values(table, table.nmsrs) == [values[0], (0xC000_0080, 7)]
 
 
-def test_exits_are_unpacked_as_the_header_has_them() -> None:
-    page = bytearray(ffi.sizeof("struct kvm_run"))
-    run = ffi.cast("struct kvm_run *", ffi.from_buffer(page))
-    run.exit_reason = lib.KVM_EXIT_IO
-    run.io.direction, run.io.size, run.io.port, run.io.count, run.io.data_offset = 1, 2, 0x3F8, 0x11223344, 1 << 40
-    said = vcpu.REASON_AND_IO.unpack_from(page, vcpu.REASON_AT)
-    assert said == (lib.KVM_EXIT_IO, 1, 2, 0x3F8, 0x11223344, 1 << 40)
-    run.mmio.phys_addr, run.mmio.data, run.mmio.len, run.mmio.is_write = 1 << 40, list(range(8)), 4, 1
-    assert vcpu.MMIO.unpack_from(page, vcpu.MMIO_AT) == (1 << 40, int.from_bytes(bytes(range(8)), "little"), 4, 1)
-    assert vcpu.MMIO_DATA == vcpu.MMIO_AT + 8
+def test_an_access_is_unpacked_as_the_compiler_has_it() -> None:
+    last = ffi.new("struct kvmpy_vcpu *", {"kind": 1, "size": 2, "addr": 1 << 40, "value": (1 << 64) - 2})
+    assert vcpu.ACCESS.unpack_from(ffi.buffer(last)) == (1, 2, 1 << 40, (1 << 64) - 2)

@@ -1,0 +1,160 @@
+"""Flat guests: a few instructions in 32-bit mode that either VMM boots as a kernel.
+
+Assembled by hand, so that neither an assembler nor a kernel's version is between two measurements. All have what QEMU's
+q35 and kvmpy have in common: the first serial port, port 0x604 for power-off, a LAPIC, and the ECAM at 3 GiB - 256 MiB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from tests.fakes.pvh_kernel import LOAD_AT
+
+ACCESSES: Final[Mapping[str, bytes]] = {
+    "PIO write": b"\x66\xba\x80\x00\xee",  # mov dx, 0x80; out dx, al
+    "PIO read": b"\x66\xba\x80\x00\xec",  # mov dx, 0x80; in al, dx
+    "MMIO write": b"\xa3\x00\x00\x00\xd0",  # mov [0xd0000000], eax: nobody answers
+    "MMIO read": b"\xa1\x00\x00\x00\xd0",  # mov eax, [0xd0000000]
+    "ECAM read": b"\xa1\x00\x00\x00\xb0",  # mov eax, [0xb0000000]: the host bridge
+    "in the kernel": b"\xe4\x21",  # in al, 0x21: the PIC, of which no VMM hears
+}
+"""What a guest does again and again; EAX and EDX are free."""
+POWER_OFF: Final = (
+    b"\x66\xba\x04\x06"  # mov dx, 0x604
+    b"\x66\xb8\x00\x34\x66\xef"  # mov ax, 0x3400; out dx, ax: kvmpy's S5
+    b"\x66\xb8\x00\x20\x66\xef"  # mov ax, 0x2000; out dx, ax: q35's S5
+    b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to cli
+)
+TELL: Final = b"\x66\xba\xf8\x03\xb0\x4b\xee"  # mov dx, 0x3f8; mov al, 'K'; out dx, al
+HALT: Final = b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to cli
+
+FIRST: Final = 16
+"""MiB, where a guest's writing begins."""
+TRIPS: Final = (0x20_0000, 0x40_0000)
+"""Where each vCPU keeps its round trips."""
+FLAGS: Final = 0x1F_F000  # how many vCPUs are ready; 4 on: have finished
+TRAMPOLINE: Final = 0x8000
+CHUNK: Final = 16  # bytes, the UART's FIFO
+
+
+def stopwatch(count: int, cpus: int) -> bytes:
+    """Each vCPU makes ``count`` of every access, timing each by TSC; the first says all of it on the serial line.
+
+    A round trip is a little-endian dword, of the first vCPU's accesses in their order, then of the second's.
+    """
+    wake = _wake_other() if cpus == 2 else b""
+    own = b"\xbe" + _dword(TRIPS[0])  # mov esi, TRIPS[0]
+    away = LOAD_AT + len(wake) + len(own)
+    code = (wake.replace(_dword(0x1234_5678), _dword(away)) if wake else b"") + own
+    for access in ACCESSES.values():
+        code += b"\xb9" + _dword(count) + _timed(access)  # mov ecx, count
+    code += b"\xf0\xff\x05" + _dword(FLAGS + 4)  # lock inc dword [finished]
+    # The other has nothing to say: cmp esi, TRIPS[1]; jb on; hlt
+    code += b"\x81\xfe" + _dword(TRIPS[1]) + b"\x72\x04" + HALT
+    code += b"\x83\x3d" + _dword(FLAGS + 4) + bytes((cpus,)) + b"\x75\xf7"  # wait: cmp dword [finished], cpus; jne wait
+    for buffer in TRIPS[:cpus]:
+        code += _say(buffer, 4 * count * len(ACCESSES))
+    return code + POWER_OFF
+
+
+def loop_of(access: bytes, count: int | None = None) -> bytes:
+    """``access`` for ever, or ``count`` times and then power-off. ECX is the counter."""
+    if count is None:
+        return access + bytes((0xEB, -(len(access) + 2) & 0xFF))  # jmp to the access
+    again = bytes((0xE2, -(len(access) + 2) & 0xFF))  # loop to the access
+    return b"\xb9" + _dword(count) + access + again + POWER_OFF
+
+
+def toucher(memory: int, pages: int, ticks: int) -> bytes:
+    """Writes a word into each page from 16 MiB to the end of ``memory`` (MiB), says "K", and goes on with ``pages`` a
+    second, one after the other, by a TSC of ``ticks`` a second; with no pages it halts.
+    """
+    count = (memory - FIRST) * 256
+    begin = b"\xbf" + _dword(FIRST << 20) + b"\xb9" + _dword(count)  # mov edi, FIRST MiB; mov ecx, count
+    write = b"\xff\x07\x81\xc7\x00\x10\x00\x00"  # inc dword [edi]; add edi, 4096
+    fill = begin + write + b"\xe2\xf6"  # loop to the write
+    if not pages:
+        return fill + TELL + HALT
+    paced = (
+        b"\x0f\x31\x29\xe8\x78\xfa"  # next: rdtsc; sub eax, ebp; js next
+        + b"\x81\xc5"
+        + _dword(ticks // pages)  # add ebp, ticks of a page
+        + write
+        + b"\xe2\xea"  # loop next
+    )
+    again = begin + paced
+    clock = b"\x0f\x31\x89\xc5"  # rdtsc; mov ebp, eax
+    return fill + TELL + clock + again + bytes((0xEB, -(len(again) + 2) & 0xFF))  # jmp again
+
+
+def _timed(access: bytes) -> bytes:
+    loop = (
+        b"\x0f\x31\x89\xc5"  # again: rdtsc; mov ebp, eax
+        + access
+        + b"\x0f\x31\x29\xe8"  # rdtsc; sub eax, ebp
+        + b"\x89\x06\x83\xc6\x04"  # mov [esi], eax; add esi, 4
+    )
+    return loop + bytes((0xE2, -(len(loop) + 2) & 0xFF))  # loop again
+
+
+def _say(buffer: int, size: int) -> bytes:
+    """``size`` bytes from ``buffer`` on to the serial line, a FIFO full at a time."""
+    return (
+        b"\x66\xba\xfa\x03\xb0\x01\xee"  # mov dx, 0x3fa; mov al, 1; out dx, al: FIFO on
+        + b"\xbe"
+        + _dword(buffer)  # mov esi, buffer
+        + b"\xbb"
+        + _dword(size // CHUNK)  # mov ebx, chunks
+        + b"\x66\xba\xfd\x03"  # next: mov dx, 0x3fd
+        + b"\xec\xa8\x20\x74\xfb"  # wait: in al, dx; test al, 0x20 (THR empty); jz wait
+        + b"\x66\xba\xf8\x03"  # mov dx, 0x3f8
+        + b"\xb9"
+        + _dword(CHUNK)  # mov ecx, CHUNK
+        + b"\xf3\x6e"  # rep outsb
+        + b"\x4b\x75\xe7"  # dec ebx; jnz next
+    )
+
+
+def _wake_other() -> bytes:
+    """Start the other vCPU at 0x12345678, where the first one goes on, too, once it is there."""
+    gdt = (
+        bytes(8)
+        + b"\xff\xff\x00\x00\x00\x9b\xcf\x00"  # 8: code, 4 GiB
+        + b"\xff\xff\x00\x00\x00\x93\xcf\x00"  # 16: data, 4 GiB
+    )
+    at_gdt, flat = 0x36, 0x18
+    code = (
+        b"\xfa"  # cli
+        + b"\x2e\x66\x0f\x01\x16"
+        + (at_gdt + len(gdt)).to_bytes(2, "little")  # lgdt cs:[pointer]
+        + b"\x0f\x20\xc0\x0c\x01\x0f\x22\xc0"  # mov eax, cr0; or al, 1; mov cr0, eax
+        + b"\x66\xea"
+        + _dword(TRAMPOLINE + flat)
+        + b"\x08\x00"  # jmp 8:flat
+        + b"\x66\xb8\x10\x00\x8e\xd8"  # flat: mov ax, 16; mov ds, ax
+        + b"\xbe"
+        + _dword(TRIPS[1])  # mov esi, TRIPS[1]
+        + b"\xff\x05"
+        + _dword(FLAGS)  # inc dword [ready]
+        + b"\xb8\x78\x56\x34\x12\xff\xe0"  # mov eax, 0x12345678; jmp eax
+    ).ljust(at_gdt, b"\x90")
+    there = code + gdt + (len(gdt) - 1).to_bytes(2, "little") + _dword(TRAMPOLINE + at_gdt)
+    copy = b"\xbe%s\xbf%s\xb9%s\xf3\xa4"  # mov esi, there; mov edi, TRAMPOLINE; mov ecx, its length; rep movsb
+    start = (
+        b"\xc7\x05\xf0\x00\xe0\xfe\xff\x01\x00\x00"  # mov dword [SVR], 0x1ff: LAPIC on
+        b"\xc7\x05\x00\x03\xe0\xfe\x00\x45\x0c\x00"  # mov dword [ICR], 0xc4500: INIT to all others
+        b"\xb9\x00\x00\x01\x00\xe2\xfe"  # mov ecx, 0x10000; loop $
+        + b"\xc7\x05\x00\x03\xe0\xfe"
+        + _dword(0xC4600 | TRAMPOLINE >> 12)  # mov dword [ICR], 0xc4608: start-up
+        + b"\x83\x3d"
+        + _dword(FLAGS)
+        + b"\x00\x74\xf7"  # wait: cmp dword [ready], 0; je wait
+    )
+    skip = bytes((0xEB, len(there)))  # jmp over what follows
+    moved = copy % (_dword(LOAD_AT + len(skip)), _dword(TRAMPOLINE), _dword(len(there)))
+    return skip + there + moved + start
+
+
+def _dword(value: int) -> bytes:
+    return value.to_bytes(4, "little")

@@ -1,0 +1,101 @@
+"""The contenders, for a flat guest on this machine's KVM: how either VMM is started with the same kernel."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from tests.fakes.pvh_kernel import pvh_kernel
+
+CHECKOUT: Final = Path(__file__).parents[1]
+CONFIG: Final = """\
+name = "{name}"
+[boot]
+kernel = "kernel"
+[machine]
+memory = "{memory}MiB"
+cpus = {cpus}
+[console]
+serial = "{serial}"
+"""
+LIMIT: Final = 100.0
+"""Seconds that a guest which ends by itself may take, on a machine that is busy otherwise."""
+
+
+class Flat:
+    """A flat guest in a directory of its own, for either."""
+
+    def __init__(self, directory: Path, code: bytes, *, memory: int = 32, cpus: int = 1, serial: str = "null") -> None:
+        """``memory`` in MiB; ``serial`` is "null" or "file"."""
+        self.directory, self.memory, self.cpus, self.serial = directory, memory, cpus, serial
+        directory.mkdir(exist_ok=True)
+        (directory / "kernel").write_bytes(pvh_kernel(code))
+
+    def kvmpy(self, *words: str, name: str = "bench") -> list[str]:
+        """The command that runs it, with kvmpy."""
+        config = self.directory / f"{name}.toml"
+        serial = f"file:{self.directory}/{name}.serial" if self.serial == "file" else self.serial
+        config.write_text(CONFIG.format(name=name, memory=self.memory, cpus=self.cpus, serial=serial))
+        return [str(Path(sys.executable).with_name("kvmpy")), "run", str(config), *words]
+
+    def qemu(self, *words: str, machine: str = "q35", name: str = "bench") -> list[str]:
+        """The same with QEMU, and as little beside the guest as it can do with."""
+        where = f"file:{self.directory}/{name}.serial" if self.serial == "file" else self.serial
+        return [
+            *("qemu-system-x86_64", "-accel", "kvm", "-M", machine, "-m", str(self.memory), "-smp", str(self.cpus)),
+            *("-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(self.directory / "kernel")),
+            *("-serial", where, *words),
+        ]
+
+    def said(self, name: str = "bench") -> bytes:
+        """What has come from its serial line."""
+        path = self.directory / f"{name}.serial"
+        return path.read_bytes() if path.exists() else b""
+
+    def forget(self, name: str = "bench") -> None:
+        """What it has said: kvmpy would append to it."""
+        (self.directory / f"{name}.serial").unlink(missing_ok=True)
+
+
+def environment(directory: Path) -> dict[str, str]:
+    """With this checkout's kvmpy, whatever else is installed, its bytecode kept, and no other machine's names."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": str(CHECKOUT), "KVMPY_RUNTIME_DIR": str(directory)}
+
+
+def run(command: Sequence[str], directory: Path) -> None:
+    """To its end. Raises RuntimeError with what it said where it fails."""
+    done = subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(directory),
+        timeout=LIMIT,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stdout.decode(errors='replace')}")
+
+
+@contextmanager
+def running(command: Sequence[str], directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Until the end of the block. What it says goes to a file, and with an exception's notes."""
+    with open(directory / "said", "a+b") as said:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=environment(directory)
+        )
+        try:
+            yield process
+        except BaseException as e:
+            said.seek(0)
+            e.add_note(f"{' '.join(command)} said: {said.read().decode(errors='replace')}")
+            raise
+        finally:
+            process.kill()
+            process.wait()
