@@ -1,4 +1,4 @@
-"""`python -m bench.linux_moves`: how a Linux guest of 256 MiB migrates, beside QEMU's, between two processes of one host.
+"""`python -m bench.linux_moves`: how a Linux guest of 256 MiB migrates between two processes of a host, beside QEMU's.
 
 There and back, by turns, over a unix socket and one connection, as either VMM does it without being told more; the
 limit of QEMU's rate, which is 1 GiB in eight seconds, is lifted. The host has one processor, which both ends and the

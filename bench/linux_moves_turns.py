@@ -1,6 +1,6 @@
 """Run on an emulated host: Linux guests go from one process to another and back. Standard library.
 
-    python -m bench.linux_moves_turns ROUNDS CONTENDERS     prints JSON: by name of each, and by load, its turns' figures
+    python -m bench.linux_moves_turns ROUNDS CONTENDERS      prints JSON: by name of each and load, its turns' figures
 
 They take turns. CONTENDERS is JSON, by name: the guest's two seats (seats.py). A guest has FILLED MiB of a file in its
 memory, and writes that anew meanwhile, or does nothing. "blackout" is from STOP on the source to RESUME on the
