@@ -1,4 +1,4 @@
-"""`make bench`: kvmpy beside its peers, all that bench/ measures; writes bench/results/ and prints the table.
+"""`make bench`: kvmpy beside its peers, all that bench/ measures; prints the table, and writes bench/results/.
 
 Each program is a module of bench/ with ``measure(quick: bool) -> list[Row]`` and, where a quick run leaves something
 out, ``LEFT_OUT``, which says what. A program that fails is said at the end, and the others' rows are kept.
@@ -17,10 +17,15 @@ from typing import Final
 
 from bench import results
 from bench.facts import facts
+from bench.page import page
 from bench.rows import Row
 
-PROGRAMS: Final = ("migrating_exits", "pages")
+PROGRAMS: Final = (
+    *("exits", "migrating_exits", "start", "memory", "pages", "migration"),
+    *("boot", "linux_memory", "network", "disk", "linux_moves", "hotplug", "failover"),
+)
 """In the order in which they are run: those that need no emulated host first."""
+PAGE: Final = "index.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed.append(name)
         print(f"bench: {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
         results.write(rows, facts())
-    print((results.RESULTS / results.TABLE).read_text(), end="")
+        (results.RESULTS / PAGE).write_text(page(rows, facts()), encoding="utf-8")
+    print((results.RESULTS / results.TABLE).read_text() + f"with plots: {results.RESULTS / PAGE}")
     if options.quick:
         _say_left_out(options.only or PROGRAMS)
     for name in failed:

@@ -57,6 +57,7 @@ def round_trips(directory: Path, count: int, cpus: int, rounds: int) -> Iterator
     everything: dict[str, dict[str, list[float]]] = {KVMPY: {}, QEMU: {}}
 
     def turn(who: str, command: list[str]) -> dict[str, float]:
+        flat.forget()
         run(command, directory)
         found = split(flat.said(), cpus)
         for access, trips in found.items():

@@ -26,9 +26,11 @@ POWER_OFF: Final = (
     b"\x66\xb8\x00\x20\x66\xef"  # mov ax, 0x2000; out dx, ax: q35's S5
     b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to cli
 )
-TELL_START: Final = b"\x66\xba\xf8\x03\xb0\x4b\xee"  # mov dx, 0x3f8; mov al, 'K'; out dx, al
+TELL: Final = b"\x66\xba\xf8\x03\xb0\x4b\xee"  # mov dx, 0x3f8; mov al, 'K'; out dx, al
 HALT: Final = b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to cli
 
+FIRST: Final = 16
+"""MiB, where a guest's writing begins."""
 TRIPS: Final = (0x20_0000, 0x40_0000)
 """Where each vCPU keeps its round trips."""
 FLAGS: Final = 0x1F_F000  # how many vCPUs are ready; 4 on: have finished
@@ -62,6 +64,28 @@ def loop_of(access: bytes, count: int | None = None) -> bytes:
         return access + bytes((0xEB, -(len(access) + 2) & 0xFF))  # jmp to the access
     again = bytes((0xE2, -(len(access) + 2) & 0xFF))  # loop to the access
     return b"\xb9" + _dword(count) + access + again + POWER_OFF
+
+
+def toucher(memory: int, pages: int, ticks: int) -> bytes:
+    """Writes a word into each page from 16 MiB to the end of ``memory`` (MiB), says "K", and goes on with ``pages`` a
+    second, one after the other, by a TSC of ``ticks`` a second; with no pages it halts.
+    """
+    count = (memory - FIRST) * 256
+    begin = b"\xbf" + _dword(FIRST << 20) + b"\xb9" + _dword(count)  # mov edi, FIRST MiB; mov ecx, count
+    write = b"\xff\x07\x81\xc7\x00\x10\x00\x00"  # inc dword [edi]; add edi, 4096
+    fill = begin + write + b"\xe2\xf6"  # loop to the write
+    if not pages:
+        return fill + TELL + HALT
+    paced = (
+        b"\x0f\x31\x29\xe8\x78\xfa"  # next: rdtsc; sub eax, ebp; js next
+        + b"\x81\xc5"
+        + _dword(ticks // pages)  # add ebp, ticks of a page
+        + write
+        + b"\xe2\xea"  # loop next
+    )
+    again = begin + paced
+    clock = b"\x0f\x31\x89\xc5"  # rdtsc; mov ebp, eax
+    return fill + TELL + clock + again + bytes((0xEB, -(len(again) + 2) & 0xFF))  # jmp again
 
 
 def _timed(access: bytes) -> bytes:

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -48,7 +49,7 @@ def measure(quick: bool) -> list[Row]:
         flat = Flat(directory, POWER_OFF)
         ways = {KVMPY: flat.kvmpy(), QEMU: flat.qemu(), MICROVM: flat.qemu(machine="microvm")}
         taken = alternately(
-            {who: lambda command=command: phases(command, directory, shim) for who, command in ways.items()},  # type: ignore[misc]
+            {who: partial(phases, command, directory, shim) for who, command in ways.items()},
             5 if quick else 15,
         )
         modules = imports(flat.kvmpy(), directory)

@@ -53,11 +53,13 @@ class Flat:
         ]
 
     def said(self, name: str = "bench") -> bytes:
-        """What came from its serial line since the last time."""
+        """What has come from its serial line."""
         path = self.directory / f"{name}.serial"
-        text = path.read_bytes()
-        path.unlink()  # or kvmpy would append to it
-        return text
+        return path.read_bytes() if path.exists() else b""
+
+    def forget(self, name: str = "bench") -> None:
+        """What it has said: kvmpy would append to it."""
+        (self.directory / f"{name}.serial").unlink(missing_ok=True)
 
 
 def environment(directory: Path) -> dict[str, str]:

@@ -1,0 +1,154 @@
+"""Migrations of flat guests over loopback, kvmpy's and QEMU's by turns: rate, total time and blackout.
+
+Idle guests of several sizes, guests that write at several rates, one and four channels, plain, TLS and zstd. Beside the
+rates stand what a copy of memory and a bare socket reach in the same turn: no migration can be faster, and both of its
+ends share this machine's processors. A guest's pages have a word each that is not zero, so that all travel.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from bench import pages
+from bench.exits import tsc_khz
+from bench.figures import Curves, Figure, Stack
+from bench.guests import FIRST
+from bench.moves import MIB, Moved, Shape, move
+from bench.program import main
+from bench.rows import KVMPY, QEMU, Pair, Row, Way, alternately
+from tests.fakes.certificates import Authority
+
+COPY, SOCKET = pages.COPY, pages.SOCKET
+ROUNDS, QUICK = 5, 2
+FIGURES: Final = {
+    "rate": ("B/s", "migration rate"),
+    "total": ("s", "migration time"),
+    "blackout": ("s", "migration blackout"),
+}
+IDLE: Final = "256 MiB idle"
+DIRTIED: Final = "256 MiB, 64 MiB/s dirtied"
+LEFT_OUT: Final = ("migration: guests of more than 256 MiB, and those that write 16 or 256 MiB/s",)
+
+
+def shapes(quick: bool, credentials: str) -> Mapping[str, Shape]:
+    """What is moved, by its name in the table."""
+    found = {
+        IDLE: Shape(),
+        "256 MiB idle, 4 channels": Shape(channels=4),
+        "256 MiB idle, TLS": Shape(credentials=credentials),
+        "256 MiB idle, zstd": Shape(channels=2, compression="zstd"),
+        DIRTIED: Shape(dirty=64),
+    }
+    if quick:
+        return found
+    for rate in (16, 256):
+        found[f"256 MiB, {rate} MiB/s dirtied"] = Shape(dirty=rate)
+    found["256 MiB, 64 MiB/s dirtied, 4 channels"] = Shape(dirty=64, channels=4)
+    for memory in (1024, 2048, 4096):
+        found[f"{memory // 1024} GiB idle"] = Shape(memory)
+    return found
+
+
+def measure(quick: bool) -> list[Row]:
+    rows: list[Row] = []
+    kept: dict[str, dict[str, list[Moved]]] = {}
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        directory = Path(name)
+        ticks = tsc_khz(directory) * 1000
+        bounds = limits(stack)
+        for what, shape in shapes(quick, Authority().credentials(directory / "tls")).items():
+            moves: dict[str, list[Moved]] = {KVMPY: [], QEMU: []}
+
+            def turn(who: str, shape: Shape = shape, moves: dict[str, list[Moved]] = moves) -> Mapping[str, float]:
+                done = move(who, directory, shape, ticks)
+                moves[who].append(done)
+                touched = (shape.memory - FIRST) * MIB
+                return {"rate": touched / done.total, "total": done.total, "blackout": done.blackout}
+
+            ways = {who: partial(turn, who) for who in (KVMPY, QEMU)}
+            taken = alternately({**ways, **bounds}, QUICK if quick else ROUNDS)
+            rows += rows_of(what, taken, moves)
+            kept[what] = moves
+    return rows + list(growth(rows, kept))
+
+
+def limits(stack: ExitStack) -> Mapping[str, Way]:
+    """What bounds a rate: a copy of as much memory, and a send of it that does nothing else."""
+    source, there = pages.guest(stack, pages.SIZE), pages.guest(stack, pages.SIZE)
+    source.write(0, b"\x01" * pages.SIZE)
+    there.write(0, source.view(0, pages.SIZE))
+    return {
+        COPY: pages.rate(pages.SIZE, lambda: pages.copy(source, there)),
+        SOCKET: pages.rate(pages.SIZE, lambda: pages.plain_send(source, there)),
+    }
+
+
+def rows_of(
+    what: str, taken: Mapping[str, Mapping[str, list[float]]], moves: Mapping[str, Sequence[Moved]]
+) -> Iterator[Row]:
+    for figure, (unit, budget) in FIGURES.items():
+        yield Pair(
+            f"migration: {what}, {figure}",
+            taken[KVMPY][figure],
+            taken[QEMU][figure],
+            unit,
+            budget,
+            figure=drawn(figure, what, moves) if what in (IDLE, DIRTIED) else None,
+        ).row()
+    for peer in (COPY, SOCKET):
+        yield Pair(
+            f"migration: {what}, rate of a {peer}", taken[KVMPY]["rate"], taken[peer]["rate"], "B/s", peer_name=peer
+        ).row()
+
+
+def drawn(figure: str, what: str, moves: Mapping[str, Sequence[Moved]]) -> Figure | None:
+    if figure == "rate":
+        return throughput(what, moves)
+    return blackout(what, moves) if figure == "blackout" else None
+
+
+def throughput(what: str, moves: Mapping[str, Sequence[Moved]]) -> Curves:
+    """What was sent since the sample before, of the last run of each."""
+    lines = {}
+    for who, done in moves.items():
+        samples = done[-1].samples
+        lines[who] = [
+            (after.at, (after.sent - before.sent) / MIB / (after.at - before.at)) for before, after in pairwise(samples)
+        ]
+    return Curves(f"Throughput of a migration: {what}", "s", "MiB/s", lines)
+
+
+def blackout(what: str, moves: Mapping[str, Sequence[Moved]]) -> Stack:
+    """The parts of it that kvmpy tells, and what is left; of QEMU's nothing is told."""
+    bars = {}
+    for who, done in moves.items():
+        typical = sorted(done, key=lambda each: each.blackout)[len(done) // 2]
+        told = dict(typical.parts)
+        rest = typical.blackout * 1000 - sum(told.values())
+        bars[who] = told | {"the rest" if told else "STOP to RESUME": max(rest, 0.0)}
+    return Stack(f"Where the blackout goes: {what}", "ms", bars)
+
+
+def growth(rows: Sequence[Row], kept: Mapping[str, Mapping[str, Sequence[Moved]]]) -> Iterator[Row]:
+    """How much more the larger guest, and the one that writes more, takes, of kvmpy and QEMU."""
+    names = {"4 GiB idle": "from 256 MiB to 4 GiB", "256 MiB, 256 MiB/s dirtied": "from idle to 256 MiB/s dirtied"}
+    for larger, text in names.items():
+        if larger not in kept:
+            continue
+        for figure in ("total", "blackout"):
+            grown = {}
+            for who, done in kept[larger].items():
+                base = median(getattr(each, figure) for each in kept[IDLE][who])
+                grown[who] = [getattr(each, figure) / base for each in done]
+            yield Pair(f"migration: growth of {figure} {text}", grown[KVMPY], grown[QEMU], "times").row()
+
+
+if __name__ == "__main__":
+    main("migration", measure)
