@@ -42,9 +42,13 @@ def take(host: EmulatedHost, who: str) -> watch.Memory:
 
 
 def measure(quick: bool) -> list[Row]:
+    """It has one length."""
     with EmulatedHost() as host:
         host.run(["sh", "-ec", f"ip link add {BRIDGE} type bridge; ip link set {BRIDGE} up"], check=True)
-        ours, theirs = take(host, KVMPY), take(host, QEMU)
+        return rows(take(host, KVMPY), take(host, QEMU))
+
+
+def rows(ours: watch.Memory, theirs: watch.Memory) -> list[Row]:
     return [
         Pair(f"PSS {WHAT}", [ours.pss], [theirs.pss], UNIT, "memory").row(),
         Pair(f"PSS {WHAT}, allowed", [ours.pss], [MEMORY_MIB], UNIT, "memory allowance", peer_name="the limit").row(),

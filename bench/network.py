@@ -61,12 +61,10 @@ def rate(report: Mapping[str, Any], unit: str) -> float:
     """What arrived, of iperf3's report: bits or datagrams in a second."""
     if "error" in report:
         raise ValueError(f"iperf3: {report['error']}")
-    end = report["end"]
-    received = end.get("sum_received", {})
+    received = report["end"]["sum_received"]
     if unit == "bit/s":
         return float(received["bits_per_second"])
-    total = end["sum"]
-    return float((total["packets"] - total["lost_packets"]) / total["seconds"])
+    return float((received["packets"] - received["lost_packets"]) / received["seconds"])
 
 
 def send(host: EmulatedHost, pid: int, address: str, traffic: Traffic) -> dict[str, float]:
