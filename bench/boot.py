@@ -23,7 +23,7 @@ from tests.lab.guest import Guest
 
 IMAGES: Final = {"bzImage": "vmlinuz", "vmlinux": "vmlinux"}
 ROUNDS: Final = 5
-QUICK_ROUNDS: Final = 2
+QUICK_ROUNDS: Final = 1
 NAME: Final = "boot"
 LEFT_OUT: Final = ("boot of a bzImage, and beside microvm",)
 START, TO_INIT, BOTH = "process start to first KVM_RUN", "power-on to /init", "process start to /init"

@@ -22,6 +22,7 @@ from scripts.lab.images import make
 from tests.lab.guest import FROM_DISK, root_disk
 
 NAME: Final = "linux_memory"
+LEFT_OUT: Final = ("memory beside Linux guests",)
 UNIT: Final = "MiB"
 BRIDGE: Final = "br-memory"
 WHAT: Final = "beside a Linux guest's RAM"
@@ -42,7 +43,9 @@ def take(host: EmulatedHost, who: str) -> watch.Memory:
 
 
 def measure(quick: bool) -> list[Row]:
-    """It has one length."""
+    """None of it is quick: two guests are booted for it."""
+    if quick:
+        return []
     with EmulatedHost() as host:
         host.run(["sh", "-ec", f"ip link add {BRIDGE} type bridge; ip link set {BRIDGE} up"], check=True)
         return rows(take(host, KVMPY), take(host, QEMU))

@@ -33,6 +33,8 @@ GUESTS: Final = {KVMPY: 2, QEMU: 3}
 """The last byte of their addresses; the host's is 1."""
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 2
+SENDS: Final = "-R"
+"""The guest does, not the client on the host."""
 SECONDS: Final = 3
 PINGS: Final = 100
 SLOW: Final = 120.0
@@ -48,9 +50,9 @@ class Traffic(NamedTuple):
 
 
 TRAFFICS: Final = (
-    Traffic("TCP from the guest", ("-R",), "bit/s"),
+    Traffic("TCP from the guest", (SENDS,), "bit/s"),
     Traffic("TCP to the guest", (), "bit/s"),
-    Traffic("UDP of 64 bytes from the guest", ("-R", "-u", "-b", "0", "-l", "64"), "packet/s"),
+    Traffic("UDP of 64 bytes from the guest", (SENDS, "-u", "-b", "0", "-l", "64"), "packet/s"),
     Traffic("UDP of 64 bytes to the guest", ("-u", "-b", "0", "-l", "64"), "packet/s"),
 )
 QUICK_TRAFFICS: Final = (TRAFFICS[0], TRAFFICS[2])
@@ -134,8 +136,9 @@ def measure(quick: bool) -> list[Row]:
 def traffic_rows(path: str, traffic: Traffic, found: Mapping[str, Mapping[str, list[float]]]) -> list[Row]:
     ours, theirs = found[KVMPY], found[QEMU]
     name, is_vhost = f"{traffic.name}, {path}", path == "vhost"
+    budget = "network rate" if is_vhost and SENDS in traffic.options else None
     rows = [
-        Pair(name, ours["rate"], theirs["rate"], traffic.unit, "network rate" if is_vhost else None).row(),
+        Pair(name, ours["rate"], theirs["rate"], traffic.unit, budget).row(),
         Pair(f"{name}: the VMM's share of a processor", ours["share"], theirs["share"], "").row(),
     ]
     if is_vhost:
