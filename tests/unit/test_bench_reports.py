@@ -8,7 +8,8 @@ from typing import Any, Final
 
 import pytest
 
-from bench import boot, disk, linux_memory, network, watch
+from bench import boot, disk, failover, linux_memory, network, watch
+from bench.figures import Stack
 from bench.rows import KVMPY, QEMU
 
 SAMPLES: Final = Path(__file__).parent / "bench_samples"
@@ -111,3 +112,21 @@ def test_exits_through_vhost_have_a_limit_and_a_rate_at_least_that_of_the_peer()
 def test_memory_beside_ram_is_held_to_the_peer_s_and_to_the_allowance() -> None:
     rows = linux_memory.rows(watch.Memory(40.0, 50.0), watch.Memory(39.0, 60.0))
     assert [row.verdict for row in rows] == ["missed", "met", "-"]
+
+
+def test_a_failover_pair_is_held_to_the_peer_and_to_a_guest_without_one() -> None:
+    def turn(blackout: float, enslaved: float, linked: float) -> dict[str, list[float]]:
+        return {
+            "blackout": [blackout],
+            "enslaved": [enslaved],
+            "in service": [linked],
+            "back": [blackout + linked],
+            "in all": [20.0],
+        }
+
+    nothing = float("nan")
+    taken = {KVMPY: turn(0.5, 2.0, 4.0), QEMU: turn(4.0, 0.1, 1.0), failover.ALONE: turn(0.4, nothing, nothing)}
+    rows = failover.rows("igb", taken)
+    assert [(row.budget, row.verdict) for row in rows] == [(0.25, "met"), (1.1, "missed"), (1.0, "met"), (None, "-")]
+    assert isinstance(rows[2].figure, Stack)
+    assert rows[2].figure.bars["kvmpy"] == {"blackout": 0.5, "without the primary": 2.0, "until it has a link": 2.0}
