@@ -15,7 +15,7 @@ from typing import Final
 
 from bench import watch
 from bench.figures import Stack
-from bench.linux import MICROVM, Q35, KvmpyGuest, Machine, QemuGuest
+from bench.linux import MICROVM, Q35, KvmpyGuest, Machine, QemuGuest, shared_host
 from bench.program import main
 from bench.rows import KVMPY, Pair, Row, alternately
 from scripts.lab.host import EmulatedHost
@@ -58,8 +58,7 @@ def phases(stamps: dict[str, float], uptime: float) -> dict[str, float]:
 
 def measure(quick: bool) -> list[Row]:
     rows: list[Row] = []
-    with EmulatedHost() as host:
-        watch.mount(host)
+    with shared_host() as host:
         for name in ("vmlinux",) if quick else IMAGES:
             machine = Machine(NAME, IMAGES[name])
             ways = {KVMPY: partial(boot, host, "kvmpy", partial(KvmpyGuest, host, machine))}

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, Final, NamedTuple
 
-from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, QemuGuest
+from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, QemuGuest, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row, alternately
 from scripts.lab import fio
@@ -107,7 +107,7 @@ def measure(quick: bool) -> list[Row]:
 
 def rows(jobs: tuple[Job, ...]) -> list[Row]:
     ways = {}
-    with EmulatedHost(memory="4G") as host, ExitStack() as stack:
+    with shared_host() as host, ExitStack() as stack:
         for who in (KVMPY, QEMU):
             guest, paths = begin(host, stack, who)
             for letter, (aio, path) in zip("cd", paths.items(), strict=False):

@@ -6,10 +6,14 @@ a bridge. QEMU's has no device beside these: `-nodefaults`, and none of what its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import atexit
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
+from bench import watch
 from scripts.lab.host import EmulatedHost
 from scripts.lab.kernels import CHECKOUT
 from tests.lab import tables
@@ -17,6 +21,39 @@ from tests.lab.guest import QUIET, Guest
 
 MEMORY_MIB: Final = 256
 Q35, MICROVM = "q35", "microvm"
+HOST_SECONDS: Final = 4 * 3600
+
+
+@contextmanager
+def shared_host() -> Iterator[EmulatedHost]:
+    """One host for all programs that run together; who fails on it leaves the next a new one."""
+    host = _host()
+    try:
+        yield host
+    except BaseException:
+        _host.cache_clear()
+        host.stop()
+        raise
+
+
+@cache
+def _host() -> EmulatedHost:
+    host = EmulatedHost(memory="4G", lifetime=HOST_SECONDS)
+    host.start()
+    atexit.register(host.stop)
+    watch.mount(host)
+    return host
+
+
+@contextmanager
+def bridge(host: EmulatedHost, name: str, address: str = "") -> Iterator[None]:
+    """A bridge of the host's, and its ``address`` with the bits of its network."""
+    give = f"ip addr add {address} dev {name}; " if address else ""
+    host.run(["sh", "-ec", f"ip link add {name} type bridge; {give}ip link set {name} up"], check=True)
+    try:
+        yield
+    finally:
+        host.run(["ip", "link", "del", name])
 
 
 @dataclass(frozen=True)
@@ -76,14 +113,14 @@ class KvmpyGuest(LinuxGuest):
 
 
 class QemuGuest(LinuxGuest):
-    """A machine under Debian's QEMU; ``kind`` is which of QEMU's machines. Its taps are made here, and stay."""
+    """A machine under Debian's QEMU; ``kind`` is which of QEMU's machines."""
 
     def __init__(self, host: EmulatedHost, machine: Machine, kind: str = Q35) -> None:
         self.host, self.name = host, machine.name
         self.pid_file = f"/run/{machine.name}.pid"
+        self._taps = [f"tq-{nic.name}" for nic in machine.nics]
         devices = [word for disk in machine.disks for word in _disk(disk)]
-        for nic in machine.nics:
-            tap = f"tq-{nic.name}"
+        for nic, tap in zip(machine.nics, self._taps, strict=True):
             making = f"ip tuntap add {tap} mode tap; ip link set {tap} master {nic.bridge} up"
             host.run(["sh", "-ec", making], check=True)
             devices += _nic(nic, tap)
@@ -95,6 +132,8 @@ class QemuGuest(LinuxGuest):
         if self.process.returncode is None:
             self.process.signal(15)
             self.process.wait()
+        for tap in self._taps:
+            self.host.run(["ip", "link", "del", tap])
 
 
 def qemu(machine: Machine, kind: str = Q35) -> list[str]:

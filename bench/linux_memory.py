@@ -14,7 +14,7 @@ from typing import Final
 from bench import watch
 from bench.budgets import MEMORY_MIB
 from bench.linux import MEMORY_MIB as RAM_MIB
-from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, Nic, QemuGuest
+from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, Nic, QemuGuest, bridge, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
@@ -46,8 +46,7 @@ def measure(quick: bool) -> list[Row]:
     """None of it is quick: two guests are booted for it."""
     if quick:
         return []
-    with EmulatedHost() as host:
-        host.run(["sh", "-ec", f"ip link add {BRIDGE} type bridge; ip link set {BRIDGE} up"], check=True)
+    with shared_host() as host, bridge(host, BRIDGE):
         return rows(take(host, KVMPY), take(host, QEMU))
 
 

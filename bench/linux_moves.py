@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from bench.linux import MEMORY_MIB, Machine, qemu
+from bench.linux import MEMORY_MIB, Machine, qemu, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
@@ -63,7 +63,7 @@ def _qemu(_: EmulatedHost, name: str) -> dict[str, Any]:
 
 def turns(rounds: int) -> Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]:
     """By who and load, each turn's figures."""
-    with EmulatedHost(memory="4G") as host:
+    with shared_host() as host:
         known = {who: seats(host, who) for who in (KVMPY, QEMU)}
         shown = bytearray()
 

@@ -18,7 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from bench import watch
 from bench.budgets import NETWORK_EXITS
-from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, Nic, QemuGuest
+from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, Nic, QemuGuest, bridge, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row, alternately
 from scripts.lab.host import EmulatedHost
@@ -115,11 +115,9 @@ def begin(host: EmulatedHost, stack: ExitStack, who: str) -> int:
 
 def measure(quick: bool) -> list[Row]:
     rows = []
-    with EmulatedHost(memory="4G") as host, ExitStack() as stack:
-        watch.mount(host)
+    with shared_host() as host, ExitStack() as stack:
         for path, network in PATHS.items():
-            making = f"ip link add br-{path} type bridge; ip addr add {network}.1/24 dev br-{path}"
-            host.run(["sh", "-ec", f"{making}; ip link set br-{path} up"], check=True)
+            stack.enter_context(bridge(host, f"br-{path}", f"{network}.1/24"))
         pids = {who: begin(host, stack, who) for who in GUESTS}
         for path in ("vhost",) if quick else PATHS:
             addresses = {who: f"{PATHS[path]}.{number}" for who, number in GUESTS.items()}
