@@ -17,9 +17,8 @@ To add a field: bump VERSION and mark the field ``since(new version)``. A field 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import repeat
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -119,19 +118,33 @@ def _check_fields(kind: type[State], value: object, version: int) -> None:
     """
     if not isinstance(value, dict):
         raise _Refused(f"expected an object, got {type(value).__name__}")
+    names, checks = _plan(kind, version)
+    if value.keys() != names:
+        _refuse_names(kind, value, version)
+    name = ""
+    try:
+        for name, check in checks:
+            check(value[name], version)
+    except _Refused as e:
+        e.place = f".{name}{e.place}"
+        raise
+
+
+def _refuse_names(kind: type[State], value: dict[str, Any], version: int) -> None:
     fields = _fields(kind)
     if unknown := value.keys() - fields.keys():
         raise _Refused(f"{_shown(unknown.pop())} is no field of it")
-    for name, (born, check) in fields.items():
+    for name, (born, _) in fields.items():
         if (name in value) != (born <= version):
             said = "is missing" if born <= version else f"does not belong to version {version}"
             raise _Refused(said, f".{name}")
-        if check is not None and name in value:
-            try:
-                check(value[name], version)
-            except _Refused as e:
-                e.place = f".{name}{e.place}"
-                raise
+
+
+@cache
+def _plan(kind: type[State], version: int) -> tuple[frozenset[str], tuple[tuple[str, _Check], ...]]:
+    """The fields of that version, and of which of them there is something to check."""
+    fields = {name: check for name, (born, check) in _fields(kind).items() if born <= version}
+    return frozenset(fields), tuple((name, check) for name, check in fields.items() if check is not None)
 
 
 @cache
@@ -166,8 +179,8 @@ def _check_of(hint: Any) -> _Check | None:
     if origin in (list, tuple):
         most = next((mark.max_length for mark in marks if isinstance(mark, msgspec.Meta)), None)
         if origin is tuple and Ellipsis not in inner:
-            checks = [_check_of(each) for each in inner]
-            return None if not any(checks) and most is None else partial(_check_items, most, checks)
+            checks = [(index, check) for index, each in enumerate(inner) if (check := _check_of(each)) is not None]
+            return partial(_check_places, checks) if checks else None
         every = _check_of(inner[0])
         return None if every is None and most is None else partial(_check_all, most, every)
     if origin is dict and (every := _check_of(inner[1])) is not None:
@@ -187,22 +200,32 @@ def _check_some(check: _Check, value: object, version: int) -> None:
 
 def _check_all(most: int | None, check: _Check | None, value: object, version: int) -> None:
     """Of a list or tuple of one kind; its length before each item is looked at."""
-    _check_items(most, repeat(check), value, version)
-
-
-def _check_items(most: int | None, checks: Iterable[_Check | None], value: object, version: int) -> None:
     if not isinstance(value, list):
         return
     if most is not None and len(value) > most:
         raise _Refused(f"{len(value)} items, where there are {most} at most")
+    if check is None:
+        return
     index = 0
     try:
-        for index, (check, item) in enumerate(zip(checks, value, strict=False)):  # noqa: B007  for what is raised
-            if check is not None:
-                check(item, version)
+        for index, item in enumerate(value):  # noqa: B007  for what is raised
+            check(item, version)
     except _Refused as e:
         e.place = f"[{index}]{e.place}"
         raise
+
+
+def _check_places(checks: Sequence[tuple[int, _Check]], value: object, version: int) -> None:
+    """Of a tuple of several kinds: those of its items of which there is something to check."""
+    if not isinstance(value, list):
+        return
+    for index, check in checks:
+        if index < len(value):
+            try:
+                check(value[index], version)
+            except _Refused as e:
+                e.place = f"[{index}]{e.place}"
+                raise
 
 
 def _check_values(check: _Check, value: object, version: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import MutableSequence, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from kvmpy._native import ffi, lib
@@ -185,7 +186,8 @@ MSR_ENTRY: Final = struct.Struct("=I4xQ")
 def new_msrs(values: Sequence[tuple[int, int]]) -> Msrs:
     """A table of MSRs, by index, and their values."""
     table = Msrs.new(nmsrs=len(values), entries=len(values))
-    ffi.buffer(table.entries, len(values) * MSR_ENTRY.size)[:] = b"".join(MSR_ENTRY.pack(*value) for value in values)
+    packed = struct.pack("=" + MSR_ENTRY.format.removeprefix("=") * len(values), *chain.from_iterable(values))
+    ffi.buffer(table.entries, len(packed))[:] = packed
     return table
 
 

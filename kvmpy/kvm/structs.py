@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import cache, partial
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
+import msgspec
+
 from kvmpy._native import ffi
 from kvmpy.state import State
 
@@ -26,7 +28,8 @@ def read(kind: type[S], struct: object) -> S:
 
 def fields(state: State) -> dict[str, Any]:
     """What `Layout.new` takes to make the struct again."""
-    return {name: _plain(getattr(state, name)) for name, _ in _plan(type(state))}
+    made: dict[str, Any] = msgspec.to_builtins(state, builtin_types=(bytes,))
+    return made
 
 
 @cache
@@ -48,9 +51,3 @@ def _converter(hint: Any) -> Callable[[Any], Any]:
 
 def _bytes(array: Any) -> bytes:
     return bytes(ffi.buffer(array))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, State):
-        return fields(value)
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value

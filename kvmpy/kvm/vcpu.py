@@ -55,8 +55,7 @@ INTERRUPTED: Final[int] = lib.KVMPY_INTERRUPTED
 # How struct kvmpy_vcpu begins: kind, size, addr, value. tests/unit/test_abi.py holds it against the compiler.
 ACCESS: Final = struct.Struct("=IIQQ")
 ALL_ONES: Final = (1 << 64) - 1
-ECX_VMX: Final = 1 << 5  # of CPUID leaf 1
-ECX_SVM: Final = 1 << 2  # of leaf 0x8000_0001
+NESTS: Final = {0x1: 1 << 5, 0x8000_0001: 1 << 2}  # VMX and SVM: the bit of ECX in which leaf of CPUID
 
 _run = lib.kvmpy_run
 
@@ -69,6 +68,7 @@ class Vcpu:
         self.index = index
         self.vm = vm
         self.cpuid: list[dict[str, int]] = []
+        self.can_nest = False  # whether the guest is told of VMX or SVM, and so can have guests of its own
         self.msr_limit: frozenset[int] | None = None  # where the guest may go next may have no more
         self.msrs: list[int] | None = None  # those that are saved, once that is known: CPUID has decided it
         self.fd = abi.KVM_CREATE_VCPU(vm.fd, index)
@@ -196,15 +196,7 @@ class Vcpu:
         """What CPUID answers on this vCPU, then found in ``cpuid``; before its first run."""
         abi.KVM_SET_CPUID2(self.fd, abi.Cpuid2.new(nent=len(table), entries=table))
         self.cpuid, self.msrs = table, None
-
-    @property
-    def can_nest(self) -> bool:
-        """Whether the guest is told of VMX or SVM, and so can have guests of its own."""
-        return any(
-            leaf["function"] == function and leaf["ecx"] & bit
-            for leaf in self.cpuid
-            for function, bit in ((0x1, ECX_VMX), (0x8000_0001, ECX_SVM))
-        )
+        self.can_nest = any(leaf["ecx"] & NESTS.get(leaf["function"], 0) for leaf in table)
 
     def get_msrs(self, indices: list[int]) -> dict[int, int]:
         """The values of those of ``indices`` that this vCPU has."""

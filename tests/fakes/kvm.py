@@ -9,7 +9,7 @@ from typing import Any, cast
 from kvmpy._native import ffi, lib
 from kvmpy.abi import kvm as abi
 from kvmpy.kvm.system import REQUIRED, WELCOME, System
-from kvmpy.kvm.vcpu import ECX_VMX, Vcpu
+from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vm import Vm
 from tests.fakes.kernel import Kernel
 
@@ -55,7 +55,7 @@ class FakeVcpu:
         vcpu = object.__new__(Vcpu)
         vcpu.fd, vcpu.index, vcpu.vm = -1, INDEX, vm
         vcpu.msr_limit = vcpu.msrs = None
-        vcpu.cpuid = [{"function": 1, "index": 0, "eax": 0, "ebx": 0, "ecx": ECX_VMX, "edx": 0}]
+        vcpu.cpuid, vcpu.can_nest = [], True
         return vcpu
 
     def _set(self, name: str, buffer: Any) -> int:
