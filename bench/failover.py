@@ -164,7 +164,7 @@ def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping
         process = host.spawn(["python", *program], sink=show)
         if process.wait(len(known) * (rounds + 2) * TURN_SECONDS):
             logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
-            raise SystemExit(f"bench.failover:\n{logs}\n{host.console_tail()}")
+            raise RuntimeError(f"bench.failover:\n{logs}\n{host.console_tail()}")
         said: dict[str, list[dict[str, float | None]]] = json.loads(shown)
     return {who: {what: [_number(turn[what]) for turn in each] for what in each[0]} for who, each in said.items()}
 

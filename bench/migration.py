@@ -75,7 +75,7 @@ def measure(quick: bool) -> list[Row]:
             taken = alternately({**ways, **bounds}, QUICK if quick else ROUNDS)
             rows += rows_of(what, taken, moves)
             kept[what] = moves
-    return rows + list(growth(rows, kept))
+    return rows + list(growth(kept))
 
 
 def limits(stack: ExitStack) -> Mapping[str, Way]:
@@ -135,7 +135,7 @@ def blackout(what: str, moves: Mapping[str, Sequence[Moved]]) -> Stack:
     return Stack(f"Where the blackout goes: {what}", "ms", bars)
 
 
-def growth(rows: Sequence[Row], kept: Mapping[str, Mapping[str, Sequence[Moved]]]) -> Iterator[Row]:
+def growth(kept: Mapping[str, Mapping[str, Sequence[Moved]]]) -> Iterator[Row]:
     """How much more the larger guest, and the one that writes more, takes, of kvmpy and QEMU."""
     names = {"4 GiB idle": "from 256 MiB to 4 GiB", "256 MiB, 256 MiB/s dirtied": "from idle to 256 MiB/s dirtied"}
     for larger, text in names.items():
