@@ -239,7 +239,7 @@ class Pairing:
             self.port.request()
 
     def ask_again(self) -> None:
-        """The guest has gone back. So has a device_del that was under way: told that it stays, one gets it again."""
+        """The guest has gone back, which ends a device_del that was under way, too: whoever asked has been told."""
         self._returns_until = math.inf
         self.ask()
 

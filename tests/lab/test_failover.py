@@ -121,6 +121,22 @@ def test_r9_the_guest_has_three_interfaces_and_one_address(lab: Lab) -> None:
     assert lab.vf_mac() == MAC
 
 
+def test_r27_each_of_its_bars_has_found_room_in_a_window_of_its_port(lab: Lab) -> None:
+    device = "$(readlink -f /sys/class/net/eth2/device)"
+    bars = ranges(lab.guest.type(f"head -n 6 {device}/resource"))
+    windows = ranges(lab.guest.type(f"cat {device}/../resource"))
+    assert len(bars) >= 2
+    for first, last in bars:
+        assert any(start <= first and last <= end for start, end in windows), (bars, windows)
+    assert lab.guest.type("dmesg | grep -c -e 'no space' -e 'failed to assign'") == "0"
+
+
+def ranges(resources: str) -> list[tuple[int, int]]:
+    """The addresses of a function as sysfs lists them: first, last and flags of each, zeros where there is none."""
+    lines = [[int(number, 16) for number in line.split()] for line in resources.splitlines()]
+    return [(first, last) for first, last, flags in lines if flags and last > first]
+
+
 def test_traffic_runs_over_the_primary(lab: Lab) -> None:
     lab.guest.type("echo 1 >/proc/sys/net/ipv6/conf/all/disable_ipv6")  # which speaks of its own accord, on each
     before, standby = lab.counts("eth2"), lab.counts("eth1")

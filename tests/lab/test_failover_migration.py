@@ -17,7 +17,7 @@ from scripts.lab.images import Images
 from tests.counts import count
 from tests.lab.guest import Guest
 from tests.lab.nics import NicHost
-from tests.lab.test_failover import MAC, PRIMARY, STANDBY
+from tests.lab.test_failover import MAC, PRIMARY
 from tests.lab.voyage import SLOW, Events, Journey, Voyage
 
 STATE_FILE = "/scratch/voyage.state"
@@ -268,9 +268,103 @@ def test_a_primary_that_the_host_takes_back_meanwhile_leaves_the_guest_its_stand
     voyage.wait_heard()
     assert voyage.pair()["path"] == "standby"
     voyage.host.bind(function, "igbvf")  # what the host wanted it for
-    words = {"driver": "vfio-pci", "id": PRIMARY, "host": function, "bus": "rp1", "failover_pair_id": STANDBY}
-    voyage.qmp("device_add", *(f"{key}={value}" for key, value in words.items()))
-    voyage.await_state("plugged")
+    voyage.give(function)
+    voyage.picture(voyage.trio)
+    voyage.wait_heard()
+
+
+def test_r43_r50_arrived_without_a_primary_it_is_given_the_one_that_the_source_has_freed(voyage: Voyage) -> None:
+    left, freed = voyage.guest, voyage.host.functions[voyage.here]
+    events = Events(voyage.host, voyage.name)
+    with voyage.waiting(primary=False) as there:
+        arrival = Events(voyage.host, voyage.other)
+        command = voyage.migrate("--primaries", "best-effort", "--release-primaries", "--keep")
+        assert command.wait(SLOW) == 0, command.output
+        events.wait("DEVICE_DELETED", PRIMARY)
+        assert voyage.host.driver(freed) == "igbvf", "R50: the host has it, while the source is still there"
+        assert_in_order(arrival.names(), "FAILOVER_NEGOTIATED", "RESUME", "MIGRATION completed")
+        voyage.guest, voyage.here = there, 1 - voyage.here
+    voyage.picture(voyage.alone)
+    voyage.wait_heard()
+    assert (voyage.pair()["state"], voyage.pair()["path"]) == ("no-primary", "standby")
+    voyage.give(freed)
+    arrival.wait("FAILOVER_PATH_CHANGED", "primary")
+    voyage.picture(voyage.trio)
+    voyage.wait_heard()
+    assert (voyage.pair()["path"], voyage.pair()["primary-mac"]) == ("primary", MAC)
+    voyage.host.run(["kvmpy", "stop", voyage.other], check=True)
+    left.process.wait(SLOW)
+    voyage.qmp("device_del", f"id={PRIMARY}")  # the tests below have each seat use its own
+    arrival.wait("DEVICE_DELETED", PRIMARY)
+    voyage.give(voyage.host.functions[voyage.here])
+    voyage.picture(voyage.trio)
+    voyage.wait_heard()
+
+
+def test_r25_a_card_that_the_guest_cannot_power_on_is_reported_and_comes_when_it_can(voyage: Voyage) -> None:
+    port = Port(voyage.guest)
+    with voyage.waiting() as there:
+        source, destination = Events(voyage.host, voyage.name), Events(voyage.host, voyage.other)
+        port.misdirect_when_empty()
+        command = voyage.migrate()
+        assert command.wait(SLOW) == 0, command.output
+        assert_in_order(source.names(), "FAILOVER_PRIMARY_RELEASED", "MIGRATION active", "MIGRATION completed")
+        destination.wait("DEVICE_PLUG_GUEST_ERROR", PRIMARY)
+        destination.wait("FAILOVER_PRIMARY_FAILED", PRIMARY)
+        voyage.moved(there)
+    found = voyage.pair()
+    assert (found["state"], found["path"]) == ("failed", "standby")
+    assert found["error"]
+    voyage.picture(voyage.alone)
+    voyage.wait_heard()
+    port.mend(voyage.guest)
+    destination.wait("FAILOVER_PRIMARY_PLUGGED", PRIMARY)
+    voyage.picture(voyage.trio)
+    voyage.wait_heard()
+    assert_gone_well(voyage.go())
+
+
+class Port:
+    """The primary's root port as the guest can break it: nothing behind it answers at the number that it expects."""
+
+    SECONDARY_BUS = 0x19
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self._function, port = guest.type(
+            "d=$(readlink -f /sys/class/net/eth2/device); echo $d; echo ${d%/*}"
+        ).splitlines()
+        self._config = f"{port}/config"
+        self._number = int(
+            guest.type(f"dd if={self._config} bs=1 skip={self.SECONDARY_BUS} count=1 2>&- | od -An -tu1")
+        )
+
+    def misdirect_when_empty(self) -> None:
+        """Once the guest has let the card go, and so before it is shown another."""
+        self._guest.type(f"((while [ -e {self._function} ]; do sleep 0.1; done; {self._write(0x7F)}) &)")
+
+    def mend(self, guest: Guest) -> None:
+        """Have the slot turned on again, and find its card."""
+        guest.type(f"{self._write(self._number)}; echo 1 >/sys/bus/pci/slots/1/power", SLOW)
+
+    def _write(self, number: int) -> str:
+        return f"printf '\\x{number:02x}' | dd of={self._config} bs=1 seek={self.SECONDARY_BUS} conv=notrunc 2>&-"
+
+
+def test_a_primary_without_its_driver_waits_for_one_and_the_guest_works_over_its_standby(voyage: Voyage) -> None:
+    voyage.guest.type("rmmod igbvf", SLOW)
+    with voyage.waiting() as there:
+        source, destination = Events(voyage.host, voyage.name), Events(voyage.host, voyage.other)
+        command = voyage.migrate()
+        assert command.wait(SLOW) == 0, command.output
+        assert_in_order(source.names(), "UNPLUG_PRIMARY", "FAILOVER_PRIMARY_RELEASED", "MIGRATION active", "STOP")
+        destination.wait("FAILOVER_PRIMARY_PLUGGED", PRIMARY)
+        voyage.moved(there)
+    voyage.picture(voyage.alone)
+    voyage.wait_heard()
+    assert (voyage.pair()["state"], voyage.pair()["path"]) == ("plugged", "standby")
+    voyage.guest.type("insmod /lib/modules/igbvf.ko", SLOW)
+    destination.wait("FAILOVER_PATH_CHANGED", "primary")
     voyage.picture(voyage.trio)
     voyage.wait_heard()
 

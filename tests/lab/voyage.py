@@ -15,7 +15,7 @@ from scripts.lab.process import Process
 from tests.lab.guest import Guest
 from tests.lab.journey import Pings, pinged
 from tests.lab.nics import NicHost
-from tests.lab.test_failover import ALL_HEARD, ALONE, MAC, PICTURE, PRIMARY, STANDBY, TRIO, pair
+from tests.lab.test_failover import ALL_HEARD, ALONE, MAC, PICTURE, PRIMARY, STANDBY, TRIO, pair, primary
 from tests.lab.test_network import EVENTS
 
 SEATS: Final = ("one", "two")
@@ -242,6 +242,11 @@ class Voyage:
         (found,) = self.qmp("query-failover")
         assert isinstance(found, dict)
         return found
+
+    def give(self, function: str) -> None:
+        """Plug in a primary."""
+        self.qmp("device_add", *(f"{key}={value}" for key, value in primary(function).items()))
+        self.await_state("plugged")
 
     def await_state(self, state: str) -> None:
         """Of the pair, as the machine has it."""
