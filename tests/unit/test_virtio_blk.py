@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,27 @@ def test_write_stores_the_sectors(rig: BlkRig, disk: FakeDisk) -> None:
     head = rig.offer([header(Kind.OUT, 126), b"w" * 1024], [1])
     assert rig.wait() == {head: 1}
     assert disk.content == TEXT[: 126 * SECTOR] + b"w" * 1024
+
+
+@pytest.mark.parametrize("kind", [Kind.IN, Kind.OUT])
+def test_disk_is_given_the_data_s_buffers_and_no_piece_of_another(kind: Kind, make_rig: MakeRig) -> None:
+    """Direct I/O wants all of them aligned, which headers and status bytes are not."""
+
+    class Measured(FakeDisk):
+        def read(self, offset: int, buffers: Sequence[memoryview]) -> None:
+            sizes.append([len(buffer) for buffer in buffers])
+            super().read(offset, buffers)
+
+        def write(self, offset: int, buffers: Sequence[memoryview]) -> None:
+            sizes.append([len(buffer) for buffer in buffers])
+            super().write(offset, buffers)
+
+    sizes: list[list[int]] = []
+    rig, data = make_rig(Measured()), [512, 1024]
+    sent = [bytes(size) for size in data] if kind is Kind.OUT else []
+    rig.offer([header(kind), *sent], [*(data if kind is Kind.IN else []), 1])
+    rig.wait()
+    assert sizes == [data]
 
 
 def test_serial_number_is_padded_to_twenty_bytes(rig: BlkRig) -> None:

@@ -167,10 +167,15 @@ def _fits(disk: Disk, sector: int, size: int) -> bool:
 
 
 def _split(buffers: list[memoryview], size: int) -> tuple[list[memoryview], list[memoryview]]:
-    """The first ``size`` bytes, and the rest."""
+    """The first ``size`` bytes, and the rest.
+
+    Without an empty piece of a buffer that begins there: for direct I/O it would have to be aligned like all others,
+    and a status byte of its own is not.
+    """
     for index, buffer in enumerate(buffers):
         if size < len(buffer):
-            return [*buffers[:index], buffer[:size]], [buffer[size:], *buffers[index + 1 :]]
+            piece = [buffer[:size]] if size else []
+            return [*buffers[:index], *piece], [buffer[size:], *buffers[index + 1 :]]
         size -= len(buffer)
     return buffers, []
 
