@@ -38,7 +38,7 @@ Tree = dict[str, Path | str | bytes]
 def make_scratch(image: Path) -> None:
     """An empty file system, once: emulated hosts write to throw-away copies of it."""
     if not image.exists():
-        _write(image, {}, SCRATCH_SIZE, ("-O", "^has_journal"))
+        write(image, {}, SCRATCH_SIZE, ("-O", "^has_journal"))
 
 
 def make_root(image: Path, files: Mapping[str, bytes]) -> None:
@@ -50,7 +50,7 @@ def make_root(image: Path, files: Mapping[str, bytes]) -> None:
     fingerprint = _fingerprint(tree)
     stamp = image.with_suffix(".made-from")
     if not image.exists() or not stamp.exists() or stamp.read_text() != fingerprint:
-        _write(image, tree, ROOT_SIZE)
+        write(image, tree, ROOT_SIZE)
         stamp.write_text(fingerprint)
 
 
@@ -74,7 +74,7 @@ def _fingerprint(tree: Tree) -> str:
     return hashlib.sha256("\n".join(lines()).encode()).hexdigest()
 
 
-def _write(image: Path, tree: Tree, size: str, options: tuple[str, ...] = ()) -> None:
+def write(image: Path, tree: Tree, size: str, options: tuple[str, ...] = ()) -> None:
     """Write an ext4 image; it appears complete or not at all."""
     image.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=image.parent) as directory:
