@@ -20,7 +20,10 @@ from bench.facts import facts
 from bench.page import page
 from bench.rows import Row
 
-PROGRAMS: Final = ("exits", "migrating_exits", "start", "memory", "pages", "migration")
+PROGRAMS: Final = (
+    *("exits", "migrating_exits", "start", "memory", "pages", "migration"),
+    *("boot", "linux_memory", "network", "disk", "linux_moves", "hotplug", "failover"),
+)
 """In the order in which they are run: those that need no emulated host first."""
 PAGE: Final = "index.html"
 

@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, NamedTuple
+from statistics import median
+from typing import Any, Final
 
+from bench.figures import Stack
+from bench.results import table
+from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
 from scripts.lab.host import EmulatedHost
 from scripts.lab.kernels import CHECKOUT
@@ -37,12 +40,10 @@ PF_MAC: Final = "52:54:00:00:01:30"
 BOOT: Final = CHECKOUT / ".lab/guest/generic"
 DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
 FIGURES: Final = ("blackout", "gap", "lost", "wait-unplug", "enslaved", "in service", "back", "in all")
-BUDGETS: Final = {"igb": 0.25, "e1000e": 0.1}
-"""Of QEMU's blackout."""
-OWN_BUDGET: Final = 1.1
-"""Of kvmpy's own without a primary."""
-LATER_BUDGET: Final = 1.0
-"""Of the time from STOP until QEMU's is back in service."""
+NAME: Final = "failover"
+LEFT_OUT: Final = ("failover",)
+ALONE: Final = "alone"
+CONTENDERS: Final = (QEMU, KVMPY, ALONE)
 
 CONFIG: Final = """\
 [machine]
@@ -58,19 +59,6 @@ cmdline = "{line}"
 serial = "unix:{serial}"
 
 """
-
-
-class Row(NamedTuple):
-    """What of kvmpy's is compared with what, and how often more it may be; NaN: it may be anything."""
-
-    name: str
-    ours: float
-    theirs: float
-    budget: float
-
-    @property
-    def verdict(self) -> str:
-        return "met" if self.ours <= self.budget * self.theirs else "missed"
 
 
 def hardware(model: str) -> Hardware:
@@ -99,9 +87,9 @@ class Yard:
         """What failover_turns.py is told."""
         first, second = NIC_MACS[0], OTHER_MAC
         return {
-            "QEMU": self._contender("10.77.0.51", first, [self._qemu(n, first, "10.77.0.51") for n in (0, 1)]),
-            "kvmpy": self._contender("10.77.0.52", second, [self._kvmpy(n, second, "10.77.0.52") for n in (0, 1)]),
-            "alone": self._contender("10.77.0.53", THIRD_MAC, [self._alone(n, "10.77.0.53") for n in (0, 1)], False),
+            QEMU: self._contender("10.77.0.51", first, [self._qemu(n, first, "10.77.0.51") for n in (0, 1)]),
+            KVMPY: self._contender("10.77.0.52", second, [self._kvmpy(n, second, "10.77.0.52") for n in (0, 1)]),
+            ALONE: self._contender("10.77.0.53", THIRD_MAC, [self._alone(n, "10.77.0.53") for n in (0, 1)], False),
         }
 
     @staticmethod
@@ -160,11 +148,11 @@ class Yard:
         return seat | {"command": ["kvmpy", "run", file, "--name", name], "incoming": ["--incoming", uri]}
 
 
-def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping[str, float]]:
-    """The medians of each figure of each contender."""
+def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping[str, Sequence[float]]]:
+    """Each figure of each contender's turns; what a contender has not is no number."""
     with EmulatedHost(memory="4G", hardware=hardware(model)) as host:
         known = {name: each for name, each in Yard(host, model).contenders().items() if name in names}
-        program = ["bench/failover_turns.py", str(rounds), str(PINGER), json.dumps(known)]
+        program = ["-m", "bench.failover_turns", str(rounds), str(PINGER), json.dumps(known)]
         shown = bytearray()
 
         def show(stream: int, data: bytes) -> None:
@@ -176,40 +164,56 @@ def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping
         process = host.spawn(["python", *program], sink=show)
         if process.wait(len(known) * (rounds + 2) * TURN_SECONDS):
             logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
-            raise SystemExit(f"bench.failover:\n{logs}\n{host.console_tail()}")
+            raise RuntimeError(f"bench.failover:\n{logs}\n{host.console_tail()}")
         said: dict[str, list[dict[str, float | None]]] = json.loads(shown)
-    return {who: {what: _median(each, what) for what in each[0]} for who, each in said.items()}
+    return {who: {what: [_number(turn[what]) for turn in each] for what in each[0]} for who, each in said.items()}
 
 
-def _median(turns: list[dict[str, float | None]], what: str) -> float:
-    found = [turn[what] for turn in turns]
-    return statistics.median(value for value in found if value is not None) if None not in found else float("nan")
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def measure(quick: bool) -> list[Row]:
+    """None of it is quick: a guest with a pair goes there and back in minutes."""
+    return [] if quick else [row for model in DRIVERS for row in rows(model, turns(model, ROUNDS, CONTENDERS))]
+
+
+def rows(model: str, taken: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Row]:
+    ours, theirs, alone = taken[KVMPY], taken[QEMU], taken[ALONE]
+    name = f"failover, {model}"
+    bars = {who: _parts(taken[who]) for who in (KVMPY, QEMU)}
+    figure = Stack(f"From the guest's last instruction until its primary is in service, {model}", "s", bars)
+    return [
+        Pair(f"{name}: blackout", ours["blackout"], theirs["blackout"], "s", f"failover {model}").row(),
+        Pair(
+            f"{name}: blackout, no primary",
+            *(ours["blackout"], alone["blackout"], "s", "failover alone"),
+            peer_name="kvmpy without a primary",
+        ).row(),
+        Pair(f"{name}: primary back", ours["back"], theirs["back"], "s", "failover back", figure=figure).row(),
+        Pair(f"{name}: in all", ours["in all"], theirs["in all"]).row(),
+    ]
+
+
+def _parts(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    blackout, enslaved, linked = (median(taken[what]) for what in ("blackout", "enslaved", "in service"))
+    return {"blackout": blackout, "without the primary": enslaved, "until it has a link": linked - enslaved}
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="bench.failover", description="Migrate a guest with a failover pair.")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each guest, of which the median is taken")
-    parser.add_argument("--model", choices=BUDGETS, action="append", help="the NICs: both kinds, one after the other")
-    parser.add_argument("--only", action="append", choices=("QEMU", "kvmpy", "alone"), help="not all of them")
+    parser.add_argument("--model", choices=DRIVERS, action="append", help="the NICs: both kinds, one after the other")
+    parser.add_argument("--only", action="append", choices=CONTENDERS, help="not all of them")
     options = parser.parse_args()
-    for model in options.model or BUDGETS:
-        taken = turns(model, options.rounds, options.only or ("QEMU", "kvmpy", "alone"))
-        report(model, taken)
-
-
-def report(model: str, taken: Mapping[str, Mapping[str, float]]) -> None:
-    print(f"{model:<14}" + "".join(f"{who:>10}" for who in taken))
-    for what in FIGURES:
-        print(f"{what:<14}" + "".join(f"{each[what]:>10.3f}" for each in taken.values()))
-    if len(taken) < len(("QEMU", "kvmpy", "alone")):
-        return
-    ours, theirs, alone = taken["kvmpy"], taken["QEMU"], taken["alone"]
-    rows = [Row("blackout, QEMU's", ours["blackout"], theirs["blackout"], BUDGETS[model])]
-    rows.append(Row("blackout, no primary", ours["blackout"], alone["blackout"], OWN_BUDGET))
-    rows.append(Row("primary back, QEMU's", ours["back"], theirs["back"], LATER_BUDGET))
-    for row in rows:
-        print(f"{row.name:<24} ratio {row.ours / row.theirs:>6.3f}  budget {row.budget:.2f}  {row.verdict}")
+    for model in options.model or DRIVERS:
+        taken = turns(model, options.rounds, options.only or CONTENDERS)
+        print(f"{model:<14}" + "".join(f"{who:>10}" for who in taken))
+        for what in FIGURES:
+            print(f"{what:<14}" + "".join(f"{median(each[what]):>10.3f}" for each in taken.values()))
+        if len(taken) == len(CONTENDERS):
+            print("\n".join(table(rows(model, taken))))
 
 
 if __name__ == "__main__":

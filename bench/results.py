@@ -16,6 +16,7 @@ RESULTS: Final = Path(__file__).parent / "results"
 ROWS, TABLE, FACTS, FIGURES = "latest.json", "latest.txt", "facts.json", "figures.json"
 SCALES: Final = {
     "s": ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")),
+    "bit/s": ((1e9, "Gbit/s"), (1e6, "Mbit/s"), (1e3, "kbit/s")),
     "B/s": ((float(1 << 30), "GiB/s"), (float(1 << 20), "MiB/s"), (1024.0, "KiB/s")),
 }
 

@@ -1,0 +1,96 @@
+"""`python -m bench.linux_moves`: how a Linux guest of 256 MiB migrates between two processes of a host, beside QEMU's.
+
+There and back, by turns, over a unix socket and one connection, as either VMM does it without being told more; the
+limit of QEMU's rate, which is 1 GiB in eight seconds, is lifted. The host has one processor, which both ends and the
+guest share, so a rate is what a byte costs all of them. linux_moves_turns.py says what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from bench.linux import MEMORY_MIB, Machine, qemu, shared_host
+from bench.program import main
+from bench.rows import KVMPY, QEMU, Pair, Row
+from scripts.lab.host import EmulatedHost
+from scripts.lab.kernels import CHECKOUT
+
+NAME: Final = "linux_moves"
+LEFT_OUT: Final = ("migration of a Linux guest, more than once",)
+STDOUT: Final = 1
+ROUNDS: Final = 5
+QUICK_ROUNDS: Final = 1
+TURN_SECONDS: Final = 300.0
+FIGURES: Final = {
+    "rate": ("B/s", "migration rate"),
+    "total": ("s", "migration time"),
+    "blackout": ("s", "migration blackout"),
+}
+CONFIG: Final = """\
+[machine]
+memory = "{memory}MiB"
+[boot]
+kernel = "{boot}/vmlinux"
+initrd = "{boot}/initrd.img"
+cmdline = "{line}"
+[console]
+serial = "unix:{serial}"
+"""
+
+
+def seats(host: EmulatedHost, who: str) -> list[dict[str, Any]]:
+    """The two that a guest has."""
+    return [(_kvmpy if who == KVMPY else _qemu)(host, f"move-{who.lower()}{number}") for number in range(2)]
+
+
+def _kvmpy(host: EmulatedHost, name: str) -> dict[str, Any]:
+    file, serial, uri = f"/run/{name}.toml", f"/run/{name}.serial", f"unix:/run/{name}.stream"
+    boot, line = CHECKOUT / ".lab/guest/cloud", Machine(name).command_line
+    host.write_file(file, CONFIG.format(memory=MEMORY_MIB, boot=boot, line=line, serial=serial))
+    words = {"command": ["kvmpy", "run", file, "--name", name], "incoming": ["--incoming", uri]}
+    return words | {"qmp": f"/run/kvmpy/{name}/qmp.sock", "serial": serial, "uri": uri, "hooks": {}}
+
+
+def _qemu(_: EmulatedHost, name: str) -> dict[str, Any]:
+    at, uri = f"/run/{name}", f"unix:/run/{name}.stream"
+    sockets = ("-serial", f"unix:{at}.serial,server=on,wait=off", "-qmp", f"unix:{at}.qmp,server=on,wait=off")
+    words = {"command": [*qemu(Machine(name)), *sockets], "incoming": ["-incoming", uri]}
+    return words | {"qmp": f"{at}.qmp", "serial": f"{at}.serial", "uri": uri, "hooks": {}}
+
+
+def turns(rounds: int) -> Mapping[str, Mapping[str, Sequence[Mapping[str, float]]]]:
+    """By who and load, each turn's figures."""
+    with shared_host() as host:
+        known = {who: seats(host, who) for who in (KVMPY, QEMU)}
+        shown = bytearray()
+
+        def show(stream: int, data: bytes) -> None:
+            if stream == STDOUT:
+                shown.extend(data)
+            else:
+                print(data.decode(errors="replace"), end="", file=sys.stderr, flush=True)
+
+        words = ["python", "-m", "bench.linux_moves_turns", str(rounds), json.dumps(known)]
+        process = host.spawn(words, sink=show)
+        if process.wait(4 * (rounds + 1) * TURN_SECONDS):
+            logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
+            raise RuntimeError(f"bench.{NAME}:\n{logs}\n{host.console_tail()}")
+        found: dict[str, dict[str, list[dict[str, float]]]] = json.loads(shown)
+        return found
+
+
+def measure(quick: bool) -> list[Row]:
+    found = turns(QUICK_ROUNDS if quick else ROUNDS)
+    rows = []
+    for load in found[KVMPY]:
+        for what, (unit, budget) in FIGURES.items():
+            ours, theirs = ([turn[what] for turn in found[who][load]] for who in (KVMPY, QEMU))
+            rows.append(Pair(f"migration of Linux, {load}: {what}", ours, theirs, unit, budget).row())
+    return rows
+
+
+if __name__ == "__main__":
+    main(NAME, measure)
