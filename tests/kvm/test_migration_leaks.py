@@ -17,8 +17,10 @@ import pytest
 from kvmpy.errors import CommandError
 from kvmpy.kvm.system import System
 from kvmpy.migration.descriptor import Offer
+from kvmpy.migration.messages import prepare
 from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
+from kvmpy.migration.wire import NEWEST
 from tests.fakes.journey import Journey, Stop
 
 TIMES = 5
@@ -26,6 +28,7 @@ TIMES = 5
 
 @pytest.fixture
 def source(system: System, tmp_path: Path) -> Iterator[Stop]:
+    prepare(NEWEST)  # once in a process; what typing leaves behind is no migration's
     with ExitStack() as stack:
         yield Journey(tmp_path, stack).begin(
             x_timeout=0.2, downtime_limit=0, x_on_no_convergence=OnNoConvergence.CONTINUE
