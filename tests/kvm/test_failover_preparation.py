@@ -326,7 +326,7 @@ def test_r48_r54_a_guest_out_of_a_file_runs_when_its_primary_is_prepared(
     host, hold = FailoverHost, FailoverHost.__init__
     monkeypatch.setattr(host, "__init__", lambda self, *args, **more: (hold(self, *args, **more), self.hold())[0])
     there = journey.wait_at(uri=uri)
-    poll(lambda: there.told("MIGRATION")[-1:] == [("MIGRATION", "device")])
+    poll(lambda: "load state" in [phase.name for phase in there.migrations.progress.phases])
     assert there.machine.state is RunState.INMIGRATE
     there.host.let_go()
     there.wait(Status.COMPLETED)
