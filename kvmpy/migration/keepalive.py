@@ -16,14 +16,17 @@ from kvmpy.migration.messages import Keepalive
 TIMES: Final = 8  # in each time that the other side waits: one that is late does no harm
 STILL: Final = 0.8
 """Seconds without a word that are too many while the guest stands still: it is to go on within one."""
+SLOW: Final = 20
+"""But not from a host that is slow at all it does: so many times what it took to load its state, a few ms as a rule."""
 
 
-def silence(timeout: float, on_the_way: float = 0.0) -> float:
+def silence(timeout: float, on_the_way: float = 0.0, loading: float = 0.0) -> float:
     """Seconds without a word that are too many at the switchover, less than at other times.
 
-    Nobody can answer what is still on its way, for ``on_the_way`` seconds.
+    Nobody can answer what is still on its way, for ``on_the_way`` seconds; ``loading`` is what the other side has said
+    that its state takes it.
     """
-    return min(timeout, STILL + on_the_way)
+    return min(timeout, max(STILL, SLOW * loading) + on_the_way)
 
 
 @contextmanager

@@ -435,7 +435,7 @@ class Outgoing:
         """All that is left, and then the guest itself. Raises MigrationError."""
         progress = self.progress
         for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
-            channel.timeout = silence(channel.timeout, self._convergence.on_the_way)
+            channel.timeout = silence(channel.timeout, self._convergence.on_the_way, self._loading or 0.0)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
             sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))

@@ -72,3 +72,9 @@ def test_a_guest_that_stands_still_is_given_less_time_but_for_what_is_on_its_way
     assert silence(10.0) < 1
     assert silence(10.0, 3.0) == silence(10.0) + 3
     assert silence(0.5) == 0.5
+
+
+def test_a_slow_host_is_waited_for_longer() -> None:
+    assert silence(10.0, loading=0.004) == silence(10.0)
+    assert 1.5 < silence(10.0, loading=0.1) < 3
+    assert silence(10.0, loading=100.0) == 10.0
