@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := kvmpy/_native.abi3.so
 PYTEST := $(BIN)/python -m pytest
-# Several at once, each module's tests one after another, and those of one kind of emulated host (tests/conftest.py).
+# Several at once, each module's tests one after another (tests/conftest.py).
 WORKERS ?= 2
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
@@ -27,7 +27,7 @@ demo-migration: setup ## a guest goes from one emulated host to another and back
 	@$(BIN)/python -m scripts.migrate_two_hosts .lab/run
 
 test: setup ## all tests: unit, fuzz, host, kvm, lab
-	$(PARALLEL) tests/lab tests/kvm tests/host tests/fuzz tests/unit
+	$(PARALLEL) tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
 test-unit: packages $(NATIVE) ## no root, no /dev/kvm; under 20 s
 	$(PARALLEL) tests/unit
@@ -42,7 +42,7 @@ test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kv
 	$(PYTEST) tests/kvm
 
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
-	$(PARALLEL) tests/lab
+	$(PYTEST) tests/lab
 
 fuzz: packages $(NATIVE) ## a whole machine under a million random operations (KVMPY_SEED=n), hostile streams
 	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/fuzz

@@ -40,12 +40,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(here).parts[0]
         if tier in TIERS:
             item.add_marker(tier)
-        item.add_marker(pytest.mark.xdist_group(_hosts(item) if tier == "lab" else item.path.stem))
-
-
-def _hosts(item: pytest.Item) -> str:
-    """The kind of emulated hosts that a test has, for `pytest -n`: each kind is started once, by one of the workers."""
-    names = set(getattr(item, "fixturenames", ()))
-    if names & {"two_hosts", "two_igb_hosts"} or item.path.stem == "test_demo":
-        return "lab-pairs"
-    return "lab-nics" if names & {"igb_host", "e1000e_host"} else "lab"
+        # For `pytest -n`: a module's tests stay together, and those of emulated hosts, which fill a machine alone.
+        item.add_marker(pytest.mark.xdist_group("lab" if tier == "lab" else item.path.stem))
