@@ -92,6 +92,11 @@ class Lab:
     def wait(self, event: str, device: str) -> None:
         self.events.expect(re.compile(rf'"{event}"[^\n]*"{device}"'), SLOW)
 
+    def wait_all(self, *events: tuple[str, str]) -> None:
+        """Until each of these, event and device, has come, in whatever order."""
+        each = (rf"""(?=.*"{event}"[^\n]*"{device}")""" for event, device in events)
+        self.events.expect(re.compile(rf"(?s){''.join(each)}.*"), SLOW)
+
 
 @pytest.fixture(scope="module")
 def lab(igb_host: NicHost, lab_images: Images) -> Iterator[Lab]:
@@ -159,8 +164,7 @@ def test_r49_after_device_del_traffic_goes_on_over_the_standby(lab: Lab) -> None
 def test_r11_device_add_brings_it_back(lab: Lab) -> None:
     words = [f"{key}={value}" for key, value in primary(lab.function).items()]
     lab.guest.kvmpy("qmp", NAME, "device_add", *words)
-    lab.wait("FAILOVER_PATH_CHANGED", STANDBY)
-    lab.wait("FAILOVER_PRIMARY_PLUGGED", PRIMARY)
+    lab.wait_all(("FAILOVER_PATH_CHANGED", STANDBY), ("FAILOVER_PRIMARY_PLUGGED", PRIMARY))
     lab.picture(TRIO)
     lab.wait_heard()
     assert lab.pings() == ALL_HEARD
