@@ -29,7 +29,7 @@ demo-migration: setup ## a guest goes from one emulated host to another and back
 test: setup ## all tests: unit, fuzz, host, kvm, lab
 	$(PARALLEL) tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
-test-unit: packages $(NATIVE) ## no root, no /dev/kvm; under 20 s
+test-unit: packages $(NATIVE) ## no root, no /dev/kvm
 	$(PARALLEL) tests/unit
 
 test-fuzz: packages $(NATIVE) ## a slice of `make fuzz`

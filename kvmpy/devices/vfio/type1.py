@@ -1,8 +1,8 @@
 """The guest's RAM mapped for DMA by a type 1 IOMMU: a device's addresses are guest-physical ones.
 
 Mapping pins every page, so it takes time and counts as locked memory; both are looked at before. It is done in chunks,
-between which it can be given up, and never while a vCPU waits. Mapped RAM must not be taken away
-from below (no MADV_DONTNEED, no balloon): the device would go on with pages that the guest has no more.
+between which it can be given up, and never while a vCPU waits. Mapped RAM must not be taken away from below (no
+MADV_DONTNEED, no balloon): the device would go on with pages that the guest has no more.
 """
 
 from __future__ import annotations
