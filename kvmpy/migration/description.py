@@ -28,7 +28,7 @@ from kvmpy.state import StateError, load, save
 
 BOOT_ID: Final = "/proc/sys/kernel/random/boot_id"
 MOST: Final = 4096
-PIECES, PIECE = 64, 16384  # of a file, and bytes of each
+PIECES, PIECE = 8, 32768  # of a file, and bytes of each
 # Facts of a failover primary
 PAIR: Final = "failover_pair_id"
 BAR: Final = "BAR "
