@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Annotated, Any, Final, NamedTuple
 
 import msgspec
@@ -272,16 +273,20 @@ def _boot(machine: Machine) -> dict[str, str]:
 
 def sum_of(path: StrPath) -> str:
     """Of pieces all over a file, and its size: to read all of a kernel takes longer than to compare the rest."""
-    crc = 0
     try:
-        with open(path, "rb", buffering=0) as reader:
-            size = os.fstat(reader.fileno()).st_size
-            rest = max(size - PIECE, 0)
-            for number in range(PIECES):  # the last of them is the end of it
-                crc = zlib.crc32(os.pread(reader.fileno(), PIECE, number * rest // (PIECES - 1)), crc)
+        found = os.stat(path)
+        return f"{_crc(os.fspath(path), found.st_ino, found.st_size, found.st_mtime_ns):08x}, {found.st_size} bytes"
     except OSError:
         return "cannot be read"
-    return f"{crc:08x}, {size} bytes"
+
+
+@lru_cache(maxsize=8)  # a destination has read its own before the source comes
+def _crc(path: str, inode: int, size: int, mtime_ns: int) -> int:
+    crc, rest = 0, max(size - PIECE, 0)
+    with open(path, "rb", buffering=0) as reader:
+        for number in range(PIECES):  # the last of them is the end of it
+            crc = zlib.crc32(os.pread(reader.fileno(), PIECE, number * rest // (PIECES - 1)), crc)
+    return crc
 
 
 def _plain(value: object) -> str | int:

@@ -67,7 +67,9 @@ def get_ready(machine: Machine) -> Readiness:
     In the control thread, for a device may be added until a source comes.
     """
     vcpus = machine.board.vcpus
-    return machine.in_control(lambda: Readiness(describe_host(vcpus[0], len(vcpus)), rehearse(machine)))
+    cpu, rehearsal_ns = machine.in_control(lambda: (describe_host(vcpus[0], len(vcpus)), rehearse(machine)))
+    describe(machine, cpu)  # has read its kernel and initrd
+    return Readiness(cpu, rehearsal_ns)
 
 
 class Ingoing:
@@ -88,7 +90,7 @@ class Ingoing:
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
             source = parse(header.description)
-            with self._telling(main), self._working():  # our kernel and initrd are read for it
+            with self._telling(main), self._working():  # our kernel and initrd may be read for it
                 here = describe(self._machine, self._readiness.cpu)
                 findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
