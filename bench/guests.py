@@ -6,7 +6,7 @@ q35 and kvmpy have in common: the first serial port, port 0x604 for power-off, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from tests.fakes.pvh_kernel import LOAD_AT
@@ -31,6 +31,8 @@ HALT: Final = b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to cli
 
 FIRST: Final = 16
 """MiB, where a guest's writing begins."""
+LOW, HOLE, HIGH = 2048, 3072, 4096
+"""MiB: where RAM below 4 GiB ends at least, how much of it is not above 4 GiB at most, and where the rest begins."""
 TRIPS: Final = (0x20_0000, 0x40_0000)
 """Where each vCPU keeps its round trips."""
 FLAGS: Final = 0x1F_F000  # how many vCPUs are ready; 4 on: have finished
@@ -66,14 +68,16 @@ def loop_of(access: bytes, count: int | None = None) -> bytes:
     return b"\xb9" + _dword(count) + access + again + POWER_OFF
 
 
-def toucher(memory: int, pages: int, ticks: int) -> bytes:
-    """Writes a word into each page from 16 MiB to the end of ``memory`` (MiB), says "K", and goes on with ``pages`` a
-    second, one after the other, by a TSC of ``ticks`` a second; with no pages it halts.
+def toucher(memory: int, pages: int, ticks: int, low: int = LOW) -> bytes:
+    """Writes a word into each page of `extents`, says "K", and goes on with ``pages`` a second of the lower ones, one
+    after the other, by a TSC of ``ticks`` a second; with no pages it halts.
     """
-    count = (memory - FIRST) * 256
-    begin = b"\xbf" + _dword(FIRST << 20) + b"\xb9" + _dword(count)  # mov edi, FIRST MiB; mov ecx, count
+    (_, least), *above = extents(memory, low)
+    begin = b"\xbf" + _dword(FIRST << 20) + b"\xb9" + _dword(least * 256)  # mov edi, FIRST MiB; mov ecx, pages
     write = b"\xff\x07\x81\xc7\x00\x10\x00\x00"  # inc dword [edi]; add edi, 4096
     fill = begin + write + b"\xe2\xf6"  # loop to the write
+    if above:
+        return fill + _fill_above(LOAD_AT + len(fill), above[0][1]) + TELL + HALT
     if not pages:
         return fill + TELL + HALT
     paced = (
@@ -86,6 +90,45 @@ def toucher(memory: int, pages: int, ticks: int) -> bytes:
     again = begin + paced
     clock = b"\x0f\x31\x89\xc5"  # rdtsc; mov ebp, eax
     return fill + TELL + clock + again + bytes((0xEB, -(len(again) + 2) & 0xFF))  # jmp again
+
+
+def extents(memory: int, low: int = LOW) -> Sequence[tuple[int, int]]:
+    """Where a `toucher` of so many MiB writes, and how many MiB there: what is RAM with either VMM."""
+    if memory <= low:
+        return [(FIRST, memory - FIRST)]
+    return [(FIRST, low - FIRST), (HIGH, memory - HOLE)]
+
+
+def _fill_above(here: int, mib: int) -> bytes:
+    """At ``here``, go on in long mode, by pages of 2 MiB, and write into ``mib`` from 4 GiB on."""
+    gibs = HIGH // 1024 + (mib + 1023) // 1024
+    tables = (
+        b"\xbf\x00\x00\x01\x00\x31\xc0\xb9\x00\x08\x00\x00\xf3\xab"  # two empty tables at 0x10000
+        + b"\xb8\x83\x00\x00\x00\x31\xd2\xb9"
+        + _dword(512 * gibs)  # mov eax, 0x83; xor edx, edx; mov ecx, pages of 2 MiB
+        + b"\x89\x07\x89\x57\x04\x05\x00\x00\x20\x00\x83\xd2\x00\x83\xc7\x08\xe2\xee"  # each into the directories
+        + b"\xc7\x05\x00\x00\x01\x00\x03\x10\x01\x00"  # mov dword [0x10000], 0x11003
+        + b"\xbf\x00\x10\x01\x00\xb8\x03\x20\x01\x00\xb9"
+        + _dword(gibs)  # mov edi, 0x11000; mov eax, 0x12003; mov ecx, directories
+        + b"\x89\x07\x05\x00\x10\x00\x00\x83\xc7\x08\xe2\xf4"  # each into the table of them
+    )
+    enter = (
+        b"\x0f\x20\xe0\x0c\x20\x0f\x22\xe0"  # mov eax, cr4; or al, 0x20 (PAE); mov cr4, eax
+        b"\xb8\x00\x00\x01\x00\x0f\x22\xd8"  # mov eax, 0x10000; mov cr3, eax
+        b"\xb9\x80\x00\x00\xc0\x0f\x32\x80\xcc\x01\x0f\x30"  # mov ecx, EFER; rdmsr; or ah, 1 (LME); wrmsr
+        b"\x0f\x20\xc0\x0d\x00\x00\x00\x80\x0f\x22\xc0"  # mov eax, cr0; or eax, 1 << 31 (PG); mov cr0, eax
+    )
+    gdt = bytes(8) + b"\xff\xff\x00\x00\x00\x9b\xaf\x00"  # 8: code, 64 bits
+    at_gdt = here + len(tables) + len(enter) + 7 + 7
+    jump = b"\x0f\x01\x15" + _dword(at_gdt + len(gdt))  # lgdt [pointer]
+    jump += b"\xea" + _dword(at_gdt + len(gdt) + 6) + b"\x08\x00"  # jmp 8:fill
+    pointer = (len(gdt) - 1).to_bytes(2, "little") + _dword(at_gdt)
+    fill = (
+        b"\x48\xbf\x00\x00\x00\x00\x01\x00\x00\x00\xb9"
+        + _dword(mib * 256)  # mov rdi, 4 GiB; mov ecx, pages
+        + b"\xff\x07\x48\x81\xc7\x00\x10\x00\x00\xe2\xf5"  # inc dword [rdi]; add rdi, 4096; loop to the inc
+    )
+    return tables + enter + jump + gdt + pointer + fill
 
 
 def _timed(access: bytes) -> bytes:

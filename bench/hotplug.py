@@ -36,7 +36,7 @@ GUEST_LOOP: Final = (
     " sleep 0.05; done >/dev/null 2>&1 &"
 )
 WORDS: Final = "modules=virtio_pci,virtio_net,virtio_blk"
-ROUNDS: Final = 7
+ROUNDS: Final = 3
 NAME: Final = "hotplug"
 LEFT_OUT: Final = ("hot-plug",)
 WITHOUT: Final = "without"

@@ -7,6 +7,7 @@ source to RESUME of the destination, which both stamp by this machine's clock, t
 
 from __future__ import annotations
 
+import mmap
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -82,6 +83,7 @@ def move(who: str, directory: Path, shape: Shape, ticks: int, watch: Watcher = l
         for each in (there, source):
             prepare(who, each.qmp, shape)
         there.qmp("migrate-incoming", uri=uri)
+        warm(shape.memory)
         began = time.time()
         source.qmp("migrate", uri=uri)
         samples = list(followed(source, began, watch))
@@ -110,6 +112,18 @@ def seat(who: str, flat: Flat, name: str, shape: Shape, *, incoming: bool = Fals
             yield Seat(session, process.pid)
         finally:
             session.close()
+
+
+def warm(mib: int) -> None:
+    """Touch as much memory as the destination is going to, and give it back.
+
+    This machine's own may be a hypervisor's, who has to find it when it is first used, and takes back what is free:
+    that took from 0.05 to 0.7 s for 256 MiB, and whoever came second paid nothing.
+    """
+    with mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        for at in range(0, len(memory), mmap.PAGESIZE):
+            memory[at] = 1
 
 
 def prepare(who: str, qmp: Qmp, shape: Shape) -> None:

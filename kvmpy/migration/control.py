@@ -20,7 +20,7 @@ from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.description import Findings
 from kvmpy.migration.descriptor import NOTHING, Offer, Take
-from kvmpy.migration.destination import Ingoing
+from kvmpy.migration.destination import Ingoing, get_ready
 from kvmpy.migration.handover import Source
 from kvmpy.migration.main_channel import printable
 from kvmpy.migration.parameters import CAPABILITIES, Capability, OnNoConvergence, Parameters
@@ -250,10 +250,11 @@ class Migrations:
 
     def _receive(self, incoming: Incoming) -> None:
         """Wait for the machine that is to come, and take it in; who only asks is answered."""
+        readiness = get_ready(self._machine)
         while True:
             with incoming.accept() as arrival:
                 self.progress = progress = self._new_progress(other="source")
-                ingoing = Ingoing(self._machine, self.parameters, progress)
+                ingoing = Ingoing(self._machine, readiness, self.parameters, progress)
                 try:
                     header = ingoing.admit(arrival.main)
                 except IncompatibleError:

@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from typing import NamedTuple
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
@@ -53,11 +54,29 @@ from kvmpy.migration.status import Status
 log = logging.getLogger(__name__)
 
 
-class Ingoing:
-    """One migration into ``machine``. Its thread calls `admit`, then `receive`."""
+class Readiness(NamedTuple):
+    """What a destination knows of itself before a source comes: its host's processor, and how long it takes to load."""
 
-    def __init__(self, machine: Machine, parameters: Parameters, progress: Progress) -> None:
-        self._machine, self._parameters, self.progress = machine, parameters, progress
+    cpu: CpuDescription
+    rehearsal_ns: int
+
+
+def get_ready(machine: Machine) -> Readiness:
+    """Do what takes long and needs no source: it would wait for that, and its guest's pages with it. Raises KvmpyError.
+
+    In the control thread, for a device may be added until a source comes.
+    """
+    vcpus = machine.board.vcpus
+    cpu, rehearsal_ns = machine.in_control(lambda: (describe_host(vcpus[0], len(vcpus)), rehearse(machine)))
+    describe(machine, cpu)  # has read its kernel and initrd
+    return Readiness(cpu, rehearsal_ns)
+
+
+class Ingoing:
+    """One migration into ``machine``, which got ready for it. Its thread calls `admit`, then `receive`."""
+
+    def __init__(self, machine: Machine, readiness: Readiness, parameters: Parameters, progress: Progress) -> None:
+        self._machine, self._readiness, self._parameters, self.progress = machine, readiness, parameters, progress
         self._handover: Handover[Destination] = handover.destination()
         self._cpu = CpuDescription()
         self._is_at_work = False
@@ -70,9 +89,9 @@ class Ingoing:
         header = main.receive_message(Header)
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
-            source, vcpus = parse(header.description), self._machine.board.vcpus
-            with self._telling(main), self._working():  # our kernel and initrd are read for it
-                here = describe(self._machine, describe_host(vcpus[0], len(vcpus)))
+            source = parse(header.description)
+            with self._telling(main), self._working():  # our kernel and initrd may be read for it
+                here = describe(self._machine, self._readiness.cpu)
                 findings = compare(source, here, require_primaries=header.require_primaries)
             if findings.problems:
                 raise IncompatibleError(*findings.problems)
@@ -133,12 +152,11 @@ class Ingoing:
         before = main.can_answer and main.version < Prepared.SINCE  # such a source asks its guest on ACCEPT, and goes
         with self._working():
             self._machine.handoff.adopt_cpu(self._cpu)
-            rehearsal_ns = rehearse(self._machine)
             if before:
                 preparation.begin()
                 self._await(preparation, main, header)
         token = os.urandom(16)
-        self._accept(main, token, rehearsal_ns)
+        self._accept(main, token, self._readiness.rehearsal_ns)
         if not before:
             preparation.begin()
         channels = arrival.accept_page_channels(header.channels, token)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.exits import split
-from bench.guests import ACCESSES, TELL, loop_of, stopwatch, toucher
+from bench.guests import ACCESSES, TELL, extents, loop_of, stopwatch, toucher
 from bench.vmms import Flat
 from kvmpy.config.schema import load
 from kvmpy.kvm.system import System
@@ -49,6 +49,20 @@ def test_a_guest_writes_to_its_memory_before_it_says_so(tmp_path: Path, pages: i
         assert all(view[page] for page in range(0, 2 << 20, 4096))
         view.release()
     assert TELL[-2] == flat.said()[0]
+
+
+def test_a_large_guest_writes_to_what_is_above_four_gib_too(tmp_path: Path) -> None:
+    memory, low = 3072 + 2, 18
+    flat = Flat(tmp_path, toucher(memory, 0, 10**9, low), memory=memory, serial="file")
+    flat.kvmpy()
+    with Machine(load(tmp_path / "bench.toml")) as machine:
+        machine.start()
+        while not flat.said():
+            assert machine.wait(0.01) is None
+        for base, size in extents(memory, low):
+            view = machine.board.memory.view(base << 20, size << 20)
+            assert all(view[page] for page in range(0, size << 20, 4096))
+            view.release()
 
 
 def outcome(flat: Flat) -> Outcome | None:

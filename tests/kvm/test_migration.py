@@ -15,8 +15,11 @@ import pytest
 
 from kvmpy.errors import CommandError, IncompatibleError, MigrationError
 from kvmpy.kvm.system import System
+from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration import control
 from kvmpy.migration.arrival import Incoming
+from kvmpy.migration.destination import Readiness, get_ready
 from kvmpy.migration.parameters import Compression, OnNoConvergence
 from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
 from kvmpy.migration.status import Status
@@ -291,6 +294,28 @@ def test_asking_whether_it_could_leaves_the_destination_waiting(journey: Journey
     source.migrations.migrate(there.uri)
     source.wait(Status.COMPLETED)
     there.wait_for_count()
+    journey.check()
+
+
+def test_a_destination_gets_ready_before_a_source_comes(journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready: list[Readiness] = []
+
+    def noted(machine: Machine) -> Readiness:
+        ready.append(get_ready(machine))
+        return ready[-1]
+
+    monkeypatch.setattr(control, "get_ready", noted)
+    there = journey.wait_at()
+    end = time.monotonic() + BOUND
+    while not ready:
+        assert time.monotonic() < end, "it waits for a source with that"
+        os.sched_yield()
+    source = journey.begin()
+    source.migrations.migrate(there.uri)
+    source.wait(Status.COMPLETED)
+    there.wait_for_count()
+    assert len(ready) == 1
+    journey.stops.reverse()  # the destination was made first
     journey.check()
 
 

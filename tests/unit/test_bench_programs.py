@@ -111,11 +111,11 @@ def test_what_no_phase_accounts_for_is_in_the_picture_too() -> None:
 def test_growth_is_beside_the_smallest_guest_that_stands_still() -> None:
     kept = {
         "256 MiB idle": {"kvmpy": [moved(1.0, 0.1)], "QEMU": [moved(2.0, 0.1)]},
-        "4 GiB idle": {"kvmpy": [moved(8.0, 0.1)], "QEMU": [moved(32.0, 0.4)]},
+        "8 GiB idle": {"kvmpy": [moved(8.0, 0.1)], "QEMU": [moved(32.0, 0.4)]},
     }
     rows = {row.name: (row.kvmpy, row.peer) for row in growth(kept)}
-    assert rows["migration: growth of total from 256 MiB to 4 GiB"] == (8.0, 16.0)
-    assert rows["migration: growth of blackout from 256 MiB to 4 GiB"] == (1.0, 4.0)
+    assert rows["migration: growth of total from 256 MiB to 8 GiB"] == (8.0, 16.0)
+    assert rows["migration: growth of blackout from 256 MiB to 8 GiB"] == (1.0, 4.0)
 
 
 def test_a_loop_jumps_back_to_its_access() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -9,7 +11,18 @@ import pytest
 
 from kvmpy.errors import IncompatibleError
 from kvmpy.kvm.cpu_model import CpuDescription
-from kvmpy.migration.description import Description, Findings, Host, Part, compare, parse, to_json
+from kvmpy.migration.description import (
+    PIECE,
+    PIECES,
+    Description,
+    Findings,
+    Host,
+    Part,
+    compare,
+    parse,
+    sum_of,
+    to_json,
+)
 from kvmpy.state import save
 
 NET = Part(
@@ -111,6 +124,27 @@ def test_another_kernel_is_a_warning() -> None:
     problems, warnings = found(other(boot={"kernel": "9, 2 bytes", "cmdline": "3", "initrd": "4, 5 bytes"}))
     assert problems == []
     assert [warning.partition(":")[0] for warning in warnings] == ["boot.initrd", "boot.kernel"]
+
+
+@pytest.mark.parametrize("size", [3, 4096, PIECE * PIECES // 2, PIECE * PIECES, 16 << 20])
+def test_a_sum_is_another_for_another_file(tmp_path: Path, size: int) -> None:
+    data = bytearray(random.Random(size).randbytes(size))
+    file = tmp_path / "kernel"
+    file.write_bytes(data)
+    said = [sum_of(file)]
+    length = 1 if size <= PIECE * PIECES else size // PIECES  # of large files only some is read
+    for at in (0, size // 2, size - length):
+        data[at : at + length] = bytes(byte ^ 1 for byte in data[at : at + length])
+        file.write_bytes(data)
+        said.append(sum_of(file))
+    file.write_bytes(data + b"x")
+    said.append(sum_of(file))
+    assert len(set(said)) == len(said), said
+    assert all(each.endswith(f", {size} bytes") for each in said[:-1])
+
+
+def test_a_file_that_is_not_there_has_no_sum(tmp_path: Path) -> None:
+    assert sum_of(tmp_path / "kernel") == "cannot be read"
 
 
 def test_a_description_arrives_as_it_was_sent() -> None:
