@@ -10,8 +10,9 @@ import logging
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy._native import ffi
 from kvmpy.abi import vfio as abi
@@ -31,8 +32,7 @@ COMMAND: Final = 0x04
 PASSED: Final = Command.IO | Command.MEMORY | Command.BUS_MASTER
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(msgspec.Struct, frozen=True):
     """Part of the device's descriptor, ``size`` bytes from ``offset`` on; ``areas`` may be mapped."""
 
     size: int
