@@ -80,7 +80,8 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
             _give_back_leftovers(directory)
             machine = stack.enter_context(Machine(config, named=True, incoming=args.incoming is not None))
         migrations = _migrations(machine, args)
-        stack.callback(_serve_monitor(machine, directory, migrations).close)
+        monitor = _serve_monitor(machine, directory, migrations)
+        stack.callback(monitor.close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
             log.info("the guest's serial line is %s", machine.pty)
@@ -99,6 +100,7 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
                 if migrations is not None and args.incoming not in (None, DEFER):
                     migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
+            monitor.get_ready()
             if _has_come(machine, migrations, args.incoming or ""):
                 ready()
             outcome = machine.wait()

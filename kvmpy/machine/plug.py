@@ -6,7 +6,6 @@ ports in their order, then the devices that are on no port: a machine's addresse
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import threading
@@ -374,6 +373,8 @@ class Plugger:
 
     def _chosen_mac(self, device: str) -> bytes:
         """Always the same for a device of a machine, and hardly another's."""
+        import hashlib  # with the network device: it takes longer than all of PCI
+
         return MAC_PREFIX + hashlib.sha256(f"{self._config.name}/{device}".encode()).digest()[:3]
 
     def _on_root_bus(self, function: PciFunction[Any]) -> None:
