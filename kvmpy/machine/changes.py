@@ -9,7 +9,6 @@ not queue behind a disk that hangs (docs/adr/0013).
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -17,8 +16,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 T = TypeVar("T")
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import threading
@@ -36,6 +35,7 @@ from kvmpy.kvm.tsc import load_tsc
 from kvmpy.kvm.vcpu import accept_kicks
 from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
+from kvmpy.log import Log
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.hotplug import HotPlug
     from kvmpy.machine.pairing import PairFacts
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 T = TypeVar("T")
 Listener = Callable[[str, dict[str, Any]], object]

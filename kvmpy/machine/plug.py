@@ -7,7 +7,6 @@ ports in their order, then the devices that are on no port: a machine's addresse
 from __future__ import annotations
 
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +34,7 @@ from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.rundir import RuntimeDirectory
 from kvmpy.irq import MsiSink
+from kvmpy.log import Log
 from kvmpy.machine.check import located, placed
 from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.memory import GuestMemory
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.standby import StandbyNetwork
     from kvmpy.machine.steering import Steering
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MAC_PREFIX: Final = bytes.fromhex("525400")  # locally administered; QEMU's begin so too
 

@@ -9,7 +9,6 @@ an eighth of all that is imported, and nobody but a client needs it: it comes in
 
 from __future__ import annotations
 
-import logging
 import resource
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kvmpy.errors import HostError, refusal
 from kvmpy.host.descriptors import Allowance, DescriptorSets
 from kvmpy.host.stream import Listener, SocketStream
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor.lazy import LazyMigrations
 from kvmpy.monitor.throttle import Throttle
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvmpy.migration.control import Migrations
     from kvmpy.monitor.session import Session
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A session takes a descriptor, and one more while what it was sent waits. The machine needs some, too: with sessions
 # that are this part of the limit of open files, and descriptors kept for them that are half as many, most are its own.

@@ -7,7 +7,6 @@ a move still reaches the target: that is as if it had been a moment earlier.
 
 from __future__ import annotations
 
-import logging
 import threading
 from enum import Enum
 from mmap import PAGESIZE
@@ -18,9 +17,10 @@ from kvmpy.devices.base import Closable, Shortcuts
 from kvmpy.devices.pci.config import BAR0, ROM
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 from kvmpy.trace import Tracepoint
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 trace_bar = Tracepoint("pci.bar", "function bar what address")
 trace_doorbell = Tracepoint("pci.doorbell", "function bar offset problem")

@@ -6,7 +6,6 @@ region where it allows that. A device that has left its bus reads as all ones.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -23,8 +22,9 @@ from kvmpy.devices.vfio.container import DmaSpace
 from kvmpy.devices.vfio.reset import Reset, choose
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BARS: Final = range(6)
 COMMAND: Final = 0x04
