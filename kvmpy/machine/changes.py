@@ -12,7 +12,9 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
@@ -23,7 +25,7 @@ log = Log(__name__)
 T = TypeVar("T")
 
 
-class Waiting(NamedTuple):
+class Waiting(msgspec.Struct, frozen=True):
     """Calls to be made by a thread that may wait; with ``seconds``, the change goes on without them after so many."""
 
     calls: Sequence[Callable[[], object]]

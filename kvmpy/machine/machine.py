@@ -22,7 +22,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import msgspec
 
 from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, Problems, VcpuError
@@ -68,7 +70,7 @@ MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
 """What the machine is then is its state on another host: nothing is changed here."""
 
 
-class PowerOn(NamedTuple):
+class PowerOn(msgspec.Struct, frozen=True):
     """What KVM holds of a machine that has just been made: a reset puts it back."""
 
     interrupts: InterruptsState

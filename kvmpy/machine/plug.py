@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, assert_never, cast
+
+import msgspec
 
 from kvmpy.config.schema import (
     Cache,
@@ -66,7 +68,7 @@ class Report(Protocol):
     def __call__(self, event: str, **data: Any) -> None: ...
 
 
-class Host(NamedTuple):
+class Host(msgspec.Struct, frozen=True):
     """What devices are given of the machine around them; ``network`` where a device may need it.
 
     ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as

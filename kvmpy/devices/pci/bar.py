@@ -10,7 +10,9 @@ from __future__ import annotations
 import threading
 from enum import Enum
 from mmap import PAGESIZE
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from kvmpy.bus import Bus, Target, Window
 from kvmpy.devices.base import Closable, Shortcuts
@@ -58,7 +60,7 @@ class Trapped(Protocol):
         """Store ``value`` at ``offset`` of the part."""
 
 
-class _Part(NamedTuple):
+class _Part(msgspec.Struct, frozen=True):
     offset: int
     end: int
     trapped: Trapped
