@@ -23,9 +23,9 @@ from statistics import median
 from typing import Any, Final
 
 from bench.__main__ import PROGRAMS
+from bench.installed import CHECKOUT
 from bench.ranks import compare
 from bench.results import as_json, figure
-from bench.vmms import CHECKOUT
 
 SIGNIFICANT: Final = 0.01
 """Of some forty rows, one in two or three runs says so with no reason."""

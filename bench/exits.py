@@ -109,8 +109,7 @@ def tsc_khz(directory: Path) -> int:
 def machine(directory: Path, code: bytes) -> Machine:
     """One in this process, not started."""
     flat = Flat(directory / "here", code)
-    flat.kvmpy()
-    return Machine(load(flat.directory / "bench.toml"))
+    return Machine(load(flat.config()))
 
 
 def share(directory: Path, rounds: int) -> list[Row]:

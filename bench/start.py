@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from bench import installed
 from bench.figures import Stack
 from bench.guests import POWER_OFF
 from bench.program import main
@@ -48,7 +48,6 @@ def measure(quick: bool) -> list[Row]:
         shim = built(directory)
         flat = Flat(directory, POWER_OFF)
         ways = {KVMPY: flat.kvmpy(), QEMU: flat.qemu(), MICROVM: flat.qemu(machine="microvm")}
-        imports(flat.kvmpy(), directory)  # the first writes the bytecode
         taken = alternately(
             {who: partial(phases, command, directory, shim) for who, command in ways.items()},
             5 if quick else 15,
@@ -100,7 +99,7 @@ def between(began: int, stamps: Mapping[str, int]) -> Mapping[str, float]:
 
 def imports(command: Sequence[str], directory: Path) -> str:
     """Which modules take longest to import, by themselves, of all that a machine needs."""
-    words = [sys.executable, "-X", "importtime", *command]
+    words = [str(installed.environment() / "python"), "-X", "importtime", *command]
     done = subprocess.run(words, capture_output=True, text=True, env=environment(directory), check=True)
     return slowest(done.stderr)
 

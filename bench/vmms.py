@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from bench import installed
 from tests.fakes.pvh_kernel import pvh_kernel
 
-CHECKOUT: Final = Path(__file__).parents[1]
 CONFIG: Final = """\
 name = "{name}"
 [boot]
@@ -38,10 +37,14 @@ class Flat:
 
     def kvmpy(self, *words: str, name: str = "bench") -> list[str]:
         """The command that runs it, with kvmpy."""
+        return [str(installed.environment() / "kvmpy"), "run", str(self.config(name)), *words]
+
+    def config(self, name: str = "bench") -> Path:
+        """The file that kvmpy runs."""
         config = self.directory / f"{name}.toml"
         serial = f"file:{self.directory}/{name}.serial" if self.serial == "file" else self.serial
         config.write_text(CONFIG.format(name=name, memory=self.memory, cpus=self.cpus, serial=serial))
-        return [str(Path(sys.executable).with_name("kvmpy")), "run", str(config), *words]
+        return config
 
     def qemu(self, *words: str, machine: str = "q35", name: str = "bench") -> list[str]:
         """The same with QEMU, and as little beside the guest as it can do with."""
@@ -63,9 +66,9 @@ class Flat:
 
 
 def environment(directory: Path) -> dict[str, str]:
-    """With this checkout's kvmpy, whatever else is installed, its bytecode kept, and no other machine's names."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return {**kept, "PYTHONPATH": str(CHECKOUT), "KVMPY_RUNTIME_DIR": str(directory)}
+    """With the kvmpy that was installed, its bytecode kept, and no other machine's names."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, "KVMPY_RUNTIME_DIR": str(directory)}
 
 
 def run(command: Sequence[str], directory: Path) -> None:

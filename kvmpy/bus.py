@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from kvmpy.trace import Tracepoint
 
@@ -34,8 +35,7 @@ class Target(Protocol):
         """Store ``value``, ``size`` bytes wide, at ``offset`` of the window."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
+class Window(msgspec.Struct, frozen=True):
     """[base, base+size) belongs to ``target``; accesses wider than ``widest`` bytes reach it in pieces."""
 
     base: int

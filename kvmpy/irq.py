@@ -5,7 +5,9 @@ Devices are given these; who implements them, KVM's irqchip or a test's list, is
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 
 class IrqLine(Protocol):
@@ -39,7 +41,7 @@ class Wire(IrqLine, Protocol):
         """
 
 
-class MsiMessage(NamedTuple):
+class MsiMessage(msgspec.Struct, frozen=True):
     """What the guest programmed: a 64-bit address and 32 bits of data."""
 
     address: int

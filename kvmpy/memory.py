@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from kvmpy.errors import GuestError
 from kvmpy.pagebits import WriteLog
@@ -35,8 +36,7 @@ class Backing(Protocol):
         """All of it, writable, one byte an item."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ram:
+class Ram(msgspec.Struct, frozen=True):
     """[gpa, gpa+size) of the guest is ``size`` bytes of ``backing`` from ``offset`` on."""
 
     gpa: int

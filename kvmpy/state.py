@@ -35,7 +35,7 @@ u64 = Annotated[int, "u64"]
 _U64_MAX = 2**64 - 1
 
 
-class Since(NamedTuple):
+class Since(msgspec.Struct, frozen=True):
     """The State version that brought a field."""
 
     version: int

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy.boot import dsdt
 from kvmpy.boot.fadt import facs, fadt
@@ -37,8 +38,7 @@ DSDT_REVISION: Final = 2  # from 2 on, AML's integers have 64 bits
 EXTRA_REVISION: Final = 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AcpiDescription:
+class AcpiDescription(msgspec.Struct, frozen=True, kw_only=True):
     """What the tables tell of the machine: ports, gpas and interrupts in plain numbers.
 
     ``extra_dsdt`` are AML terms for the DSDT's root; ``extra_tables`` are (signature, body behind the header), of

@@ -8,14 +8,16 @@ header sits at the same offsets in a bzImage and in the zero page. Only the fiel
 from __future__ import annotations
 
 import struct
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 from kvmpy.boot.kernel import BootInfo
 
 SIZE: Final = 4096
 
 
-class Field(NamedTuple):
+class Field(msgspec.Struct, frozen=True):
     """A little-endian number of ``format`` at ``offset``."""
 
     offset: int

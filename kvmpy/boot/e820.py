@@ -6,8 +6,9 @@ The types are those of the E820 BIOS call (ACPI 6.5, section 15); PVH's start in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import IntEnum
+
+import msgspec
 
 
 class MemoryType(IntEnum):
@@ -17,8 +18,7 @@ class MemoryType(IntEnum):
     RESERVED = 2
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
+class MapEntry(msgspec.Struct, frozen=True):
     """[gpa, gpa+size) is of one type."""
 
     gpa: int

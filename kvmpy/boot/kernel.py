@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum, auto
+
+import msgspec
 
 from kvmpy.boot.e820 import MapEntry
 
@@ -18,8 +19,7 @@ class EntryMode(Enum):
     PVH32 = auto()  # 32-bit protected mode without paging, start info in EBX: Xen's docs/misc/pvh.pandoc
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(msgspec.Struct, frozen=True):
     """``file_size`` bytes of the file from ``offset`` on go to ``gpa``; zeros follow up to ``size``."""
 
     gpa: int
@@ -28,8 +28,7 @@ class Segment:
     file_size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """A kernel image that was read and can be started; whether the guest's RAM has room is not known yet."""
 
     description: str
@@ -42,8 +41,7 @@ class Kernel:
     setup_header: bytes = b""  # a bzImage's, from SETUP_HEADER_START on
 
 
-@dataclass(frozen=True, slots=True)
-class BootInfo:
+class BootInfo(msgspec.Struct, frozen=True):
     """What every kernel is told, whatever the protocol; addresses are guest-physical."""
 
     command_line: int

@@ -8,9 +8,10 @@ their bits are those of chapter 7.5 there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Final
+
+import msgspec
 
 from kvmpy.devices.pci.config import MULTI_FUNCTION, Command, Status
 from kvmpy.devices.pci.express import SLOT_IMPLEMENTED, TYPE_SHIFT, Slot
@@ -82,8 +83,7 @@ class Space(Enum):
         return Command.IO if self is Space.IO else Command.MEMORY
 
 
-@dataclass(eq=False)
-class Function:
+class Function(msgspec.Struct, eq=False):
     """A function, and if it is a bridge what is behind it. ``turn`` is how far its pins are swizzled on the way up.
 
     ``expected`` are the BARs, with their sizes, of what is to come behind it.
@@ -122,8 +122,7 @@ class Function:
         self.config.write(self.bus, self.devfn, offset, size, value)
 
 
-@dataclass(frozen=True, slots=True)
-class Bar:
+class Bar(msgspec.Struct, frozen=True):
     """A base address register, or the ROM's; aligned to its size, which is in bytes."""
 
     function: Function

@@ -9,9 +9,10 @@ enables bus mastering of what it has a driver for; bridges forward it from the s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
+
+import msgspec
 
 from kvmpy.boot.pci_scan import Bar, Function, Reg, Space, scan, walk
 from kvmpy.devices.pci.bar import BarKind
@@ -32,8 +33,7 @@ CLOSED: Final = {Space.IO: (0xF000, 0xFFF), Space.MEM32: (0xFFF0_0000, 0xF_FFFF)
 NOTHING: Final[Mapping[int, Sequence[tuple[Space, int]]]] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class BridgeWindow:
+class BridgeWindow(msgspec.Struct, frozen=True):
     """What a bridge forwards: ``contents`` are placed relative to its base."""
 
     bridge: Function

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
+
+import msgspec
 
 from kvmpy.boot import boot_params, cmdline, cpu_tables, pvh
 from kvmpy.boot.kernel import Kernel
@@ -14,8 +15,7 @@ from kvmpy.errors import ConfigError
 PAGE: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class LowMemory:
+class LowMemory(msgspec.Struct, frozen=True):
     """Where kvmpy's own structures lie: guest-physical, in the RAM block that starts at 0, without overlaps.
 
     ``acpi`` is where the tables go, RSDP first; it is part of a reserved range.
@@ -45,8 +45,7 @@ class LowMemory:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(msgspec.Struct, frozen=True):
     """The guest's ``ram`` and what of it is ``reserved``, both (gpa, size), and kvmpy's own structures in it."""
 
     ram: tuple[tuple[int, int], ...]

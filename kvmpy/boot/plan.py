@@ -8,8 +8,9 @@ start and again at every reboot, and says what to set the boot vCPU's registers 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ParamSpec, TypeVar, assert_never
+
+import msgspec
 
 from kvmpy.boot import boot_params, cmdline, cpu_tables, pvh
 from kvmpy.boot.e820 import memory_map
@@ -24,8 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """What the boot vCPU's registers are set to; the selectors are those of `kvmpy.boot.cpu_tables`.
 
     ``info`` is the zero page (RSI) in LINUX64 mode, and the start info (EBX) in PVH32 mode, where ``page_tables`` holds
@@ -39,8 +39,7 @@ class Entry:
     page_tables: int
 
 
-@dataclass(frozen=True, slots=True)
-class BootPlan:
+class BootPlan(msgspec.Struct, frozen=True):
     """A boot that was checked: ``image`` is the kernel as it was then, ``initrd_extent`` the initrd's place."""
 
     kernel: Source

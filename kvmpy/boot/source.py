@@ -10,8 +10,9 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy.errors import ConfigError, errno_name
 
@@ -21,8 +22,7 @@ CHUNK: Final = 1 << 20  # bytes of one read into the guest's memory
 StrPath = str | os.PathLike[str]  # pathlib costs 5 ms of every start
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+class Source(msgspec.Struct, frozen=True):
     """The file at ``path``, named by ``field`` of the configuration, such as "boot.kernel"."""
 
     field: str
@@ -61,8 +61,7 @@ class Source:
         return self.error(f"{what}: {os.strerror(number)} ({errno_name(number)})")
 
 
-@dataclass(frozen=True, slots=True)
-class Reader:
+class Reader(msgspec.Struct, frozen=True):
     """An open Source of ``size`` bytes."""
 
     source: Source

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -82,9 +83,22 @@ def _sentence(e: KvmpyError | OSError) -> str:
     return f"{text}; {ADVICE[number]}" if number in ADVICE else text
 
 
+class _Help(argparse.HelpFormatter):
+    """As wide as the terminal. Argparse makes one for every option, and would import all that shutil does for that."""
+
+    def __init__(self, prog: str) -> None:
+        try:
+            columns = int(os.environ.get("COLUMNS") or os.get_terminal_size().columns)
+        except (ValueError, OSError):
+            columns = 0
+        super().__init__(prog, width=(columns if columns > 0 else 80) - 2)
+
+
 def make_parser(command: str = "") -> argparse.ArgumentParser:
     """Every command and option; of ``run`` its own only, because to make the others takes longer than to use them."""
-    parser = argparse.ArgumentParser(prog="kvmpy", description="Boot and control Linux guests on KVM.")
+    parser = argparse.ArgumentParser(
+        prog="kvmpy", description="Boot and control Linux guests on KVM.", formatter_class=_Help
+    )
     parser.add_argument("--version", action="version", version=f"kvmpy {__version__}")
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -286,7 +300,7 @@ def seconds(text: str) -> float:
 def _command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: str, text: str
 ) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=_Help)
     # Said after the command it counts too; left out there, it leaves alone what was said before it.
     parser.add_argument(
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show a traceback with an error"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import logging
 import os
 import signal
 import sys
@@ -26,6 +25,7 @@ from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
 from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.kvm.system import virtualization
+from kvmpy.log import Log, get_ready, to_stderr
 from kvmpy.machine.check import located
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
@@ -34,7 +34,7 @@ from kvmpy.monitor.server import MonitorServer
 if TYPE_CHECKING:
     from kvmpy.migration.control import Migrations
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 STDIN: Final = 0
 STDOUT: Final = 1
@@ -52,7 +52,7 @@ INIT_BEGINS, INIT_READY = 0x41, 0x42
 def run(args: argparse.Namespace) -> int:
     """Run the machine of ``args.config`` to its end; returns the exit code of its outcome."""
     started_ns = _process_start_ns() if args.timings else 0
-    logging.basicConfig(format="kvmpy: %(message)s", level=logging.INFO)
+    to_stderr()
     for glob in args.trace:
         if not trace.enable(glob, tell):
             raise ConfigError(f"--trace {glob}: matches none of {', '.join(trace.names())}")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     if args.incoming not in (None, DEFER):
         _check_uri(args.incoming)
     for warning in warnings(config):
-        log.warning("warning: %s", printable(warning))
+        _note(f"warning: {printable(warning)}")
     if not args.detach:
         return _run(args, config, started_ns, lambda: None)
     from kvmpy.cli.detach import detach
@@ -80,12 +80,13 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
             _give_back_leftovers(directory)
             machine = stack.enter_context(Machine(config, named=True, incoming=args.incoming is not None))
         migrations = _migrations(machine, args)
-        stack.callback(_serve_monitor(machine, directory, migrations).close)
+        monitor = _serve_monitor(machine, directory, migrations)
+        stack.callback(monitor.close)
         machine.console.listen(directory.file(CONSOLE_SOCKET))
         if machine.pty:
-            log.info("the guest's serial line is %s", machine.pty)
+            _note(f"the guest's serial line is {machine.pty}")
         if virtualization() is None:
-            log.warning(
+            _note(
                 "warning: neither vmx nor svm in /proc/cpuinfo: without hardware virtualization a Linux guest most "
                 "likely hangs without a word; kvmpy doctor says more"
             )
@@ -99,6 +100,8 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
                 if migrations is not None and args.incoming not in (None, DEFER):
                     migrations.incoming(args.incoming)
             signals.serve(machine, args.powerdown_limit)
+            get_ready()
+            monitor.get_ready()
             if _has_come(machine, migrations, args.incoming or ""):
                 ready()
             outcome = machine.wait()
@@ -122,6 +125,11 @@ def _has_come(machine: Machine, migrations: Migrations | None, uri: str) -> bool
         if migrations.wait(FILE_POLL).value in ("completed", "failed"):
             break
     return machine.error is None and migrations.progress.error is None
+
+
+def _note(text: str) -> None:
+    """What is said before the guest runs, which does not wait for logging to be imported."""
+    tell(f"kvmpy: {text}")
 
 
 class _Signals:
@@ -300,7 +308,7 @@ def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[obj
     if machine.config.console.serial != "stdio":
         return nullcontext()
     if not os.isatty(STDIN):
-        log.info("standard input is not a terminal: no escape key; stop the guest with: kvmpy stop %s", machine.name)
+        _note(f"standard input is not a terminal: no escape key; stop the guest with: kvmpy stop {machine.name}")
         return nullcontext()
     # Typed in the io thread, which must not wait for the machine to stop.
     machine.console.filter = EscapeFilter(
@@ -312,10 +320,9 @@ def _terminal(machine: Machine, signals: _Signals) -> AbstractContextManager[obj
         machine.console.show if os.isatty(STDOUT) else lambda text: sys.stderr.write(text.decode()),
     )
     if in_background(STDIN):
-        log.info(
-            "%s is stopped until it is brought to the foreground (fg); "
-            "to run it in the background, give its serial line another place, such as --set console.serial=pty",
-            machine.name,
+        _note(
+            f"{machine.name} is stopped until it is brought to the foreground (fg); "
+            "to run it in the background, give its serial line another place, such as --set console.serial=pty"
         )
     raw = RawTerminal(STDIN, lambda: signals.caught, machine.console.leave)
     machine.console.retake = raw.retake

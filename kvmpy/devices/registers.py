@@ -23,13 +23,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self, TypeVar, overload
 
+import msgspec
+
 from kvmpy.state import StateError
 
 Change = Callable[[int, int], object]
 BankHook = TypeVar("BankHook", bound=Callable[..., object])
 
 
-class _Watch(NamedTuple):
+class _Watch(msgspec.Struct, frozen=True):
     """Who wants to know of guest accesses to [offset, offset+size), which ends at ``end``."""
 
     offset: int

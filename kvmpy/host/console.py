@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import tty
 from collections.abc import Callable
@@ -21,8 +20,9 @@ from kvmpy.errors import HostError, refusal
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.stream import Listener, Stream
 from kvmpy.host.terminal import in_background
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A guest that hangs takes no input: what is typed meanwhile waits up to here. A pasted file should fit.
 MOST_TYPED: Final = 64 * 1024

@@ -10,8 +10,9 @@ import errno
 import mmap
 import os
 import stat
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy.abi import block as abi
 from kvmpy.errors import HostError, refusal
@@ -29,8 +30,7 @@ ADVICE: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(msgspec.Struct, frozen=True):
     """A disk in bytes. ``alignment`` is what direct I/O wants; ones where the page cache is in between."""
 
     size: int

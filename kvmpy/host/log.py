@@ -7,7 +7,6 @@ signal, or a vCPU. So what cannot be written now is dropped, and its lines are c
 from __future__ import annotations
 
 import io
-import logging
 import os
 import sys
 import threading
@@ -86,22 +85,22 @@ def lossy_stderr() -> Iterator[None]:
     ordinary, blocking = sys.stderr, os.get_blocking(STDERR)
     ordinary.flush()
     lossy = cast(TextIO, LossyText(reopen(STDERR, os.O_WRONLY)))
-    handlers = [
-        handler
-        for handler in logging.getLogger().handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is ordinary
-    ]
-    _redirect(handlers, lossy)
+    _redirect(ordinary, lossy)
     try:
         yield
     finally:
-        _redirect(handlers, ordinary)
+        _redirect(lossy, ordinary)
         lossy.close()
         # What cannot be opened afresh, such as a socket, is one with the descriptor that others have.
         os.set_blocking(STDERR, blocking)
 
 
-def _redirect(handlers: list[logging.StreamHandler[TextIO]], stream: TextIO) -> None:
-    sys.stderr = stream
-    for handler in handlers:
-        handler.setStream(stream)
+def _redirect(before: TextIO, after: TextIO) -> None:
+    sys.stderr = after
+    if "logging" not in sys.modules:  # nothing has been said yet; then it will be where sys.stderr is
+        return
+    import logging
+
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.setStream(after)

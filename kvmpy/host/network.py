@@ -12,7 +12,6 @@ lives as long as our end of its socket (`kvmpy.host.companion`), so however we e
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -27,8 +26,9 @@ from msgspec import Meta
 from kvmpy.errors import HostError, errno_name, refusal
 from kvmpy.host.companion import spawn
 from kvmpy.host.ownership import process_start
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 LONGEST_LINE: Final = 1 << 16
 # Seconds: importing takes some on an emulated host, and other helpers may be before ours.

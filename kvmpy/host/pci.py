@@ -15,7 +15,6 @@ is built, or in the thread of a device_add: never in the control thread, and in 
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,8 +31,9 @@ from kvmpy.host.pci_function import VFIO_PCI, SysfsFunction, VirtualFunction
 from kvmpy.host.pci_journal import EntryRecord, Record, VfRecord
 from kvmpy.host.pci_use import uses
 from kvmpy.host.tree import Host
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 HOST: Final = Host()
 TAKEN: Final = Obstacle("a machine of kvmpy's has it", "stop that first (kvmpy ps)", passing=True)

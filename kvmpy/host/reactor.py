@@ -8,7 +8,6 @@ logged with its traceback and the loop goes on: no guest or client input may end
 from __future__ import annotations
 
 import itertools
-import logging
 import select
 import threading
 import time
@@ -16,8 +15,9 @@ from collections.abc import Callable
 from typing import Final
 
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 READABLE: Final = select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR | select.EPOLLRDHUP
 # An error counts as writable too: the write that follows says what it is.

@@ -12,7 +12,9 @@ import fcntl
 import os
 import stat
 import struct
-from typing import Final, NamedTuple, NoReturn
+from typing import Final, NoReturn
+
+import msgspec
 
 from kvmpy.errors import HostError, refusal
 
@@ -62,7 +64,7 @@ def make(directory: str) -> bool:
     return True
 
 
-class Running(NamedTuple):
+class Running(msgspec.Struct, frozen=True):
     """A machine that runs now."""
 
     name: str

@@ -11,7 +11,6 @@ at a tap that stays and at a NIC, stands in the runtime directory's journal befo
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable, Set
 
@@ -20,8 +19,9 @@ from kvmpy.host import pci_journal
 from kvmpy.host.network import Network
 from kvmpy.host.pci_journal import EntryRecord
 from kvmpy.host.warnings import Warnings
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class StandbyPort:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import socket
@@ -15,8 +14,9 @@ from typing import Final
 
 from kvmpy.errors import refusal
 from kvmpy.host.reactor import Reactor
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 CHUNK: Final = 4096
 # Behind a reader that has stopped, output waits up to here; then the stream is full.

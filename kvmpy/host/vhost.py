@@ -6,7 +6,6 @@ any case, and from then on refuses.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from typing import Final, NamedTuple
@@ -14,8 +13,9 @@ from typing import Final, NamedTuple
 from kvmpy.abi import vhost as abi
 from kvmpy.errors import HostError, IoctlError, refusal
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 DEVICE: Final = "/dev/vhost-net"
 RINGS: Final = ("receive", "transmit")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Final
+
+from kvmpy.log import Log
 
 MOST: Final = 20
 
@@ -11,7 +12,7 @@ MOST: Final = 20
 class Warnings:
     """Of one subject, which logs them by ``log``."""
 
-    def __init__(self, log: logging.Logger) -> None:
+    def __init__(self, log: Log) -> None:
         self._log = log
         self._said: set[str] = set()
 

@@ -8,10 +8,12 @@ kernel's Documentation/virt/kvm/x86/cpuid.rst for KVM's own leaf.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Final
+
+import msgspec
 
 
-class Word(NamedTuple):
+class Word(msgspec.Struct, frozen=True):
     """A register of a leaf."""
 
     function: int
@@ -136,7 +138,7 @@ ARCH_CAPABILITIES: Final = _ARCH_CAPABILITIES.split()
 INVERTED: Final = 1 << 2 | 1 << 19  # rsba, rrsba
 
 
-class Count(NamedTuple):
+class Count(msgspec.Struct, frozen=True):
     """A number in a register: the guest must not have been told more than a host has."""
 
     function: int

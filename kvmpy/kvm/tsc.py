@@ -13,7 +13,6 @@ A host with an unstable TSC has no such constant, and KVM mends its vCPUs' value
 from __future__ import annotations
 
 import errno
-import logging
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -23,8 +22,9 @@ from kvmpy.errors import IoctlError
 from kvmpy.kvm import msrs
 from kvmpy.kvm.vcpu import Vcpu
 from kvmpy.kvm.vcpu_registers import TscState, VcpuRegisters
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MASK: Final = 2**64 - 1
 TRIES: Final = 5

@@ -7,14 +7,14 @@ and some drivers of the host want to know the VM before they open a device.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 
 from kvmpy.abi import kvm as abi
 from kvmpy.errors import IoctlError
 from kvmpy.kvm.vm import Vm
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class VfioGroups:

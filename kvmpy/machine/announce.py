@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
@@ -27,7 +29,7 @@ class Nic(Protocol):
         """Say it for the guest; False if nobody would hear it."""
 
 
-class Rounds(NamedTuple):
+class Rounds(msgspec.Struct, frozen=True):
     """``rounds`` announcements, with waits that begin at ``initial`` ms and grow by ``step`` ms, up to ``most`` ms."""
 
     initial: int

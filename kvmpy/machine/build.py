@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from kvmpy.boot import pci_setup
 from kvmpy.bus import Bus
@@ -45,8 +46,7 @@ if TYPE_CHECKING:
     from kvmpy.host.network import Network
 
 
-@dataclass(frozen=True, slots=True)
-class Board:
+class Board(msgspec.Struct, frozen=True):
     """The parts of one machine. What is plugged in can change; the properties say what it is now."""
 
     system: System

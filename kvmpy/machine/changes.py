@@ -9,21 +9,23 @@ not queue behind a disk that hangs (docs/adr/0013).
 from __future__ import annotations
 
 import contextlib
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
+
+import msgspec
 
 from kvmpy.errors import CommandError
 from kvmpy.host.reactor import Reactor
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 T = TypeVar("T")
 
 
-class Waiting(NamedTuple):
+class Waiting(msgspec.Struct, frozen=True):
     """Calls to be made by a thread that may wait; with ``seconds``, the change goes on without them after so many."""
 
     calls: Sequence[Callable[[], object]]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Final
 
-log = logging.getLogger(__name__)
+from kvmpy.log import Log
+
+log = Log(__name__)
 
 CLOSE_LIMIT: Final = 60.0  # seconds
 

@@ -10,7 +10,6 @@ power-off, panic and crash end the machine, and with it the migration.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar, cast
@@ -19,11 +18,12 @@ from kvmpy.devices.base import Device
 from kvmpy.errors import CommandError, HostError, KvmpyError
 from kvmpy.kvm.cpu_model import CpuDescription, adopt, describe_guest
 from kvmpy.kvm.vcpu_state import save
+from kvmpy.log import Log
 from kvmpy.machine.build import Board
 from kvmpy.machine.changes import Change, Steps, at_once
 from kvmpy.machine.runstate import RunState
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 T = TypeVar("T")
 

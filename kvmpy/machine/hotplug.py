@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import difflib  # noqa: F401  what a mistake in a client's table is compared by
 import gc
+import hashlib  # noqa: F401  what a network device's MAC is chosen by
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Protocol, TypeVar

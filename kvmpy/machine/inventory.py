@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from kvmpy.config.schema import Device as DeviceTable
 from kvmpy.devices.base import Device
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.steering import Steering
 
 
-@dataclass(frozen=True, slots=True)
-class Plugged:
+class Plugged(msgspec.Struct, frozen=True):
     """A device of the configuration: its table, its function, and what it has of the host.
 
     ``device`` is what is behind the function: one that is all of the device is that itself. ``mac`` is a network
@@ -33,7 +33,7 @@ class Plugged:
     table: DeviceTable
     device: Device[Any]
     function: PciFunction[Any]
-    resources: ExitStack = field(default_factory=ExitStack)
+    resources: ExitStack = msgspec.field(default_factory=ExitStack)
     mac: str = ""
     standby: str | None = None
     steering: Steering | None = None

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+
+import msgspec
 
 from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, Problems, VcpuError
@@ -36,6 +37,7 @@ from kvmpy.kvm.tsc import load_tsc
 from kvmpy.kvm.vcpu import accept_kicks
 from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import InterruptsState, load_interrupts, save_interrupts
+from kvmpy.log import Log
 from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.hotplug import HotPlug
     from kvmpy.machine.pairing import PairFacts
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 T = TypeVar("T")
 Listener = Callable[[str, dict[str, Any]], object]
@@ -68,7 +70,7 @@ MOVING: Final = (RunState.INMIGRATE, RunState.FINISH_MIGRATE)
 """What the machine is then is its state on another host: nothing is changed here."""
 
 
-class PowerOn(NamedTuple):
+class PowerOn(msgspec.Struct, frozen=True):
     """What KVM holds of a machine that has just been made: a reset puts it back."""
 
     interrupts: InterruptsState

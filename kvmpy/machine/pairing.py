@@ -7,7 +7,6 @@ are looked at when the post is served, not as they were when it was made: a rese
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import threading
 import time
@@ -19,6 +18,7 @@ from kvmpy.devices.pci.root_port import RootPort
 from kvmpy.errors import HostError
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.warnings import Warnings
+from kvmpy.log import Log
 from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.standby import Path
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvmpy.devices.virtio.net import VirtioNet
     from kvmpy.machine.steering import Steering
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 NOT_RESET: Final = "it has not come out of its reset; see the log, and plug it in anew (device_del, device_add)"
 LATE: Final = 15.0

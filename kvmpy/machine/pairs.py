@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +9,11 @@ from kvmpy.config.schema import VirtioNetPci
 from kvmpy.devices.failover import PairState
 from kvmpy.devices.pci.function import PciFunction
 from kvmpy.devices.pci.root_port import RootPort
+from kvmpy.log import Log
 from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.pairing import PairFacts, Pairing, Tells
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Pairs:

@@ -6,14 +6,14 @@ ports in their order, then the devices that are on no port: a machine's addresse
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, assert_never, cast
+
+import msgspec
 
 from kvmpy.config.schema import (
     Cache,
@@ -36,6 +36,7 @@ from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.rundir import RuntimeDirectory
 from kvmpy.irq import MsiSink
+from kvmpy.log import Log
 from kvmpy.machine.check import located, placed
 from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.memory import GuestMemory
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
     from kvmpy.machine.standby import StandbyNetwork
     from kvmpy.machine.steering import Steering
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MAC_PREFIX: Final = bytes.fromhex("525400")  # locally administered; QEMU's begin so too
 
@@ -67,7 +68,7 @@ class Report(Protocol):
     def __call__(self, event: str, **data: Any) -> None: ...
 
 
-class Host(NamedTuple):
+class Host(msgspec.Struct, frozen=True):
     """What devices are given of the machine around them; ``network`` where a device may need it.
 
     ``timer`` makes timers of the control thread, and ``now`` is the time that they keep. ``groups`` is KVM, as far as
@@ -374,6 +375,8 @@ class Plugger:
 
     def _chosen_mac(self, device: str) -> bytes:
         """Always the same for a device of a machine, and hardly another's."""
+        import hashlib  # with the network device: it takes longer than all of PCI
+
         return MAC_PREFIX + hashlib.sha256(f"{self._config.name}/{device}".encode()).digest()[:3]
 
     def _on_root_bus(self, function: PciFunction[Any]) -> None:

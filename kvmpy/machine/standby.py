@@ -7,7 +7,6 @@ program is told of each, in their order, as long as it keeps up with them.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import partial
@@ -19,9 +18,10 @@ from kvmpy.host.network import Network
 from kvmpy.host.standby_port import StandbyPort
 from kvmpy.host.tap import Tap
 from kvmpy.host.warnings import Warnings
+from kvmpy.log import Log
 from kvmpy.machine.errands import Errands
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MOST_HOOKS: Final = 16
 """Changes that wait for the program; it has seconds for each."""

@@ -10,7 +10,6 @@ address is there, or after PATIENCE.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -18,9 +17,10 @@ from typing import Final
 
 from kvmpy.errors import HostError
 from kvmpy.host.pci_function import VirtualFunction
+from kvmpy.log import Log
 from kvmpy.machine.vcpu import hold_back
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PATIENCE: Final = 5.0
 """Seconds for which a vCPU is held back at most."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +11,9 @@ from kvmpy.bus import Bus
 from kvmpy.errors import HostError
 from kvmpy.kvm.exits import Exit, Interrupted, PioRead, PioWrite
 from kvmpy.kvm.vcpu import INTERRUPTED, MMIO_READ, MMIO_WRITE, PIO_READ, PIO_WRITE, Vcpu
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A device that raises is a bug of ours that the guest may be able to drive: say it this often, then only count.
 FAULTS_LOGGED: Final = 10

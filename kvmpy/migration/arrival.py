@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final, Self
 
 from kvmpy.errors import MigrationError, StreamError
+from kvmpy.log import Log
 from kvmpy.migration import sockets, uri
 from kvmpy.migration.channel import Channel, SocketChannel
 from kvmpy.migration.command import CommandChannel
@@ -25,7 +25,7 @@ from kvmpy.migration.wire import MAIN, OURS
 if TYPE_CHECKING:
     from kvmpy.migration.tls import TlsCredentials
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 TOLD_MAX: Final = 32  # of those turned away, so many are named in the log
 

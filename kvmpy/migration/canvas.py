@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Final
+
+import msgspec
 
 from kvmpy.migration.report import Phase, markup
 
@@ -25,12 +26,11 @@ INK, PALE, GRID, DARK = "#1f2328", "#656d76", "#e3e7ec", "#d1242f"
 FONT: Final = "font-family='DejaVu Sans,Verdana,sans-serif' font-size='11'"
 
 
-@dataclass
-class Canvas:
+class Canvas(msgspec.Struct):
     """Elements, the last on top."""
 
-    parts: list[str] = field(default_factory=list)
-    under: list[str] = field(default_factory=list)  # what all others are drawn over
+    parts: list[str] = msgspec.field(default_factory=list)
+    under: list[str] = msgspec.field(default_factory=list)  # what all others are drawn over
 
     def text(
         self,
@@ -106,8 +106,7 @@ def ticks(length: float) -> list[float]:
     return [round(step * number, 9) for number in range(int(length / step) + 1)]
 
 
-@dataclass(frozen=True)
-class Label:
+class Label(msgspec.Struct, frozen=True):
     """A phase's bar and its name: inside where it fits, else beside."""
 
     begin: float

@@ -6,7 +6,6 @@ can go by the next.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from kvmpy.errors import CommandError, HostError, IncompatibleError, KvmpyError, MigrationError
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.arrival import Incoming
@@ -34,7 +34,7 @@ from kvmpy.migration.uri import parse
 if TYPE_CHECKING:
     from kvmpy.migration.tls import TlsCredentials
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
 

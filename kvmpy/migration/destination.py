@@ -6,7 +6,6 @@ that no vCPU ran here and none will, and ends too. The guest's disks are neither
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 from kvmpy.errors import IncompatibleError, KvmpyError, MigrationError, StreamError
 from kvmpy.kvm.cpu_model import CpuDescription, describe_host
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
@@ -51,7 +51,7 @@ from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
 from kvmpy.migration.status import Status
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Readiness(NamedTuple):

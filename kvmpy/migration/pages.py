@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
+
+import msgspec
 
 from kvmpy._native import ffi, lib
 from kvmpy.errors import HostError, IoctlError, MigrationCancelled
@@ -41,8 +42,7 @@ FEW: Final = 256
 """Pages that are sent sooner than threads for them can be had: such is the round for which a guest stands still."""
 
 
-@dataclass(frozen=True, slots=True)
-class RoundStats:
+class RoundStats(msgspec.Struct, frozen=True):
     """What one round moved. ``pages`` includes ``zero_pages``; ``bytes`` are those on the channels."""
 
     number: int

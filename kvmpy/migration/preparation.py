@@ -8,7 +8,6 @@ stop the guest before. What has not been done when the guest runs here is waited
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Final, Protocol, cast
 
 from kvmpy.errors import IncompatibleError, MigrationError
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.migration.aside import aside
 from kvmpy.migration.main_channel import printable
@@ -23,7 +23,7 @@ from kvmpy.migration.messages import Outcome
 from kvmpy.migration.progress import Progress
 from kvmpy.migration.stop import Deadline, Stop
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 LATE: Final = "a failover primary of the destination is not prepared"
 

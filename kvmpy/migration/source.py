@@ -7,7 +7,6 @@ destination's, until that says that it could not run it.
 
 from __future__ import annotations
 
-import logging
 import select
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Final
 
 from kvmpy import __version__
 from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration import checksum, handover
@@ -63,7 +63,7 @@ from kvmpy.migration.status import Status
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.transport import Connector
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 PAGE: Final = 4096
 TORN: Final = 5.0

@@ -2,11 +2,13 @@
 
 Each client has a session of its own, as many as there are descriptors for. A client that does not read is cut off when
 its backlog is full: it never stalls the machine.
+
+The socket is there before the guest runs, for that may fail. What sessions are made of, every command and its types, is
+an eighth of all that is imported, and nobody but a client needs it: it comes in once the guest runs (`get_ready`).
 """
 
 from __future__ import annotations
 
-import logging
 import resource
 import threading
 from typing import TYPE_CHECKING, Any, Final
@@ -14,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Final
 from kvmpy.errors import HostError, refusal
 from kvmpy.host.descriptors import Allowance, DescriptorSets
 from kvmpy.host.stream import Listener, SocketStream
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
-from kvmpy.monitor import protocol
 from kvmpy.monitor.lazy import LazyMigrations
-from kvmpy.monitor.session import Session
 from kvmpy.monitor.throttle import Throttle
 from kvmpy.monitor.worker import Workers
 
 if TYPE_CHECKING:
     from kvmpy.migration.control import Migrations
+    from kvmpy.monitor.session import Session
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 # A session takes a descriptor, and one more while what it was sent waits. The machine needs some, too: with sessions
 # that are this part of the limit of open files, and descriptors kept for them that are half as many, most are its own.
@@ -54,6 +56,14 @@ class MonitorServer:
             raise HostError(f"monitor.qmp: {path}: {refusal(e.errno, 'cannot listen there')}") from e
         machine.listeners.append(Throttle(machine.control.timer, self._on_event).take)
 
+    def get_ready(self) -> None:
+        """Import what the first client would have to wait for. By the main thread, which no guest ever waits for.
+
+        An exit meanwhile may wait for the interpreter as long as a small module takes to be read (0.2 ms); there are
+        few so early. A client that is quicker waits until this is done.
+        """
+        import kvmpy.monitor.session  # noqa: F401
+
     def close(self) -> None:
         """Hang up on everybody, and wait for what is under way."""
         control, done = self._machine.control, threading.Event()
@@ -77,6 +87,8 @@ class MonitorServer:
             done.set()
 
     def _accept(self, stream: SocketStream) -> None:
+        from kvmpy.monitor.session import Session
+
         if len(self._sessions) < self._most:
             self._sessions.append(
                 Session(
@@ -102,6 +114,8 @@ class MonitorServer:
 
     def _on_event(self, name: str, data: dict[str, Any]) -> None:
         if self._sessions:
+            from kvmpy.monitor import protocol
+
             message = protocol.event(name, data)
             for session in tuple(self._sessions):
                 session.send_event(message)

@@ -7,7 +7,6 @@ one turn's worth of them, nothing more is read: what a client sends waits in its
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -16,6 +15,7 @@ from kvmpy import trace
 from kvmpy.errors import CommandError, KvmpyError
 from kvmpy.host.descriptors import Allowance, Descriptors, DescriptorSets
 from kvmpy.host.stream import SocketStream
+from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor import protocol
 from kvmpy.monitor.commands import COMMANDS
@@ -28,7 +28,7 @@ from kvmpy.monitor.worker import Workers
 if TYPE_CHECKING:
     from kvmpy.migration.control import Migrations
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MEMBERS: Final = frozenset({"execute", "arguments", "id"})
 # Requests of one session that are answered before others have their turn: a few milliseconds.

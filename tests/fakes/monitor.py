@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from msgspec.structs import astuple
+
 from kvmpy.config.schema import Boot, Config
 from kvmpy.config.values import Backend, HostPath, Name
 from kvmpy.errors import CommandError
@@ -108,7 +110,7 @@ class FakeMachine:
             raise self.refuses
 
     def announce(self, rounds: Rounds, *, nics: Sequence[str] | None = None, id: str = "") -> None:  # noqa: A002
-        self.asked.append(f"announce {tuple(rounds)} {nics} {id}")
+        self.asked.append(f"announce {astuple(rounds)} {nics} {id}")
 
     def powerdown(self, limit: float | None = None) -> bool:
         self.asked.append(f"powerdown {limit}")

@@ -40,8 +40,7 @@ def test_a_loop_ends(tmp_path: Path, access: bytes) -> None:
 @pytest.mark.parametrize("pages", [0, 1000])
 def test_a_guest_writes_to_its_memory_before_it_says_so(tmp_path: Path, pages: int) -> None:
     flat = Flat(tmp_path, toucher(18, pages, 10**9), memory=18, serial="file")
-    flat.kvmpy()
-    with Machine(load(tmp_path / "bench.toml")) as machine:
+    with Machine(load(flat.config())) as machine:
         machine.start()
         while not flat.said():
             assert machine.wait(0.01) is None
@@ -66,7 +65,6 @@ def test_a_large_guest_writes_to_what_is_above_four_gib_too(tmp_path: Path) -> N
 
 
 def outcome(flat: Flat) -> Outcome | None:
-    flat.kvmpy()
-    with Machine(load(flat.directory / "bench.toml")) as machine:
+    with Machine(load(flat.config())) as machine:
         machine.start()
         return machine.wait(BOUND)

@@ -920,12 +920,13 @@ def stop(process: Process) -> None:
 
 
 @pytest.fixture
-def hanging(running: Process, monkeypatch: pytest.MonkeyPatch) -> Iterator[Process]:
+def hanging(running: Process) -> Iterator[Process]:
     """A machine whose process is stopped: it accepts, and does not answer."""
     stop(running)
-    monkeypatch.setattr(control, "PS_PATIENCE", 0.2)
-    monkeypatch.setattr(client.Client.__init__, "__defaults__", (0.2,))
-    yield running
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(control, "PS_PATIENCE", 0.2)
+        impatient.setattr(client.Client.__init__, "__defaults__", (0.2,))
+        yield running
     running.send_signal(signal.SIGCONT)
     assert main(["stop", "m"]) == 0
     running.wait(PATIENCE)
@@ -946,12 +947,11 @@ def test_a_command_says_which_process_hangs(kvmpy: Kvmpy, hanging: Process) -> N
     )
 
 
-def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(
-    kvmpy: Kvmpy, running: Process, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(client, "GREETING_PATIENCE", 0.2)
+def test_a_command_does_not_wait_long_for_the_greeting_of_a_machine_that_hangs(kvmpy: Kvmpy, running: Process) -> None:
     stop(running)
-    code, _, err = kvmpy("status", "m")
+    with pytest.MonkeyPatch.context() as impatient:
+        impatient.setattr(client, "GREETING_PATIENCE", 0.2)
+        code, _, err = kvmpy("status", "m")
     running.send_signal(signal.SIGCONT)
     assert (code, err.partition(";")[0]) == (1, "kvmpy: m: greeting: no answer in 0.2 s")
     assert main(["stop", "m"]) == 0

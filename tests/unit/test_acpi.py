@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from kvmpy.boot import aml
 from kvmpy.boot.acpi import AcpiDescription, build

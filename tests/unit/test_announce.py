@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
+import msgspec
 import pytest
 
 from kvmpy.errors import CommandError
@@ -110,7 +111,7 @@ def test_the_same_id_replaces_what_goes_on_and_no_rounds_end_it(rig: Rig) -> Non
     rig.start(LATER, ["net2"], "a")
     assert rig.asked.wait(4) == ["net1 rarp", "net1 guest", "net2 rarp", "net2 guest"]
     assert len(rig.announcer._running) == 1
-    rig.start(LATER._replace(rounds=0), None, "a")
+    rig.start(msgspec.structs.replace(LATER, rounds=0), None, "a")
     assert rig.announcer._running == {}
     assert rig.control._armed == {}
 

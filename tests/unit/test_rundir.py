@@ -14,7 +14,7 @@ import pytest
 
 from kvmpy.errors import HostError
 from kvmpy.host import rundir
-from kvmpy.host.rundir import LONGEST_SOCKET_PATH, RuntimeDirectory, find, running
+from kvmpy.host.rundir import LONGEST_SOCKET_PATH, Running, RuntimeDirectory, find, running
 from tests.fakes.loop import BOUND, open_descriptors
 
 HOLD = "import sys; from kvmpy.host.rundir import *; d = RuntimeDirectory('web'); print(flush=True); sys.stdin.read()"
@@ -75,7 +75,7 @@ def test_name_of_another_process_is_refused_until_that_is_killed(
     (base / "web" / "qmp.sock").touch()
     directory = RuntimeDirectory("web")
     assert os.listdir(directory.path) == ["pid"]
-    assert find("web") == ("web", os.getpid(), str(base / "web"))
+    assert find("web") == Running("web", os.getpid(), str(base / "web"))
     directory.close()
 
 
@@ -107,7 +107,7 @@ def test_asking_for_a_dead_machine_takes_no_lock(base: Path) -> None:
 def test_pid_file_with_nothing_in_it_yet_is_of_an_unknown_process(base: Path) -> None:
     directory = RuntimeDirectory("web")
     os.truncate(directory.file("pid"), 0)
-    assert find("web") == ("web", 0, str(base / "web"))
+    assert find("web") == Running("web", 0, str(base / "web"))
     directory.close()
 
 

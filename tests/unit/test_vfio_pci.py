@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -272,7 +273,7 @@ def test_the_device_decodes_before_it_is_mapped_and_until_it_is_not(
 def test_a_device_that_is_gone_reads_as_all_ones(rig: NicRig) -> None:
     rig.enable()
     region = rig.function.device.bars[0]
-    object.__setattr__(region, "offset", 1 << 40)
+    msgspec.structs.force_setattr(region, "offset", 1 << 40)
     assert rig.board.mmio.read(BAR0 + 0x40, 4) == 0xFFFF_FFFF
     rig.board.mmio.write(BAR0 + 0x40, 4, 1)
 

@@ -7,20 +7,22 @@ a move still reaches the target: that is as if it had been a moment earlier.
 
 from __future__ import annotations
 
-import logging
 import threading
 from enum import Enum
 from mmap import PAGESIZE
-from typing import Final, NamedTuple, Protocol
+from typing import Final, Protocol
+
+import msgspec
 
 from kvmpy.bus import Bus, Target, Window
 from kvmpy.devices.base import Closable, Shortcuts
 from kvmpy.devices.pci.config import BAR0, ROM
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 from kvmpy.trace import Tracepoint
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 trace_bar = Tracepoint("pci.bar", "function bar what address")
 trace_doorbell = Tracepoint("pci.doorbell", "function bar offset problem")
@@ -58,7 +60,7 @@ class Trapped(Protocol):
         """Store ``value`` at ``offset`` of the part."""
 
 
-class _Part(NamedTuple):
+class _Part(msgspec.Struct, frozen=True):
     offset: int
     end: int
     trapped: Trapped

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
-from typing import ClassVar, Final, NamedTuple, TypeVar
+from typing import ClassVar, Final, TypeVar
+
+import msgspec
 
 from kvmpy.devices.registers import Field, RegisterBank, RegisterSpace
 
@@ -19,7 +21,7 @@ BAR0: Final = 0x10
 ROM: Final = 0x30  # of an endpoint
 
 
-class PciIds(NamedTuple):
+class PciIds(msgspec.Struct, frozen=True):
     """Who made it and what it is; ``class_code`` is base class, subclass and interface in 24 bits."""
 
     vendor: int

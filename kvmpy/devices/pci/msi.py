@@ -5,7 +5,6 @@ A message is a write to memory, so a function that is no bus master sends none: 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final
@@ -14,8 +13,9 @@ from kvmpy.devices.pci.config import Capability
 from kvmpy.devices.registers import Field, RegisterSpace
 from kvmpy.errors import HostError
 from kvmpy.irq import MsiMessage, MsiVector
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class RoutedVector:

@@ -11,7 +11,9 @@ takes no interrupt for presence where there is a button, but it does for the lin
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
+
+import msgspec
 
 from kvmpy.devices.pci.bridge import NOWHERE, BridgeControl, BridgeHeader
 from kvmpy.devices.pci.config import Command, PciIds
@@ -31,7 +33,7 @@ from kvmpy.irq import MsiSink
 IDS: Final = PciIds(vendor=0x1B36, device=0x000C, class_code=0x06_0400)  # as QEMU's pcie-root-port: drivers know it
 
 
-class Forwards(NamedTuple):
+class Forwards(msgspec.Struct, frozen=True):
     """What a port passes on to the other side now."""
 
     io: range = NOWHERE

@@ -13,8 +13,9 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Final, Protocol
+
+import msgspec
 
 from kvmpy.abi import vfio as abi
 from kvmpy.devices.vfio.type1 import Type1, check_locked_memory
@@ -60,8 +61,7 @@ class DmaSpace(Protocol):
         """The group's own descriptor, which proves that its devices are ours."""
 
 
-@dataclass
-class Group:
+class Group(msgspec.Struct):
     """An open group, and how many of its devices are open."""
 
     fd: int

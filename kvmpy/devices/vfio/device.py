@@ -6,12 +6,12 @@ region where it allows that. A device that has left its bus reads as all ones.
 
 from __future__ import annotations
 
-import logging
 import mmap
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy._native import ffi
 from kvmpy.abi import vfio as abi
@@ -22,8 +22,9 @@ from kvmpy.devices.vfio.container import DmaSpace
 from kvmpy.devices.vfio.reset import Reset, choose
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 BARS: Final = range(6)
 COMMAND: Final = 0x04
@@ -31,8 +32,7 @@ COMMAND: Final = 0x04
 PASSED: Final = Command.IO | Command.MEMORY | Command.BUS_MASTER
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(msgspec.Struct, frozen=True):
     """Part of the device's descriptor, ``size`` bytes from ``offset`` on; ``areas`` may be mapped."""
 
     size: int

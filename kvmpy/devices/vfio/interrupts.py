@@ -8,7 +8,6 @@ it comes, and unmasks it when KVM says that the guest has ended its handler.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from enum import IntEnum
@@ -18,8 +17,9 @@ from kvmpy.devices.pci.function import IntxPin
 from kvmpy.devices.vfio.device import VfioDevice
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 
 class Kind(IntEnum):

@@ -19,7 +19,6 @@ is not reset, for the kernel refuses to (`kvmpy.devices.vfio.reset`), and is not
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum
@@ -42,8 +41,9 @@ from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
+from kvmpy.log import Log
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 RESET_SECONDS: Final = 10.0  # the longest that a system reset waits for them all; PCI Express allows a device one
 STATUS: Final = 0x06

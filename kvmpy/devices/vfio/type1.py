@@ -8,7 +8,6 @@ MADV_DONTNEED, no balloon): the device would go on with pages that the guest has
 from __future__ import annotations
 
 import errno
-import logging
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +15,10 @@ from typing import Final
 
 from kvmpy.abi import vfio as abi
 from kvmpy.errors import HostError, IoctlError
+from kvmpy.log import Log
 from kvmpy.memory import Ram
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 MIB: Final = 1 << 20
 CHUNK: Final = 256 * MIB

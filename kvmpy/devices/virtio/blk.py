@@ -15,7 +15,6 @@ and while the cache is "writethrough", each write is followed by one before the 
 
 from __future__ import annotations
 
-import logging
 import struct
 import threading
 from collections import Counter
@@ -39,10 +38,11 @@ from kvmpy.devices.virtio.device import Loop, QueueSpec, VirtioDevice, VirtioDev
 from kvmpy.devices.virtio.queue import Chain
 from kvmpy.errors import GuestError, HostError, errno_name, refusal
 from kvmpy.host.image import SECTOR
+from kvmpy.log import Log
 from kvmpy.memory import GuestMemory
 from kvmpy.trace import Tracepoint
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 trace_request = Tracepoint("virtio.blk", "device kind sector size answer")
 

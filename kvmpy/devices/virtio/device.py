@@ -27,7 +27,6 @@ an exception that nobody foresaw: that is a bug of ours, and a device that went 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
@@ -41,11 +40,12 @@ from kvmpy.devices.base import Closable, Device
 from kvmpy.devices.virtio.queue import QueueState, Virtqueue
 from kvmpy.devices.virtio.transport import Transport, Unplugged
 from kvmpy.errors import GuestError, HostError, errno_name
+from kvmpy.log import Log
 from kvmpy.memory import GuestMemory
 from kvmpy.state import State, part, u8, u64
 from kvmpy.trace import Tracepoint
 
-log = logging.getLogger(__name__)
+log = Log(__name__)
 
 trace_status = Tracepoint("virtio.status", "device written status")
 trace_notify = Tracepoint("virtio.notify", "device queue")

@@ -21,8 +21,9 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final
+
+import msgspec
 
 from kvmpy.devices.virtio.device import Loop
 from kvmpy.devices.virtio.queue import Chain, Virtqueue
@@ -41,8 +42,7 @@ SLICE: Final = 0.0002  # seconds of work before the other callbacks of the io th
 MOST_BUFFERS: Final = 512  # collected; with one more chain, of a queue's length, still less than readv's limit of 1024
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct):
     """Frames that went this way, and those that did not."""
 
     rx_frames: int = 0

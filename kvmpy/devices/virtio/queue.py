@@ -20,8 +20,9 @@ A queue is used by one thread at a time: whoever holds its device's lock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from kvmpy._native import ffi, lib
 from kvmpy.abi.virtio import (
@@ -75,8 +76,7 @@ class QueueState(State):
     next_used: u16 = 0  # index that the next used entry gets
 
 
-@dataclass(slots=True)
-class Chain:
+class Chain(msgspec.Struct):
     """One request of the driver: views of guest memory, to be read and to be written. Sizes in bytes.
 
     What ``readable`` shows may change while it is looked at: copy what is checked before it is used. ``spans`` is where

@@ -1,0 +1,36 @@
+"""kvmpy as an operator has it: a wheel of this checkout, in an environment with what it needs to run and nothing else.
+
+What lies in an environment is paid for at every start, wanted or not. Where there is typing_extensions, which type
+checkers bring, msgspec imports it, and with it inspect, ast and dis; setuptools has a .pth file that imports more. So
+what is measured is not what `make setup` has made for the tests, but made as pipx would: without pip, without tools.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+CHECKOUT: Final = Path(__file__).parents[1]
+DIRECTORY: Final = CHECKOUT / ".lab" / "installed"
+
+
+@cache
+def environment() -> Path:
+    """The directory of its programs, made anew by each process that measures: it takes some 5 s."""
+    install(CHECKOUT, DIRECTORY)
+    return DIRECTORY / "bin"
+
+
+def install(checkout: Path, directory: Path) -> None:
+    """Raises CalledProcessError; pip has said why."""
+    pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
+    with tempfile.TemporaryDirectory() as wheels:
+        build = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, str(checkout))
+        subprocess.run([*pip, *build], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
+        (wheel,) = Path(wheels).glob("*.whl")
+        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", str(wheel)], check=True)
