@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -58,6 +59,17 @@ def running(name: str = "test") -> Iterator[Reactor]:
         yield reactor
     finally:
         reactor.close()
+
+
+@contextmanager
+def switching_often(seconds: float = 0.0002) -> Iterator[None]:
+    """Python goes from thread to thread ever so soon: races in a second rather than in a day."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def poll(condition: Callable[[], object]) -> None:

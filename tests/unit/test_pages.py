@@ -30,7 +30,7 @@ from tests.counts import count
 from tests.fakes.page_channel import FakeChannel, channel_pairs
 from tests.fakes.virtio_driver import Bytes
 
-EXAMPLES = count(40, 2000)
+EXAMPLES = count(15, 2000)
 LOW, HIGH = 5 << 20, 3 << 20  # odd numbers of 2 MiB blocks
 HIGH_GPA = 1 << 32
 BOUND = 30.0
