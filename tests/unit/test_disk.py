@@ -350,7 +350,7 @@ def test_part_of_a_block_waits_for_the_part_beside_it(
         done = aligned_read(fd, buffers, offset)
         if other.ident is None:
             other.start()
-            other.join(0.2)  # it must not get on: nothing can be waited for but time
+            other.join(0.1)  # it must not get on: nothing can be waited for but time
         return done
 
     monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
@@ -376,7 +376,7 @@ def test_part_of_a_block_waits_for_the_whole(
     def read_then_let_the_other_try(fd: int, buffers: list[memoryview], offset: int) -> int:
         done = aligned_read(fd, buffers, offset)
         other.start()
-        other.join(0.2)
+        other.join(0.1)
         return done
 
     monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
