@@ -41,7 +41,7 @@ test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their
 	$(PYTEST) tests/host
 
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
-	$(PYTEST) tests/kvm
+	$(PARALLEL) tests/kvm
 
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
 	$(PYTEST) tests/lab

@@ -20,6 +20,11 @@ settings.register_profile(
 settings.load_profile("kvmpy")
 
 TIERS = ("host", "kvm", "lab")
+# These modules last longest, and go first: the workers of `pytest -n` come to their ends together.
+LONGEST = (
+    *("test_cli", "test_failover_departure", "test_migration", "test_failover_migration", "test_migration_faults"),
+    *("test_migration_transport", "test_migration_channel", "test_pages", "test_cli_bad_input", "test_devices_fuzz"),
+)
 ID_LENGTH = 100
 
 
@@ -49,6 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(tier)
         # For `pytest -n`: a module's tests stay together, and those of emulated hosts, which fill a machine alone.
         item.add_marker(pytest.mark.xdist_group("lab" if tier == "lab" else item.path.stem))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 def pytest_collection_finish() -> None:

@@ -138,7 +138,7 @@ class Place:
 
     def stays(self, status: str) -> None:
         """That is what query-migrate says, however often it is asked."""
-        for _ in range(count(100, 5000)):
+        for _ in range(count(30, 5000)):
             assert self.status == status
 
     def pair(self, n: int = 0) -> dict[str, Any]:

@@ -72,11 +72,11 @@ def switching_often(seconds: float = 0.0002) -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def poll(condition: Callable[[], object]) -> None:
+def poll(condition: Callable[[], object], else_say: Callable[[], str] = lambda: "it never came") -> None:
     """Wait until ``condition`` holds, for what nobody tells of."""
     deadline = time.monotonic() + BOUND
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, else_say()
         time.sleep(0.001)
 
 
