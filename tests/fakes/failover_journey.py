@@ -139,7 +139,7 @@ class Place:
     def stays(self, status: str) -> None:
         """That is what query-migrate says, however often it is asked."""
         for _ in range(count(30, 5000)):
-            assert self.status == status
+            assert (now := self.status) == status, f"{now}: {self.stop.error}"
 
     def pair(self, n: int = 0) -> dict[str, Any]:
         """query-failover's answer for it."""
