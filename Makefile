@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := kvmpy/_native.abi3.so
+# Else each process of a test compiles what it imports, and each worker all tests, anew: 20 s of a run.
+unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 # Several at once, each module's tests one after another (tests/conftest.py).
 WORKERS ?= 2
@@ -39,7 +41,7 @@ test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their
 	$(PYTEST) tests/host
 
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
-	$(PYTEST) tests/kvm
+	$(PARALLEL) tests/kvm
 
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
 	$(PYTEST) tests/lab

@@ -3,6 +3,7 @@ names the tier, fails."""
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +15,17 @@ from tests.counts import count
 
 # No time limit is a test of speed here, and a busy machine is no failure.
 settings.register_profile(
-    "kvmpy", max_examples=count(25, 500), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "kvmpy", max_examples=count(15, 500), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("kvmpy")
 
 TIERS = ("host", "kvm", "lab")
+# These modules last longest, and go first: the workers of `pytest -n` come to their ends together.
+LONGEST = (
+    *("test_cli", "test_failover_departure", "test_migration", "test_failover_migration", "test_migration_faults"),
+    *("test_migration_transport", "test_migration_channel", "test_pages", "test_cli_bad_input", "test_devices_fuzz"),
+)
+ID_LENGTH = 100
 
 
 def required(resource: str) -> bool:
@@ -33,6 +40,11 @@ def skip_or_fail(resource: str, reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """What is long is named by how it begins: a name goes with every report, and is in the environment of a test."""
+    return f"{val[:ID_LENGTH]!r}..." if isinstance(val, str | bytes) and len(val) > ID_LENGTH else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
@@ -42,3 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(tier)
         # For `pytest -n`: a module's tests stay together, and those of emulated hosts, which fill a machine alone.
         item.add_marker(pytest.mark.xdist_group("lab" if tier == "lab" else item.path.stem))
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: tests that have Python look for circles need not have it look there, too."""
+    gc.collect()
+    gc.freeze()

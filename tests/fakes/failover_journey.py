@@ -138,8 +138,8 @@ class Place:
 
     def stays(self, status: str) -> None:
         """That is what query-migrate says, however often it is asked."""
-        for _ in range(count(100, 5000)):
-            assert self.status == status
+        for _ in range(count(30, 5000)):
+            assert (now := self.status) == status, f"{now}: {self.stop.error}"
 
     def pair(self, n: int = 0) -> dict[str, Any]:
         """query-failover's answer for it."""

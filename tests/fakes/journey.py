@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +13,7 @@ from kvmpy.machine.runstate import RunState
 from kvmpy.migration.control import Migrations
 from kvmpy.migration.status import Status
 from tests.fakes.counting_guest import COUNTS, NEEDS, gap
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, poll
 from tests.fakes.pvh_kernel import pvh_kernel
 
 PATIENCE = 3.0
@@ -53,17 +51,12 @@ class Stop:
         assert self.migrations.wait(BOUND) is status, (self.migrations.progress.status, self.error)
 
     def wait_for(self, state: RunState) -> None:
-        end = time.monotonic() + BOUND
-        while self.machine.state is not state:
-            assert time.monotonic() < end, f"{self.machine.state}, not {state}: {self.error}"
-            os.sched_yield()
+        poll(lambda: self.machine.state is state, lambda: f"{self.machine.state}, not {state}: {self.error}")
 
     def wait_for_count(self, more: int = 64) -> None:
         """The guest runs here: it gets on."""
-        before, end = len(self.said), time.monotonic() + BOUND
-        while len(self.said) < before + more:
-            assert time.monotonic() < end, f"the guest does not count: {self.machine.state}"
-            os.sched_yield()
+        enough = self._console.stat().st_size + more
+        poll(lambda: self._console.stat().st_size >= enough, lambda: f"the guest does not count: {self.machine.state}")
 
     @property
     def error(self) -> str | None:

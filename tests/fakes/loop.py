@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -60,11 +61,22 @@ def running(name: str = "test") -> Iterator[Reactor]:
         reactor.close()
 
 
-def poll(condition: Callable[[], object]) -> None:
+@contextmanager
+def switching_often(seconds: float = 0.0002) -> Iterator[None]:
+    """Python goes from thread to thread ever so soon: races in a second rather than in a day."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+def poll(condition: Callable[[], object], else_say: Callable[[], str] = lambda: "it never came") -> None:
     """Wait until ``condition`` holds, for what nobody tells of."""
     deadline = time.monotonic() + BOUND
     while not condition():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, else_say()
         time.sleep(0.001)
 
 

@@ -12,7 +12,6 @@ import faulthandler
 import logging
 import os
 import random
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ import pytest
 
 from kvmpy.state import load, save
 from tests.counts import count
-from tests.fakes.loop import open_descriptors
+from tests.fakes.loop import open_descriptors, switching_often
 from tests.fuzz.machine import WORKERS, FuzzMachine
 from tests.fuzz.operations import Map, Vcpu
 from tests.fuzz.works import everything_works
@@ -52,10 +51,8 @@ class Errors(logging.Handler):
 def errors() -> Iterator[Errors]:
     handler = Errors()
     logging.getLogger("kvmpy").addHandler(handler)
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(0.0002)  # races in a second rather than in a day
-    yield handler
-    sys.setswitchinterval(interval)
+    with switching_often():
+        yield handler
     logging.getLogger("kvmpy").removeHandler(handler)
 
 

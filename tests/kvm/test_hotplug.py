@@ -174,7 +174,7 @@ def test_adding_and_removing_leaves_nothing_behind(rig: Rig, hurried: None) -> N
         rig.add(table)
         rig.remove(str(table["id"]), str(table["bus"]))
     before, inside = footprint(), rig.windows()
-    for turn in range(count(20, soak=600)):
+    for turn in range(count(8, soak=600)):
         rig.add(BLK)
         rig.add(RNG if turn % 2 else serial)
         rig.remove("vd1", "root2")
@@ -497,7 +497,7 @@ def test_a_machine_that_has_not_begun_or_has_ended_takes_nothing(config: Path) -
 def test_a_machine_is_closed_while_devices_come_and_go(config: Path) -> None:
     Machine(load(config)).close()
     before = footprint()
-    for turn in range(count(10, soak=200)):
+    for turn in range(count(5, soak=200)):
         with started(config) as rig:
             stop = threading.Event()
 

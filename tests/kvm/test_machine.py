@@ -269,7 +269,7 @@ def test_machines_come_and_go_and_leave_nothing(make_config: MakeConfig) -> None
     for _ in range(16):  # until caches and arenas have their size
         run_to_end(config)
     before = footprint()
-    for _ in range(count(128, 1024)):
+    for _ in range(count(64, 1024)):
         run_to_end(config)
     after = footprint()
     assert after[:2] == before[:2]

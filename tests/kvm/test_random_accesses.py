@@ -44,7 +44,7 @@ def test_a_machine_survives_arbitrary_accesses(system: System, tmp_path: Path) -
         console = Console(io)
         resources.callback(console.close)
         board = build(load(tmp_path / "m.toml"), power, console, io, io, lambda event, **data: None, resources)
-        for turn in range(count(100_000, 1_000_000)):
+        for turn in range(count(40_000, 1_000_000)):
             bus, limit = (board.pio, 1 << 16) if dice.random() < 0.8 else (board.mmio, 1 << 48)
             addr, size = pick_address(dice, bus, limit), dice.choice(SIZES)
             if dice.random() < 0.5:

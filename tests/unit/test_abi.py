@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,23 +62,24 @@ def compiler_says(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return {text: int(value) for text, _, value in (line.rpartition("=") for line in lines)}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_layouts_annotations_are_the_structs_fields(layout: type[Layout]) -> None:
-    annotated = [name for name in layout.__annotations__ if name != "C"]
-    assert set(annotated) <= set(fields_of(layout.C))
-    assert annotated == [name for name in fields_of(layout.C) if name in annotated]
+def test_layouts_annotations_are_the_structs_fields() -> None:
+    assert len(LAYOUTS) > 40
+    for layout in LAYOUTS:
+        annotated = [name for name in layout.__annotations__ if name != "C"]
+        assert set(annotated) <= set(fields_of(layout.C)), layout.__name__
+        assert annotated == [name for name in fields_of(layout.C) if name in annotated], layout.__name__
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_layouts_annotations_claim_the_kind_of_field_that_it_is(layout: type[Layout]) -> None:
-    claimed = {name: kind.partition("[")[0] for name, kind in layout.__annotations__.items() if name != "C"}
+def test_layouts_annotations_claim_the_kind_of_field_that_it_is() -> None:
     kinds = {"primitive": "int", "array": "MutableSequence", "union": "object"}
-    structs = {other.C: other.__name__ for other in LAYOUTS}
-    found = {
-        name: kinds.get(field.type.kind) or structs.get(field.type.cname, "object")
-        for name, field in fields_of(layout.C).items()
-    }
-    assert claimed.items() <= found.items()
+    structs = {layout.C: layout.__name__ for layout in LAYOUTS}
+    for layout in LAYOUTS:
+        claimed = {name: kind.partition("[")[0] for name, kind in layout.__annotations__.items() if name != "C"}
+        found = {
+            name: kinds.get(field.type.kind) or structs.get(field.type.cname, "object")
+            for name, field in fields_of(layout.C).items()
+        }
+        assert claimed.items() <= found.items(), layout.__name__
 
 
 def test_every_struct_of_the_cdef_is_as_the_compiler_lays_it_out(compiler_says: dict[str, int]) -> None:
@@ -94,43 +96,51 @@ def test_every_constant_is_the_compilers(compiler_says: dict[str, int]) -> None:
     assert {name: getattr(lib, name) for name in CONSTANTS} == {name: compiler_says[name] for name in CONSTANTS}
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_request_is_named_as_it_is_called_and_has_the_kernels_number(name: str, compiler_says: dict[str, int]) -> None:
-    request = REQUESTS[name]
-    assert request.name == name
-    assert request.number == compiler_says[name]
+def test_requests_are_named_as_they_are_called_and_have_the_kernels_numbers(compiler_says: dict[str, int]) -> None:
+    assert len(REQUESTS) > 100
+    assert {name: (request.name, request.number) for name, request in REQUESTS.items()} == {
+        name: (name, compiler_says[name]) for name in REQUESTS
+    }
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, request in HONEST.items() if not isinstance(request, Call | Number | Unsized)]
-)
-def test_size_in_the_requests_number_is_that_of_its_layout(name: str) -> None:
-    request = REQUESTS[name]
-    assert isinstance(request, Get | Put)
-    assert request.number >> 16 & 0x3FFF == ffi.sizeof(request.layout.C)
+def sizes(requests: Mapping[str, Request]) -> dict[str, int]:
+    """What their numbers say of what is passed."""
+    return {name: request.number >> 16 & 0x3FFF for name, request in requests.items()}
 
 
-@pytest.mark.parametrize("name", [name for name, request in HONEST.items() if isinstance(request, Number)])
-def test_size_in_the_requests_number_is_that_of_its_bare_number(name: str) -> None:
-    request = REQUESTS[name]
-    assert isinstance(request, GetNumber | PutNumber)
-    assert request.number >> 16 & 0x3FFF == ffi.sizeof(request.c)
+def test_size_in_a_requests_number_is_that_of_its_layout() -> None:
+    typed = {name: request for name, request in HONEST.items() if not isinstance(request, Call | Number | Unsized)}
+    assert len(typed) > 40
+    assert sizes(typed) == {
+        name: ffi.sizeof(request.layout.C) for name, request in typed.items() if isinstance(request, Get | Put)
+    }
 
 
-# The header says "in" of some requests whose answer comes back in the same struct, and "out" of none.
-@pytest.mark.parametrize("name", [name for name, request in HONEST.items() if isinstance(request, Get | GetNumber)])
-def test_request_that_only_gets_is_one_that_the_kernel_writes(name: str) -> None:
-    assert REQUESTS[name].number >> 30 == 2
+def test_size_in_a_requests_number_is_that_of_its_bare_number() -> None:
+    bare = {name: request for name, request in HONEST.items() if isinstance(request, Number)}
+    assert bare
+    assert sizes(bare) == {
+        name: ffi.sizeof(request.c) for name, request in bare.items() if isinstance(request, GetNumber | PutNumber)
+    }
 
 
-@pytest.mark.parametrize("name", [name for name, request in HONEST.items() if isinstance(request, Call | Unsized)])
-def test_request_that_takes_a_number_has_no_struct(name: str) -> None:
-    assert REQUESTS[name].number >> 16 == 0
+def test_request_that_only_gets_is_one_that_the_kernel_writes() -> None:
+    """The header says "in" of some requests whose answer comes back in the same struct, and "out" of none."""
+    getting = {name: request for name, request in HONEST.items() if isinstance(request, Get | GetNumber)}
+    assert len(getting) > 10
+    assert {name: request.number >> 30 for name, request in getting.items()} == dict.fromkeys(getting, 2)
 
 
-@pytest.mark.parametrize("capability", [*REQUIRED, *WELCOME], ids=lambda capability: capability.name)
-def test_every_capability_that_is_asked_for_is_known(capability: Any, compiler_says: dict[str, int]) -> None:
-    assert abi.capability(capability.name) == compiler_says[capability.name]
+def test_request_that_takes_a_number_has_no_struct() -> None:
+    plain = {name: request for name, request in HONEST.items() if isinstance(request, Call | Unsized)}
+    assert len(plain) > 20
+    assert {name: request.number >> 16 for name, request in plain.items()} == dict.fromkeys(plain, 0)
+
+
+def test_every_capability_that_is_asked_for_is_known(compiler_says: dict[str, int]) -> None:
+    names = [capability.name for capability in (*REQUIRED, *WELCOME)]
+    assert len(names) > 20
+    assert {name: abi.capability(name) for name in names} == {name: compiler_says[name] for name in names}
 
 
 def test_failure_names_the_request_and_the_errno() -> None:

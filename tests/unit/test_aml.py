@@ -38,7 +38,9 @@ class Acpica:
         """What acpiexec prints for each "PATH ARGUMENTS"."""
         path = self.directory / "table.aml"
         path.write_bytes(table)
-        output = self._run("acpiexec", "-b", "; ".join(f"evaluate {command}" for command in commands), path)
+        # Without the last, it waits a second for more.
+        batch = [*(f"evaluate {command}" for command in commands), "quit"]
+        output = self._run("acpiexec", "-b", "; ".join(batch), path)
         return output.partition("Evaluating")[2]
 
     def _run(self, *command: str | Path) -> str:

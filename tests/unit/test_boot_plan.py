@@ -334,7 +334,7 @@ def test_low_memory_that_overlaps_is_a_programming_error() -> None:
 
 
 fuzz = settings(
-    max_examples=count(60, 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=count(25, 2000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

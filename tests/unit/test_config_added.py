@@ -17,7 +17,7 @@ from kvmpy.config.values import HostPath
 from kvmpy.errors import CommandError
 from tests.counts import count
 
-EXAMPLES = settings(max_examples=count(150, 10_000), deadline=None)
+EXAMPLES = settings(max_examples=count(40, 10_000), deadline=None)
 TEXT: Final = """
 name = "m"
 [boot]

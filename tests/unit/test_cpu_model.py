@@ -22,7 +22,7 @@ from kvmpy.kvm.cpuid import CpuidLeaf, guest_cpuid
 from kvmpy.state import load, save
 from tests.counts import count
 
-EXAMPLES = count(100, 5000)
+EXAMPLES = count(25, 5000)
 INTEL = {"ebx": 0x756E_6547, "ecx": 0x6C65_746E, "edx": 0x4965_6E69}
 AMD = {"ebx": 0x6874_7541, "ecx": 0x444D_4163, "edx": 0x6974_6E65}
 SAPPHIRE_RAPIDS, SKYLAKE = 0x806F8, 0x50654

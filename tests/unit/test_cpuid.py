@@ -12,7 +12,7 @@ from kvmpy.abi import kvm as abi
 from kvmpy.kvm.cpuid import EDX_HTT, guest_cpuid
 from tests.counts import count
 
-EXAMPLES = count(50, 5000)
+EXAMPLES = count(20, 5000)
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 TOUCHED = (0x1, 0x4, 0xB, 0x1F, 0x8000_0008, 0x8000_001D, 0x8000_001E)

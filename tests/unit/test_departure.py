@@ -49,10 +49,12 @@ def staying(rig: FailoverRig) -> list[str]:
 def came_back(rig: FailoverRig, seconds: float = 30.0) -> list[str]:
     """Bring them back, while the guest does what it is asked for."""
     thread = rig.stays(seconds)
-    end = time.monotonic() + BOUND
-    while thread.is_alive():
-        assert time.monotonic() < end
-        rig.pass_(0.05)
+
+    def over() -> bool:
+        rig.pass_(0.1)
+        return not thread.is_alive()
+
+    poll(over)
     return thread.result()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,7 +18,7 @@ from tests.counts import count
 from tests.fakes.rig import Rig
 from tests.fakes.rigs import RIGS, made
 
-EXAMPLES = settings(max_examples=count(15, 1000), deadline=None)
+EXAMPLES = settings(max_examples=count(6, 1000), deadline=None)
 
 
 class Step(NamedTuple):
@@ -37,13 +38,18 @@ VALUES = st.one_of(
 
 
 def steps(rig: Rig) -> st.SearchStrategy[list[Step]]:
+    return steps_of(rig.size, *rig.host)
+
+
+@cache  # else Hypothesis would look through it anew for every example
+def steps_of(size: int, *host: str) -> st.SearchStrategy[list[Step]]:
     accesses = st.sampled_from(["read", "write", "raw_read", "raw_write", "write", "read"])
-    others = st.sampled_from(["pass", *rig.host])
+    others = st.sampled_from(["pass", *host])
     return st.lists(
         st.builds(
             Step,
             st.one_of(accesses, accesses, others),
-            st.integers(0, rig.size - 1),
+            st.integers(0, size - 1),
             st.sampled_from([1, 1, 1, 2, 4, 8]),
             VALUES,
         ),

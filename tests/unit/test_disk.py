@@ -22,6 +22,7 @@ from kvmpy._native import ffi
 from kvmpy.abi import block as abi
 from kvmpy.errors import HostError
 from kvmpy.host.disk import IOV_MAX, PIECE, Disk
+from tests.counts import count
 from tests.fakes.loop import BOUND, open_descriptors
 
 SIZE = 64 * 1024
@@ -349,7 +350,7 @@ def test_part_of_a_block_waits_for_the_part_beside_it(
         done = aligned_read(fd, buffers, offset)
         if other.ident is None:
             other.start()
-            other.join(0.2)  # it must not get on: nothing can be waited for but time
+            other.join(0.1)  # it must not get on: nothing can be waited for but time
         return done
 
     monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
@@ -375,7 +376,7 @@ def test_part_of_a_block_waits_for_the_whole(
     def read_then_let_the_other_try(fd: int, buffers: list[memoryview], offset: int) -> int:
         done = aligned_read(fd, buffers, offset)
         other.start()
-        other.join(0.2)
+        other.join(0.1)
         return done
 
     monkeypatch.setattr(os, "preadv", read_then_let_the_other_try)
@@ -403,7 +404,7 @@ Writes = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 8), st.lists(st.i
 
 
 @given(writes=Writes, block=st.sampled_from([None, 512, 4096]))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=count(20, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_however_writes_are_cut_the_disk_is_the_same(
     writes: list[tuple[int, int, list[int]]], block: int | None, tmp_path: Path
 ) -> None:

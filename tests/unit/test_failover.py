@@ -630,7 +630,7 @@ OPERATIONS: dict[str, Callable[[FailoverRig], object]] = {
 }
 
 
-@settings(max_examples=count(60, 3000), deadline=None)
+@settings(max_examples=count(20, 3000), deadline=None)
 @given(st.lists(st.sampled_from(sorted(OPERATIONS)), max_size=25))
 def test_r8_r9_r12_r49_whatever_happens_the_guest_has_it_only_after_an_ack(names: list[str]) -> None:
     with TemporaryDirectory() as here, made(Path(here)) as rig:

@@ -11,7 +11,7 @@ from kvmpy.host.memory import Mapping
 from kvmpy.memory import GuestMemory, Ram
 from tests.counts import count
 
-EXAMPLES = count(50, 5000)
+EXAMPLES = count(20, 5000)
 
 
 class Bytes:

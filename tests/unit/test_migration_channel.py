@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
+from kvmpy.migration import main_channel
 from kvmpy.migration.channel import PIECE, Channel, FileChannel, SocketChannel
 from kvmpy.migration.keepalive import keepalive
 from kvmpy.migration.main_channel import MainChannel
@@ -107,7 +108,7 @@ def test_peer_that_takes_nothing_is_found_in_time() -> None:
 def test_peer_that_only_dribbles_is_found_in_time() -> None:
     """A byte now and then, always long before the timeout: hundreds of them would take far longer than it."""
     with pair() as (here, there):
-        here.timeout = 0.5
+        here.timeout = 0.3
         receiving = Thread(lambda: here.receive(PIECE))
         assert dribble(there, receiving) < 400
         with pytest.raises(StreamError, match=r"nothing more from the other side after byte [1-9]"):
@@ -127,11 +128,11 @@ def dribble(channel: Channel, receiving: Thread[bytes]) -> int:
 def test_slow_peer_that_keeps_the_pace_is_waited_for() -> None:
     """More than the timeout in all, and a third of it for each piece."""
     with pair() as (here, there):
-        here.timeout = 1.0
+        here.timeout = 0.6
         buffer = bytearray(4 * PIECE)
         receiving = Thread(lambda: here.receive_into(buffer))
         for _ in range(4):
-            there.stop.wait_any({}, deadline=soon(0.35))
+            there.stop.wait_any({}, deadline=soon(0.21))
             there.send(b"x" * PIECE)
         receiving.result()
         assert buffer == b"x" * (4 * PIECE)
@@ -395,7 +396,12 @@ def test_error_of_a_page_channel_is_explained_by_the_main_channel() -> None:
         here.explain(MigrationCancelled("by hand"))
 
 
-def test_telling_why_it_is_over_neither_fails_nor_lasts() -> None:
+@pytest.fixture
+def short_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main_channel, "LAST_WORDS", SHORT)
+
+
+def test_telling_why_it_is_over_neither_fails_nor_lasts(short_last_words: None) -> None:
     with main_pair() as (here, there):
         there.close()
         here.fail(Cancel(reason="x"))
@@ -405,7 +411,7 @@ def test_telling_why_it_is_over_neither_fails_nor_lasts() -> None:
         here.fail(Cancel(reason="nobody reads it"))
 
 
-def test_telling_why_it_is_over_does_not_wait_for_a_message_that_is_stuck() -> None:
+def test_telling_why_it_is_over_does_not_wait_for_a_message_that_is_stuck(short_last_words: None) -> None:
     with main_pair() as (here, _):
         stuck = Thread(lambda: here.send_message(Section(device="x", section={"x": "y" * (1 << 23)})))
         while stuck.is_alive() and not here.channel.sent:

@@ -231,7 +231,7 @@ def test_destination_that_has_turned_somebody_away_takes_the_next(
 def test_who_stops_in_the_handshake_keeps_nobody_out_and_is_turned_away(
     good: str, stop: Stop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with listening(URI, TlsCredentials(good), timeout=1.0) as incoming:
+    with listening(URI, TlsCredentials(good), timeout=0.5) as incoming:
         with socket.create_connection(("localhost", incoming.port)) as silent:
             silent.sendall(b"\x16\x03\x01")
             accepting = Thread(incoming.accept)
@@ -243,7 +243,7 @@ def test_who_stops_in_the_handshake_keeps_nobody_out_and_is_turned_away(
             incoming.shutdown()
             with pytest.raises(MigrationCancelled):
                 accepting.result()
-    assert re.search(r"has not said who it is within 1 seconds", caplog.text)
+    assert re.search(r"has not said who it is within 0.5 seconds", caplog.text)
 
 
 @pytest.mark.parametrize("cancelled", [True, False])

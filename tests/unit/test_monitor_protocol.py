@@ -15,7 +15,7 @@ from kvmpy.monitor import protocol
 from kvmpy.monitor.protocol import DEEPEST_REQUEST, LONGEST_REQUEST, Parser
 from tests.counts import count
 
-EXAMPLES = count(50, 5000)
+EXAMPLES = count(20, 5000)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -31,7 +31,7 @@ from tests.fakes.virtio_driver import Bytes, RingDriver, guest_memory
 from tests.fakes.virtio_rigs import blk, console, net, rng
 from tests.fakes.watch import Watch
 
-EXAMPLES: Final = count(20, 3000)
+EXAMPLES: Final = count(8, 3000)
 HIGH: Final = 1 << 32
 
 

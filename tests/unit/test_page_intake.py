@@ -29,7 +29,7 @@ from tests.fakes.loop import BOUND
 from tests.fakes.page_channel import channel_pairs
 from tests.fakes.virtio_driver import Bytes
 
-EXAMPLES: Final = count(150, 20_000)
+EXAMPLES: Final = count(40, 20_000)
 HIGH_GPA: Final = 1 << 32
 GUARD: Final = 2 * PAGE
 LOW_PAGES: Final = 12

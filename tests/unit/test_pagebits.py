@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from kvmpy.pagebits import PAGE, PageBits, WriteLog, pages
 from tests.counts import count
 
-EXAMPLES = count(100, 5000)
+EXAMPLES = count(30, 5000)
 SIZES = st.integers(0, 300)
 
 

@@ -19,7 +19,7 @@ from tests.fakes.interrupts import FakeDoorbell
 from tests.fakes.loop import BOUND
 from tests.fakes.pci import ECAM, WINDOWS, Accesses, Board, Card
 
-EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 2000), deadline=None)
 SIZES = {BarKind.MEM32: (4, 31), BarKind.MEM64: (4, 40), BarKind.MEM64_PREFETCHABLE: (4, 40), BarKind.IO: (2, 8)}
 LOW, OTHER = 0xC000_0000, 0xD000_0000
 HIGH = 1 << 36

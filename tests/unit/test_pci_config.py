@@ -19,7 +19,7 @@ from tests.counts import count
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.pci import IDS, Board, Card, CardState
 
-EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 2000), deadline=None)
 CONSTANT = [*range(0x04), *range(0x08, 0x0C), 0x0E, *range(0x2C, 0x30), 0x34, 0x3D]
 
 

@@ -20,7 +20,7 @@ from tests.counts import count
 from tests.fakes.pci import Board, Card, open_windows
 from tests.fakes.pciehp import CONTROL, LINK_STATUS, LINK_UP, STATUS, WIPE, Pciehp, State
 
-EXAMPLES = settings(max_examples=count(60, 5000), deadline=None)
+EXAMPLES = settings(max_examples=count(25, 5000), deadline=None)
 CARD_ID, NOTHING = 0x1041_1AF4, 0xFFFF_FFFF
 BUTTON, PDC, PRESENT, DLLSC = 0x01, 0x08, 0x40, 0x100
 POWER_OFF, HPIE, DLLSCE = 0x400, 0x20, 0x1000

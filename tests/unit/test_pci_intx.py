@@ -20,7 +20,7 @@ INTERRUPT = 0x0008
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), max_size=30))
-@settings(max_examples=count(40, 1000), deadline=None)
+@settings(max_examples=count(15, 1000), deadline=None)
 def test_a_shared_line_is_high_while_any_source_is(changes: list[tuple[int, bool]]) -> None:
     line = Line()
     shared = SharedLine(line)

@@ -20,7 +20,7 @@ from tests.counts import count
 from tests.fakes.interrupts import FakeSink, FakeVector
 from tests.fakes.pci import Accesses, Board, Card, CardState
 
-EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 2000), deadline=None)
 VECTORS = 5
 BASE = 0xC000_0000
 TABLE, PBA = BASE + 0x1000, BASE + 0x2000

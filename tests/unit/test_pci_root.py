@@ -16,10 +16,10 @@ from kvmpy.state import load, save
 from tests.counts import count
 from tests.fakes.host import Clock
 from tests.fakes.interrupts import FakeSink
-from tests.fakes.loop import BOUND, Inbox
+from tests.fakes.loop import BOUND, Inbox, switching_often
 from tests.fakes.pci import CONFIG_ADDRESS, CONFIG_DATA, ECAM, WINDOWS, Board, Card
 
-EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 2000), deadline=None)
 CARD_ID = 0x1041_1AF4
 ENABLE = 0x8000_0000
 RESET_PORT = 0xCF9
@@ -232,13 +232,14 @@ def test_configuration_bars_and_resets_from_many_threads_never_stand_still() -> 
             failed.append(e)
 
     threads = [threading.Thread(target=repeat, args=(job,), daemon=True) for job in jobs]
-    for thread in threads:
-        thread.start()
-    for _ in range(count(50, 20000)):
-        move()
-    stop.set()
-    for thread in threads:
-        thread.join(BOUND)
+    with switching_often():
+        for thread in threads:
+            thread.start()
+        for _ in range(count(50, 20000)):
+            move()
+        stop.set()
+        for thread in threads:
+            thread.join(BOUND)
     assert not any(thread.is_alive() for thread in threads)
     assert failed == []
     board.close()

@@ -15,7 +15,7 @@ from kvmpy.state import StateError, load, save
 from tests.counts import count
 from tests.fakes.pci import Accesses, Board, Card, CardState, open_windows
 
-EXAMPLES = settings(max_examples=count(40, 2000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 2000), deadline=None)
 CARD_ID = 0x1041_1AF4
 MEMORY = range(0xC000_0000, 0xC100_0000)
 PREFETCHABLE = range(1 << 36, (1 << 36) + (1 << 30))

@@ -12,7 +12,7 @@ from kvmpy.devices.registers import Field, RegisterBank, RegisterSpace
 from kvmpy.state import StateError
 from tests.counts import count
 
-EXAMPLES = settings(max_examples=count(40, 3000), deadline=None)
+EXAMPLES = settings(max_examples=count(15, 3000), deadline=None)
 SIZE = 24
 BYTE = st.integers(0, 255)
 ACCESSES = st.lists(st.tuples(st.integers(-4, SIZE + 4), st.integers(1, 8), st.integers(0, 2**64 - 1)), max_size=12)

@@ -19,7 +19,7 @@ from kvmpy.host.terminal import EscapeFilter, RawTerminal, reopen
 from tests.counts import count
 from tests.fakes.loop import Inbox
 
-EXAMPLES = count(50, 5000)
+EXAMPLES = count(20, 5000)
 
 LOCAL = 3  # the index of c_lflag in what tcgetattr returns
 OUTPUT = 1

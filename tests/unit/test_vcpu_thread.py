@@ -48,7 +48,7 @@ class Idle:
     kick = Vcpu.kick
 sys.setswitchinterval(1e-5)
 accept_kicks()
-for _ in range({count(100, 2000)}):
+for _ in range({count(25, 2000)}):
     gate, bus = Gate(), Bus("pio")
     threads = [VcpuThread(Idle(index), gate, bus, bus, None) for index in range(48)]
     for thread in threads: thread.start()

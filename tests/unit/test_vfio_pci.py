@@ -125,7 +125,7 @@ def test_bars_have_the_devices_kinds_and_sizes(rig: NicRig) -> None:
         max_size=30,
     )
 )
-@settings(max_examples=count(40, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=count(15, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_whatever_is_written_nothing_but_three_command_bits_reaches_the_device(
     rig: NicRig, writes: list[tuple[int, int, int, bool]]
 ) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from kvmpy.devices.virtio.blk import BATCH, SEGMENTS, BlkFeature
 from kvmpy.devices.virtio.blk_request import MOST_DISCARDED, MOST_RANGES, MOST_ZEROED, Answer, Disk, Kind
 from kvmpy.host.disk import Disk as HostDisk
+from tests.counts import count
 from tests.fakes.blk_rig import BlkRig, cut, header
 from tests.fakes.disk import FakeDisk
 
@@ -163,7 +164,7 @@ Cuts = st.lists(st.integers(0, 1100), max_size=12)
 
 
 @given(kind=st.sampled_from([Kind.IN, Kind.OUT, Kind.WRITE_ZEROES, Kind.GET_ID]), front=Cuts, back=Cuts)
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=count(25, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_however_a_request_is_cut_it_is_the_same(kind: Kind, front: list[int], back: list[int]) -> None:
     data = {Kind.OUT: TEXT[:1024], Kind.WRITE_ZEROES: ranges((5, 2, 1), (9, 1, 0))}.get(kind, b"")
     space = {Kind.IN: 1024, Kind.GET_ID: 20}.get(kind, 0)
@@ -217,7 +218,7 @@ def test_chain_that_cannot_hold_a_request_breaks_the_device_until_a_reset(
         max_size=6,
     )
 )
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=count(20, 1000), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_random_requests_are_answered_or_break_the_device(
     chains: list[tuple[int, int, bytes, list[int]]],
 ) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kvmpy.devices.virtio.console import BUDGET, PIECE, ConsoleFeature, ConsoleState, Port, VirtioConsole
 from kvmpy.host.console import Console
 from kvmpy.state import load, save
+from tests.counts import count
 from tests.fakes.blk_rig import HeardTransport
 from tests.fakes.host import Screen
 from tests.fakes.loop import running
@@ -269,7 +270,7 @@ def test_buffer_that_cannot_be_written_breaks_the_device(rig: Rig) -> None:
         max_size=30,
     )
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=count(15, 1000), deadline=None)
 def test_whatever_the_order_every_byte_arrives_once(steps: list[tuple[str, int]]) -> None:
     rig = Rig(room_left=0)
     sent = typed = 0

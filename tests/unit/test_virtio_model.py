@@ -34,8 +34,8 @@ from tests.fakes.virtio_rig import Guest, ManualLoop
 
 RAM = 1 << 20
 LIVE = Status.ACKNOWLEDGE | Status.DRIVER | Status.FEATURES_OK | Status.DRIVER_OK
-RUNS = settings(max_examples=count(60, 1000), stateful_step_count=50, deadline=None)
-EXAMPLES = settings(max_examples=count(60, 2000), deadline=None)
+RUNS = settings(max_examples=count(20, 1000), stateful_step_count=50, deadline=None)
+EXAMPLES = settings(max_examples=count(20, 2000), deadline=None)
 
 
 @pytest.fixture(autouse=True, scope="module")

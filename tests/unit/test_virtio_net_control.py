@@ -230,7 +230,7 @@ GARBAGE = st.tuples(
 )
 
 
-@settings(max_examples=count(30, 3000), deadline=None)
+@settings(max_examples=count(15, 3000), deadline=None)
 @given(st.lists(GARBAGE, max_size=8))
 def test_no_command_harms_the_device(commands: list[tuple[int, int, bytes]]) -> None:
     with net_rig(pairs=2, room=8192) as rig:

@@ -420,7 +420,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=count(40, 4000), deadline=None)
+@settings(max_examples=count(15, 4000), deadline=None)
 @given(STEPS, st.booleans(), st.sampled_from([MERGEABLE, CONTROLLED]))
 def test_frames_arrive_once_and_in_order_whatever_comes_between(
     steps: list[tuple[str, int]], event_idx: bool, features: int
