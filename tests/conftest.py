@@ -40,5 +40,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(here).parts[0]
         if tier in TIERS:
             item.add_marker(tier)
-        # For `pytest -n`: a module's tests stay together, and those of emulated hosts, which fill a machine alone.
-        item.add_marker(pytest.mark.xdist_group("lab" if tier == "lab" else item.path.stem))
+        if tier != "lab":  # which has its own
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # for `pytest -n`: a module's tests stay together

@@ -32,8 +32,8 @@ from scripts.lab.kernels import CHECKOUT, LAB
 from scripts.lab.process import WAIT_SECONDS, Link, Process, Sink
 from scripts.lab.qemu import Qemu
 
-START_SECONDS: Final = 120.0  # many times what a host needs, for a busy machine
-STOP_SECONDS: Final = 10
+START_SECONDS: Final = 300.0  # many times what a host needs, for a busy machine
+STOP_SECONDS: Final = 60
 # With more, QEMU 7.2's emulation of nested virtualization corrupts the host's memory now and then: one boot in five
 # of a guest with 4 vCPUs failed under kvmpy, and the host panicked under QEMU. With one CPU, or with QEMU 10, none did.
 CPUS: Final = 1

@@ -15,7 +15,7 @@ from scripts.lab.images import Images
 from scripts.lab.kernels import CHECKOUT
 from scripts.lab.process import WAIT_SECONDS
 
-BOOT_SECONDS: Final = 240.0
+BOOT_SECONDS: Final = 600.0
 """A bzImage unpacks for ten seconds in emulation, on a busy machine for a minute."""
 QUIET: Final = "console=ttyS0 quiet panic=-1 mitigations=off"
 FROM_DISK: Final = "root=/dev/vda modules=button,evdev,pvpanic-mmio,virtio_net,virtio_console,virtio-rng"

@@ -20,7 +20,7 @@ from tests.lab.test_network import EVENTS
 
 NAME, STANDBY, PRIMARY, MAC = "pair", "net1", "hostdev0", "52:54:00:6f:55:cc"
 ADDRESS: Final = "10.77.0.20"
-SLOW: Final = 120.0
+SLOW: Final = 300.0
 NO_MAC: Final = "00:00:00:00:00:00"
 ALL_HEARD: Final = "10 packets transmitted, 10 packets received, 0% packet loss"
 PICTURE: Final = (
@@ -54,7 +54,7 @@ class Lab:
     def picture(self, trio: list[str]) -> None:
         """Wait until the guest has these interfaces."""
         names = f"[ $(ls -d /sys/class/net/e* | wc -l) = {len(trio)} ]"
-        self.guest.type(f"n=0; until {names} || [ $n = 300 ]; do sleep 0.1; n=$((n + 1)); done", SLOW)
+        self.guest.type(f"n=0; until {names} || [ $n = 1500 ]; do sleep 0.1; n=$((n + 1)); done", SLOW)
         assert self.guest.type(PICTURE, SLOW).splitlines() == trio
 
     def pair(self) -> dict[str, Any]:
@@ -76,8 +76,8 @@ class Lab:
 
     def wait_heard(self) -> None:
         """Between the moment that a primary is taken in and that its link is up the guest hears nothing."""
-        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 30 ]; do n=$((n + 1)); done"
-        assert self.guest.type(f"{heard}; [ $n != 30 ]; echo $?", SLOW) == "0"
+        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 120 ]; do n=$((n + 1)); done"
+        assert self.guest.type(f"{heard}; [ $n != 120 ]; echo $?", SLOW) == "0"
 
     def pings(self) -> str:
         """The line that says what was lost."""
@@ -221,15 +221,15 @@ def test_r6_a_whole_nic_is_a_primary_too_if_its_standby_has_its_address(
     ) as guest:
         guest.wait_shell()
         guest.type(
-            "n=0; until [ -e /sys/class/net/eth2/master ] || [ $n = 300 ]; do sleep 0.1; n=$((n + 1)); done", SLOW
+            "n=0; until [ -e /sys/class/net/eth2/master ] || [ $n = 1500 ]; do sleep 0.1; n=$((n + 1)); done", SLOW
         )
         shown = [line.replace(MAC, mac).replace("igbvf", "e1000e") for line in TRIO]
         assert guest.type(PICTURE, SLOW).splitlines() == shown
         (found,) = guest.status()["failover"]
         assert (found["state"], found["path"], found["primary-mac"]) == ("plugged", "primary", mac)
         guest.type("ip addr add 10.77.0.21/24 dev eth0; ip link set eth0 up")
-        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 30 ]; do n=$((n + 1)); done"
-        assert guest.type(f"{heard}; [ $n != 30 ]; echo $?", SLOW) == "0"
+        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 120 ]; do n=$((n + 1)); done"
+        assert guest.type(f"{heard}; [ $n != 120 ]; echo $?", SLOW) == "0"
         guest.process.send("poweroff -f\n")
         assert guest.wait_end() == 0
     assert e1000e_host.driver(function) == "e1000e"

@@ -36,7 +36,7 @@ STATIONS: Final = {
 }
 ADDRESSES: Final = {"bridge": BRIDGE_ADDRESS, "wire": STATION_ADDRESS, "mate": MATE_ADDRESS}
 EVERY: Final = 0.1  # seconds between two pings
-OWN: Final = 1.0  # what the guest's driver takes before and after, on a busy emulated host
+OWN: Final = 5.0  # what the guest's driver takes before and after, on a busy emulated host
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Network(Lab):
 
     def all_reach(self) -> dict[str, bool]:
         """Which stations hear the guest, at their first try but for ARP's."""
-        ping = ("busybox", "ping", "-q", "-c", "3", "-i", "0.2", "-W", "5", ADDRESS)
+        ping = ("busybox", "ping", "-q", "-c", "3", "-i", "0.2", "-W", "20", ADDRESS)
         return {name: self.host.run([*prefix, *ping]).returncode == 0 for name, prefix in STATIONS.items()}
 
     def pinging(self) -> dict[str, Process]:
