@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _group(item: pytest.Item) -> str:
-    """For `pytest -n`: hosts with NICs, and pairs, are started by one worker; the plain one, quick as it is, by both."""
+    """For `pytest -n`: hosts with NICs, and pairs, are started by one worker; the plain one, being quick, by both."""
     fixtures = set(getattr(item, "fixturenames", ()))
     fixtures |= {f"{value}_host" for value in getattr(getattr(item, "callspec", None), "params", {}).values()}
     if "two_igb_hosts" in fixtures:

@@ -23,7 +23,7 @@ MAC: Final = "52:54:00:6f:55:cc"
 
 # Each as one line, for the guest's shell. What is written is read again: lost or torn writes are seen.
 WRITE_MEMORY: Final = (
-    "while :; do head -c 1000000 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b || echo torn >>/tmp/bad; "
+    "while :; do head -c 200000 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b || echo torn >>/tmp/bad; "
     "echo >>/tmp/rounds; sleep 0.5; done &"
 )
 WRITE_DISK: Final = "n=0; while :; do n=$((n+1)); echo $n >>/journal; sync; sleep 0.5; done &"

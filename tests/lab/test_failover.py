@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +57,7 @@ class Lab:
         assert self.guest.type(PICTURE, SLOW).splitlines() == trio
 
     def pair(self) -> dict[str, Any]:
-        (found,) = json.loads(self.guest.kvmpy("qmp", NAME, "query-failover").stdout)
+        (found,) = self.guest.qmp("query-failover")
         assert isinstance(found, dict)
         return found
 
@@ -153,7 +152,7 @@ def test_traffic_runs_over_the_primary(lab: Lab) -> None:
 
 
 def test_r49_after_device_del_traffic_goes_on_over_the_standby(lab: Lab) -> None:
-    lab.guest.kvmpy("qmp", NAME, "device_del", f"id={PRIMARY}")
+    lab.guest.qmp("device_del", f"id={PRIMARY}")
     lab.wait("FAILOVER_PRIMARY_RELEASED", PRIMARY)
     lab.wait("DEVICE_DELETED", PRIMARY)
     lab.picture(ALONE)
@@ -163,7 +162,7 @@ def test_r49_after_device_del_traffic_goes_on_over_the_standby(lab: Lab) -> None
 
 def test_r11_device_add_brings_it_back(lab: Lab) -> None:
     words = [f"{key}={value}" for key, value in primary(lab.function).items()]
-    lab.guest.kvmpy("qmp", NAME, "device_add", *words)
+    lab.guest.qmp("device_add", *words)
     lab.wait_all(("FAILOVER_PATH_CHANGED", STANDBY), ("FAILOVER_PRIMARY_PLUGGED", PRIMARY))
     lab.picture(TRIO)
     lab.wait_heard()

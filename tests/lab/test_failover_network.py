@@ -155,7 +155,7 @@ def test_r46_on_the_primary_neither_bridge_nor_nic_has_the_guest_at_the_standby(
 
 def test_r45_on_the_way_to_the_standby_nothing_is_lost_but_in_the_gap_that_is_reported(lab: Network) -> None:
     started = lab.pinging()
-    lab.guest.kvmpy("qmp", NAME, "device_del", f"id={PRIMARY}")
+    lab.guest.qmp("device_del", f"id={PRIMARY}")
     gap = lab.gap("FAILOVER_PATH_CHANGED")
     lab.wait("DEVICE_DELETED", PRIMARY)
     assert lab.all_reach() == dict.fromkeys(STATIONS, True)
@@ -183,7 +183,7 @@ def test_r45_on_the_way_to_the_primary_too(lab: Network) -> None:
     assert len(lab.fdb(TAP)) >= 2
     started = lab.pinging()
     words = [f"{key}={value}" for key, value in primary(lab.function).items()]
-    lab.guest.kvmpy("qmp", NAME, "device_add", *words)
+    lab.guest.qmp("device_add", *words)
     gap = lab.gap("FAILOVER_PRIMARY_RECEIVES")
     lab.picture(TRIO)
     lab.wait_heard()

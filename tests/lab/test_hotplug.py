@@ -13,6 +13,7 @@ import pytest
 from scripts.lab.host import EmulatedHost
 from scripts.lab.images import Images
 from scripts.lab.process import Process
+from tests.counts import count
 from tests.lab import tables
 from tests.lab.guest import FROM_DISK, Guest, root_disk
 from tests.lab.test_network import EVENTS
@@ -58,7 +59,7 @@ class Lab:
 
     def qmp(self, command: str, **arguments: Any) -> None:
         words = [f"{key.replace('_', '-') if key == 'num_queues' else key}={value}" for key, value in arguments.items()]
-        self.guest.kvmpy("qmp", NAME, command, *words)
+        self.guest.qmp(command, *words)
 
     def add_nic(self, name: str, bus: str) -> None:
         """A network device with a netdev of its own, up and with an address."""
@@ -88,7 +89,7 @@ class Lab:
         return self.guest.type("dmesg -c | grep -E 'pci|Slot' | cut -c 1-150", SLOW)
 
 
-@pytest.fixture(scope="module", params=["generic", "cloud"])
+@pytest.fixture(scope="module", params=["generic", "cloud"][: count(1, 2)])  # whose drivers are the same
 def lab(request: pytest.FixtureRequest, host: EmulatedHost, lab_images: Images) -> Iterator[Lab]:
     with bridge_and_disk(host), root_disk(host, lab_images, NAME) as root:
         config = ports(*PORTS) + tables.disk("root", root) + spare_drive()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -41,8 +40,7 @@ def machine(host: EmulatedHost, options: str = "") -> Guest:
 def waiting(host: EmulatedHost, uri: str, options: str = "") -> Guest:
     """One that waits for its guest."""
     guest = machine(host, f"--incoming {uri} {options}")
-    script = f'until kvmpy ps | grep -q "^{NAME} .* inmigrate "; do sleep 0.2; done'
-    host.run(["sh", "-c", script], timeout=SLOW, check=True)
+    guest.await_listening()
     return guest
 
 
@@ -176,4 +174,4 @@ def test_ssh_cleans_up_on_both_hosts_where_nothing_comes_of_it(pair: HostPair) -
         assert there.run(["sh", "-c", LEFT]).stdout == before
         assert here.run(["sh", "-c", "ls -d /tmp/kvmpy-*"]).stdout == ""
         assert first.type("echo here") == "here"
-        assert json.loads(first.kvmpy("status", "--json", NAME).stdout)["status"] == "running"
+        assert first.status()["status"] == "running"

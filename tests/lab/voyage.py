@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from scripts.lab.hardware import STATION, STATION_ADDRESS
 from scripts.lab.process import Process
-from tests.lab.guest import Guest
+from tests.lab.guest import Guest, poll
 from tests.lab.journey import Pings, pinged
 from tests.lab.nics import NicHost
 from tests.lab.test_failover import ALL_HEARD, ALONE, MAC, PICTURE, PRIMARY, STANDBY, TRIO, pair, primary
@@ -135,21 +135,21 @@ class Voyage:
     def waiting(self, *, primary: bool = True) -> Iterator[Guest]:
         """The other seat, which waits for the guest; it ends unless the guest has come."""
         self.host.run(["rm", "-f", STREAM], check=True)
-        with self._seated(f"--incoming unix:{STREAM}", f"[ -S {STREAM} ]", primary=primary) as there:
+        with self._seated(f"--incoming unix:{STREAM}", primary=primary) as there:
+            there.await_listening()
             yield there
 
     @contextmanager
     def restored(self, path: str) -> Iterator[Guest]:
         """The other seat, which has the guest from a file."""
-        runs = f'kvmpy ps | grep -q "^{self.other} .* running "'
-        with self._seated(f"--incoming file:{path}", runs) as there:
+        with self._seated(f"--incoming file:{path}") as there:
+            there.await_status("running")
             yield there
 
     @contextmanager
-    def _seated(self, options: str, ready: str, *, primary: bool = True) -> Iterator[Guest]:
+    def _seated(self, options: str, *, primary: bool = True) -> Iterator[Guest]:
         with ExitStack() as stack:
             there = stack.enter_context(self.machine(1 - self.here, options, primary=primary))
-            self.host.run(["sh", "-c", f"until {ready}; do sleep 0.1; done"], timeout=SLOW, check=True)
             yield there
             if self.guest is there:
                 self._stack.push(stack.pop_all())
@@ -158,10 +158,9 @@ class Voyage:
         """For migrations from where the guest is now."""
         self.qmp("migrate-set-parameters", *(f"{key.replace('_', '-')}={value}" for key, value in words.items()))
 
-    def qmp(self, *words: str) -> Any:
+    def qmp(self, command: str, *words: str) -> Any:
         """Of the machine that has the guest."""
-        done = self.host.run(["kvmpy", "qmp", self.name, *words], check=True)
-        return json.loads(done.stdout) if done.stdout.strip() else None
+        return self.guest.qmp(command, *words)
 
     # Migrations
 
@@ -250,13 +249,11 @@ class Voyage:
 
     def await_state(self, state: str) -> None:
         """Of the pair, as the machine has it."""
-        script = f'until kvmpy qmp {self.name} query-failover | grep -q \'"state": *"{state}"\'; do sleep 0.2; done'
-        self.host.run(["sh", "-c", script], timeout=SLOW, check=True)
+        poll(lambda: bool(self.pair()["state"] == state))
 
     def await_prepared(self) -> None:
         """The destination has told the machine that it has prepared its primary."""
-        script = f"until kvmpy qmp {self.name} query-migrate | grep -q '\"prepared\"'; do sleep 0.2; done"
-        self.host.run(["sh", "-c", script], timeout=SLOW, check=True)
+        poll(lambda: '"prepared"' in json.dumps(self.qmp("query-migrate")))
 
     # Threads of the machine
 
