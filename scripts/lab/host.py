@@ -51,7 +51,8 @@ NOT_EMULATED: Final = "-rdseed,-sha-ni,-fxsr-opt,-misalignsse,-3dnowprefetch,-os
 CPU: Final = f"EPYC,+svm,+npt,phys-bits=36,{NOT_EMULATED}"
 ACCELERATOR: Final = "tcg,thread=multi,tb-size=1024"  # MiB of translated code: that of the host and of its guests
 # no_timer_check: the kernel counts ticks over some milliseconds, and panics where a busy machine lets none come.
-KERNEL_ARGUMENTS: Final = ("console=ttyS0", "quiet", "mitigations=off", "panic=-1", "no_timer_check")
+# norandmaps: QEMU finds the code of a program that starts again where it had it: a start of Python takes two thirds.
+KERNEL_ARGUMENTS: Final = ("console=ttyS0", "quiet", "mitigations=off", "panic=-1", "no_timer_check", "norandmaps")
 
 SYSTEM_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 PASSED_ON: Final = ("TERM", "COLORTERM", "KVMPY_")  # our own variables that commands get too, by prefix
