@@ -152,7 +152,7 @@ def iperf_server(host: EmulatedHost) -> Iterator[Process]:
 def test_a_network_device_is_removed_under_traffic(lab: Lab) -> None:
     with iperf_server(lab.host) as server:
         lab.add_nic("hot0", "rp1")
-        lab.guest.type(f"iperf3 -c {HOST} -t 60 --connect-timeout 5000 >/tmp/iperf 2>&1 &")
+        lab.guest.type(f"iperf3 -c {HOST} -t 3600 --connect-timeout 5000 >/tmp/iperf 2>&1 &")
         server.expect(re.compile(r"sec .*bits/sec"))
         lab.remove("hot0")
         assert lab.guest.type("ls /sys/class/net") == "lo"
