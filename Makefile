@@ -7,7 +7,8 @@ NATIVE := kvmpy/_native.abi3.so
 # Else each process of a test compiles what it imports, and each worker all tests, anew: 20 s of a run.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
-# Several at once, each module's tests one after another (tests/conftest.py).
+# Several at once, each module's tests one after another (tests/conftest.py), and those of a kind of emulated host that
+# takes long to start (tests/lab/conftest.py).
 WORKERS ?= 2
 PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
@@ -44,7 +45,7 @@ test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kv
 	$(PARALLEL) tests/kvm
 
 test-lab: setup ## Linux guests on an emulated host; needs no /dev/kvm
-	$(PYTEST) tests/lab
+	$(PARALLEL) tests/lab
 
 fuzz: packages $(NATIVE) ## a whole machine under a million random operations (KVMPY_SEED=n), hostile streams
 	KVMPY_SOAK=1 $(PYTEST) --timeout 3600 tests/fuzz

@@ -52,9 +52,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         tier = item.path.relative_to(here).parts[0]
         if tier in TIERS:
             item.add_marker(tier)
-        # For `pytest -n`: a module's tests stay together, and those of emulated hosts, which fill a machine alone.
-        item.add_marker(pytest.mark.xdist_group("lab" if tier == "lab" else item.path.stem))
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+        if tier != "lab":  # which has its own
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))  # for `pytest -n`: a module's tests stay together
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    """Those of the lab, which have an order of their own, come last."""
+    stem, is_lab = item.path.stem, item.get_closest_marker("lab") is not None
+    return LONGEST.index(stem) if stem in LONGEST and not is_lab else len(LONGEST) + is_lab
 
 
 def pytest_collection_finish() -> None:

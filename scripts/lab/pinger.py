@@ -1,7 +1,8 @@
 """Pings an address ten times a second until it is told to end, and says what came back: a line of JSON for each ping.
 
 Started in an emulated host with ``python -I -S``. Stamps are CLOCK_REALTIME in seconds; "answered" is null for a ping
-that got no answer. A ping is answered late rather than lost where somebody kept it: so the end is waited for.
+that got no answer. A ping is answered late rather than lost where somebody kept it: so those that are missing in the
+end are waited for.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main(address: str) -> None:
     answered: dict[int, float] = {}
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as wire:
         begun, ending = time.time(), 0.0
-        while not ending or time.time() < ending:
+        while not ending or (len(answered) < len(sent) and time.time() < ending):
             due = begun + len(sent) * PERIOD
             if not ending and time.time() >= due:
                 wire.sendto(request(len(sent)), (address, 0))

@@ -16,7 +16,7 @@ from typing import Final
 from scripts.lab import agent
 from scripts.lab.errors import HostGone, LabError, LabTimeout
 
-WAIT_SECONDS: Final = 60.0  # for anything, unless the caller knows better
+WAIT_SECONDS: Final = 300.0  # for anything, unless the caller knows better; many times what a busy machine needs
 SEND_SECONDS: Final = 60  # the agent always reads, so a longer send means that the host hangs
 RECEIVE_SIZE: Final = 1 << 18
 # QEMU's emulation of SVM now and then loses an interrupt that comes as a guest is entered or left: the timer's of the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -13,16 +14,42 @@ from scripts.lab.pair import HostPair
 from tests.conftest import skip_or_fail
 from tests.lab.nics import NicHost
 
-TIMEOUT_SECONDS = 600  # a guest on an emulated host boots in tens of seconds, on a busy machine in minutes
+TIMEOUT_SECONDS = 1500  # a guest on an emulated host boots in tens of seconds, on a busy machine in minutes
 
 
+NIC_HOSTS: Final = {"igb_host", "e1000e_host"}
+LONGEST_FIRST: Final = (
+    *("lab-nics", "lab-nic-pairs", "lab-pairs", "lab-test_demo"),
+    *("lab-test_migration", "lab-test_network", "lab-test_guest", "lab-test_hotplug", "lab-test_disk"),
+)
+"""Groups of tests. All others are short: so the workers end together."""
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("timeout") is not None:  # somebody knows better
-        return
     here = Path(__file__).parent
+    places = {}
     for item in items:
-        if here in item.path.parents and item.get_closest_marker("timeout") is None:
+        if here not in item.path.parents:
+            places[item] = -1
+            continue
+        group = _group(item)
+        item.add_marker(pytest.mark.xdist_group(group))
+        places[item] = LONGEST_FIRST.index(group) if group in LONGEST_FIRST else len(LONGEST_FIRST)
+        if config.getoption("timeout") is None and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(TIMEOUT_SECONDS))
+    items.sort(key=places.__getitem__)
+
+
+def _group(item: pytest.Item) -> str:
+    """For `pytest -n`: hosts with NICs, and pairs, are started by one worker; the plain one, being quick, by both."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    fixtures |= {f"{value}_host" for value in getattr(getattr(item, "callspec", None), "params", {}).values()}
+    if "two_igb_hosts" in fixtures:
+        return "lab-nic-pairs"
+    if "two_hosts" in fixtures:
+        return "lab-pairs"
+    return "lab-nics" if fixtures & NIC_HOSTS else f"lab-{item.path.stem}"
 
 
 @pytest.fixture(scope="session")

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import re
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Self
 
+from kvmpy.cli.qmp import parse_arguments
 from scripts.lab.host import Completed, EmulatedHost
 from scripts.lab.images import Images
 from scripts.lab.kernels import CHECKOUT
 from scripts.lab.process import WAIT_SECONDS
+from tests.lab.monitor import Monitor
 
-BOOT_SECONDS: Final = 240.0
+BOOT_SECONDS: Final = 600.0
 """A bzImage unpacks for ten seconds in emulation, on a busy machine for a minute."""
 QUIET: Final = "console=ttyS0 quiet panic=-1 mitigations=off"
 FROM_DISK: Final = "root=/dev/vda modules=button,evdev,pvpanic-mmio,virtio_net,virtio_console,virtio-rng"
 """More words, for a guest that has a root disk, and perhaps other devices."""
 UP: Final = re.compile(r"KVMPY-GUEST UP kernel=(\S+) cpus=(\d+) uptime=(\S+) clocksource=(\S+)")
 PROMPT: Final = "guest# "
+POLL_SECONDS: Final = 0.2
+
+
+def poll(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come to that"
+        time.sleep(POLL_SECONDS)
 
 
 class Guest:
     """``kvmpy run`` of one of the lab's kernels ("generic", "cloud") as "vmlinuz" or "vmlinux"."""
+
+    _monitor: Monitor | None = None
 
     def __init__(
         self,
@@ -65,6 +78,8 @@ class Guest:
         if self.process.returncode is None:
             self.host.run(["kvmpy", "stop", self.name])
             self.process.wait()
+        if self._monitor is not None:
+            self._monitor.close()
 
     def wait_up(self) -> re.Match[str]:
         """Wait for the guest's line: groups kernel, cpus, uptime, clocksource."""
@@ -89,10 +104,24 @@ class Guest:
         """Run a kvmpy command beside it, on the host."""
         return self.host.run(["kvmpy", *arguments], check=True)
 
+    def qmp(self, command: str, *words: str) -> Any:
+        """What the machine's monitor returns; the arguments are words like those of `kvmpy qmp`."""
+        if self._monitor is None:
+            self._monitor = Monitor(self.host, self.name)
+        return self._monitor(command, parse_arguments(words))
+
     def status(self) -> dict[str, Any]:
-        """What `kvmpy status --json` says."""
-        found: dict[str, Any] = json.loads(self.kvmpy("status", "--json", self.name).stdout)
+        """All that the machine says of itself."""
+        found: dict[str, Any] = self.qmp("query-machine")
         return found
+
+    def await_status(self, status: str) -> None:
+        """Until the machine is, say, "running"."""
+        poll(lambda: bool(self.qmp("query-status")["status"] == status))
+
+    def await_listening(self) -> None:
+        """Until a machine that was started with --incoming takes its guest."""
+        self.process.expect("waiting for the guest at", BOOT_SECONDS)
 
     def device(self, name: str) -> dict[str, Any]:
         """The part of the status that is a device's."""

@@ -17,11 +17,13 @@ from tests.lab.guest import Guest
 
 PINGER: Final = SOURCES / "pinger.py"
 SLOW: Final = 300.0
+SLACK_MS: Final = 10_000
+"""What a busy machine may take from a guest's going on to its being told, or to a peer's hearing the guest again."""
 MAC: Final = "52:54:00:6f:55:cc"
 
 # Each as one line, for the guest's shell. What is written is read again: lost or torn writes are seen.
 WRITE_MEMORY: Final = (
-    "while :; do head -c 1000000 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b || echo torn >>/tmp/bad; "
+    "while :; do head -c 200000 /dev/urandom >/tmp/a; cp /tmp/a /tmp/b; cmp /tmp/a /tmp/b || echo torn >>/tmp/bad; "
     "echo >>/tmp/rounds; sleep 0.5; done &"
 )
 WRITE_DISK: Final = "n=0; while :; do n=$((n+1)); echo $n >>/journal; sync; sleep 0.5; done &"
@@ -94,6 +96,11 @@ class Pings:
         """
         moments = [(number, sent) for number, (sent, answered) in enumerate(self.entries) if answered is not None]
         return max((b - a for (i, a), (j, b) in pairwise(moments) if j > i + 1), default=0.0)
+
+    @property
+    def pause(self) -> float:
+        """The longest time, in seconds, in which none was sent: what the pinger may have missed of a gap."""
+        return max((b - a for (a, _), (b, _) in pairwise(self.entries)), default=0.0)
 
     @property
     def lost(self) -> list[int]:

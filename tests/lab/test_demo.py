@@ -59,7 +59,7 @@ def at_a_terminal(*argv: str) -> Iterator[Terminal]:
         yield Terminal(ours, process)
     finally:
         process.terminate()
-        process.wait(60)
+        process.wait(PATIENCE)
         os.close(ours)
 
 
@@ -74,7 +74,7 @@ def test_the_booted_guest_reaches_a_shell_that_echoes_and_powers_off(lab_images:
         demo.expect(r"where the time went: first KVM_RUN [\d.]+ s, kernel [\d.]+ s, init [\d.]+ s")
         while demo.read():
             pass
-        assert demo.process.wait(60) == 0
+        assert demo.process.wait(PATIENCE) == 0
 
 
 def of_session(leader: int) -> list[int]:
@@ -102,7 +102,7 @@ def test_the_demo_moves_a_guest_with_its_nic_says_so_and_leaves_a_picture_alone(
         demo.expect("Of the station's pings: .*of [0-9]+ pings lost")
         while demo.read():
             pass
-        assert demo.process.wait(60) == 0
+        assert demo.process.wait(PATIENCE) == 0
         assert of_session(demo.process.pid) == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo.html", "demo.json", "demo.svg"]
     told = json.loads((tmp_path / "demo.json").read_text())

@@ -16,7 +16,7 @@ from tests.lab.guest import FROM_DISK, Guest, root_disk
 
 DATA, FIXED, HVC = "/scratch/data.img", "/scratch/fixed.img", "/run/disk-hvc"
 MIB: Final = 1 << 20
-DATA_MIB: Final = 16
+DATA_MIB: Final = 8
 
 TERMINAL = """
 import socket, sys, threading

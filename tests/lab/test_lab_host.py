@@ -16,6 +16,7 @@ from scripts.lab.errors import HostGone, LabError, LabTimeout
 from scripts.lab.host import EmulatedHost
 from scripts.lab.images import Images
 from scripts.lab.kernels import CHECKOUT
+from scripts.lab.process import WAIT_SECONDS
 
 KVM_VERSION = """
 import fcntl, os
@@ -125,7 +126,7 @@ def test_what_a_command_leaves_behind_can_still_be_signalled(host: EmulatedHost)
 
 def test_a_command_that_takes_too_long_is_killed_and_shown(host: EmulatedHost) -> None:
     with pytest.raises(LabTimeout, match=r"child \d+\s+--- console of the emulated host") as caught:
-        host.run(["sh", "-c", "echo child $$; sleep 1000"], timeout=2)
+        host.run(["sh", "-c", "echo child $$; sleep 1000"], timeout=10)
     await_end(host, re.findall(r"child (\d+)", str(caught.value))[0])
 
 
@@ -176,7 +177,7 @@ def test_a_host_ends_when_its_owner_is_killed(lab_images: Images) -> None:
         qemu = os.pidfd_open(pid)
         owner.kill()
     with os.fdopen(qemu) as ended:
-        assert select.select([ended], [], [], 60)[0], f"process {pid} is still there"
+        assert select.select([ended], [], [], WAIT_SECONDS)[0], f"process {pid} is still there"
 
 
 def test_a_host_that_crashes_says_why(lab_images: Images) -> None:

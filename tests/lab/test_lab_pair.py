@@ -33,7 +33,7 @@ def test_the_station_of_the_first_reaches_the_second_and_is_on_the_same_wire(two
 
 @BOTH
 def test_ssh_runs_a_command_on_the_other_by_its_name(two_hosts: HostPair, here: int) -> None:
-    done = two_hosts.hosts[here].run(["ssh", NAMES[1 - here], "hostname; command -v kvmpy"], timeout=120)
+    done = two_hosts.hosts[here].run(["ssh", NAMES[1 - here], "hostname; command -v kvmpy"])
     name, program = done.stdout.split()
     assert (done.returncode, name) == (0, NAMES[1 - here]), done.stderr
     assert program.endswith("/bin/kvmpy")
@@ -42,7 +42,7 @@ def test_ssh_runs_a_command_on_the_other_by_its_name(two_hosts: HostPair, here: 
 def test_ssh_takes_no_key_but_the_pairs(two_hosts: HostPair) -> None:
     stranger = "rm -f /run/other*; ssh-keygen -q -t ed25519 -N '' -f /run/other"
     login = f"ssh -F none -o BatchMode=yes -o IdentitiesOnly=yes -i /run/other {NAMES[1]} true"
-    done = two_hosts.first.run(["sh", "-c", f"{stranger}; {login}"], timeout=120)
+    done = two_hosts.first.run(["sh", "-c", f"{stranger}; {login}"])
     assert done.returncode == 255
     assert "Permission denied" in done.stderr
 
@@ -83,7 +83,7 @@ def test_a_virtual_function_of_either_host_is_on_the_wire_of_the_first_ones_stat
     host.run(["sh", "-ec", f"{set_up}; ip -n other link set {name} up"], check=True)
     try:
         ping = ["ip", "netns", "exec", STATION, "busybox", "ping", "-q", "-c", "5", "-W", "20", address]
-        assert two_igb_hosts.first.run(ping, timeout=120).returncode == 0
+        assert two_igb_hosts.first.run(ping).returncode == 0
     finally:
         host.run(["ip", "netns", "delete", "other"], check=True)
 

@@ -16,7 +16,7 @@ from scripts.lab.process import Process
 from tests.lab.nics import NicHost
 
 MAC: Final = "52:54:00:6f:55:cc"
-SLOW: Final = 120
+SLOW: Final = 300
 
 # What a machine does at its start and its end: ADDRESS [MAC VLAN]
 MACHINE: Final = """

@@ -11,8 +11,8 @@ from scripts.lab.host import EmulatedHost
 from scripts.lab.kernels import CHECKOUT
 
 BLACKOUT: Final = 5
-# Seconds.
-PRECISE: Final = 0.25
+# Seconds. A line comes late on a busy machine, and what is not carried over is wrong by all of the blackout.
+PRECISE: Final = 1.0
 
 
 @pytest.fixture(scope="module")

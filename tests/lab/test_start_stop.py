@@ -20,7 +20,7 @@ PROGRAM: Final = Path(__file__).parent / "programs" / "start_stop.py"
 SPIN: Final = b"\xeb\xfe"
 CYCLES: Final = count(8, 128)
 KILLS: Final = count(3, 128)
-SECONDS: Final = 60 + 15 * max(CYCLES, KILLS)
+SECONDS: Final = 300 + 15 * max(CYCLES, KILLS)
 
 HEAD: Final = f"""
 [machine]

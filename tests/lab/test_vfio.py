@@ -24,7 +24,7 @@ ADDRESS, OTHER_ADDRESS = "10.77.0.20", "10.77.0.21"
 DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
 RESETS: Final = {"igb": "flr", "e1000e": "bus"}
 WORDS: Final = "root=/dev/vda modules=e1000e,igbvf"
-SLOW: Final = 120.0
+SLOW: Final = 300.0
 EXITS: Final = 200  # of a NIC whose interrupts and registers exit there were thousands
 
 
@@ -42,7 +42,7 @@ class Lab:
     def add(self) -> None:
         """Plug it in, and use it."""
         words = [f"{key}={value}" for key, value in keys(self.function, self.model).items()]
-        self.guest.kvmpy("qmp", NAME, "device_add", "driver=vfio-pci", *words)
+        self.guest.qmp("device_add", "driver=vfio-pci", *words)
         self.guest.type("until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done", SLOW)
         self.set_up()
 
@@ -53,8 +53,8 @@ class Lab:
         """Give the guest its address, and wait until it is heard."""
         up = f"ip addr add {self.address}/24 dev eth0; ip link set eth0 up"
         # One echo request is lost where the link comes up later than its ARP requests are given up, which is 3 seconds.
-        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 30 ]; do n=$((n + 1)); done"
-        assert self.guest.type(f"{up}; {heard}; [ $n != 30 ]; echo $?", SLOW) == "0"
+        heard = f"n=0; until busybox ping -c 1 -W 2 {STATION_ADDRESS} >&- || [ $n = 120 ]; do n=$((n + 1)); done"
+        assert self.guest.type(f"{up}; {heard}; [ $n != 120 ]; echo $?", SLOW) == "0"
 
     def pings(self) -> str:
         """The line that says what was lost."""
@@ -128,12 +128,10 @@ def test_frames_reach_a_station_on_the_wire(lab: Lab) -> None:
 @pytest.mark.parametrize("options", ["", "-R"], ids=["from the guest", "to the guest"])
 def test_traffic_flows_and_neither_interrupts_nor_registers_visit_kvmpy(lab: Lab, options: str) -> None:
     interrupts, exits = lab.interrupts(), lab.guest.status()["exits"]
-    with lab.station():
-        text = lab.guest.type(f"iperf3 -c {STATION_ADDRESS} -t 4 -f m {options} | grep -E 'receiver|error'", SLOW)
-    found = re.search(r"([\d.]+) Mbits/sec.*receiver", text)
-    assert found, text
-    assert float(found[1]) > 0.5
-    assert lab.interrupts() - interrupts > 200
+    while lab.interrupts() - interrupts < 2 * EXITS:
+        with lab.station():
+            text = lab.guest.type(f"iperf3 -c {STATION_ADDRESS} -n 2M -f m {options} | grep -E 'receiver|error'", SLOW)
+        assert re.search(r"[1-9][\d.]* MBytes .*receiver", text), text
     assert lab.guest.status()["exits"]["mmio"] - exits["mmio"] < EXITS
 
 
@@ -173,8 +171,8 @@ def test_a_system_reset_resets_it_too(lab: Lab) -> None:
 
 
 def test_it_comes_and_goes_while_the_guest_runs(lab: Lab) -> None:
-    for _ in range(count(2, 10)):
-        lab.guest.kvmpy("qmp", NAME, "device_del", f"id={DEVICE}")
+    for _ in range(count(1, 10)):
+        lab.guest.qmp("device_del", f"id={DEVICE}")
         lab.wait_deleted()
         assert lab.guest.type("ls /sys/class/net") == "lo"
         assert lab.host.driver(lab.function) == DRIVERS[lab.model], "the host has it meanwhile"
@@ -190,7 +188,7 @@ def test_r23_a_guest_that_turns_its_slot_off_gives_it_back(lab: Lab) -> None:
 
 
 def test_a_device_that_is_torn_out_works_again_later(lab: Lab) -> None:
-    lab.guest.kvmpy("qmp", NAME, "device_del", f"id={DEVICE}", "force=true")
+    lab.guest.qmp("device_del", f"id={DEVICE}", "force=true")
     lab.wait_deleted()
     gone = "[ $(cat /sys/bus/pci/slots/1/power) = 0 ] && [ ! -e /sys/class/net/eth0 ]"
     lab.guest.type(f"until {gone}; do sleep 0.1; done", SLOW)

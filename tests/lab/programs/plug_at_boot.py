@@ -12,7 +12,7 @@ import time
 from bench.plug_times import Qmp
 
 POLL = 0.01
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 
 def main(path: str, *plan: str) -> None:

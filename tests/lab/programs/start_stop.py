@@ -15,7 +15,7 @@ from pathlib import Path
 from kvmpy.config.schema import load
 from kvmpy.machine.machine import Machine
 
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 def one_cycle(config: str) -> None:
