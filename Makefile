@@ -38,7 +38,7 @@ test-fuzz: packages $(NATIVE) ## a slice of `make fuzz`
 	$(PYTEST) tests/fuzz
 
 test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their own; needs root
-	$(PYTEST) tests/host
+	$(PARALLEL) tests/host
 
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
 	$(PARALLEL) tests/kvm
