@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := kvmpy/_native.abi3.so
-# Else each process of a test compiles what it imports, and each worker all tests, anew: 20 s of a run.
+# Else each process of a test compiles what it imports, and each worker all tests, anew: ten seconds of `make test-unit`.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 # Several at once, each module's tests one after another (tests/conftest.py).
