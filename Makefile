@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := kvmpy/_native.abi3.so
-# Else each process of a test compiles what it imports, and each worker all tests, anew: 20 s of a run.
+# Else each process of a test compiles what it imports, and each worker all tests, anew: ten seconds of `make test-unit`.
 unexport PYTHONDONTWRITEBYTECODE
 PYTEST := $(BIN)/python -m pytest
 # Several at once, each module's tests one after another (tests/conftest.py), and those of a kind of emulated host that
@@ -39,7 +39,7 @@ test-fuzz: packages $(NATIVE) ## a slice of `make fuzz`
 	$(PYTEST) tests/fuzz
 
 test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their own; needs root
-	$(PYTEST) tests/host
+	$(PARALLEL) tests/host
 
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
 	$(PARALLEL) tests/kvm

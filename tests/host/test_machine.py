@@ -126,7 +126,7 @@ def test_starting_and_stopping_leaves_nothing_behind(make_config: MakeConfig, ne
     config = make_config()
     run_to_end(config)
     before = footprint()
-    for _ in range(count(16, soak=128)):
+    for _ in range(count(6, soak=128)):
         run_to_end(config)
     assert footprint() == before
     assert netns.interfaces() == []

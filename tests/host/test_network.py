@@ -29,7 +29,7 @@ from tests.counts import count
 from tests.host.conftest import Namespace
 
 BOUND: Final = 60.0  # seconds that something may take on a busy machine
-CYCLES: Final = count(12, soak=128)
+CYCLES: Final = count(6, soak=128)
 KILLS: Final = count(8, soak=100)
 FOREIGN_MAC: Final = "00:00:5e:00:53:01"
 HIGHEST_MAC: Final = "fc:ff:ff:ff:ff:ff"  # that hardware has

@@ -129,7 +129,7 @@ def test_descriptors_do_not_block_and_are_not_inherited(tap: Tap) -> None:
 @pytest.mark.parametrize("queues", [1, 4])
 def test_nothing_is_left_of_many_taps(netns: Namespace, queues: int) -> None:
     before = open_descriptors()
-    for _ in range(count(128, 128)):
+    for _ in range(count(32, 128)):
         tap = Tap.open(NAME, queues, netns=netns.path)
         tap.set_up()
         tap.close()
