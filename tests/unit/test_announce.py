@@ -95,7 +95,7 @@ def test_a_name_that_is_nobodys_is_refused_and_nothing_is_announced(rig: Rig) ->
 
 
 def test_a_device_that_has_gone_between_two_rounds_is_left_out(rig: Rig) -> None:
-    rig.start(Rounds(initial=0, most=0, rounds=1000, step=0), ["net1", "net2"])
+    rig.start(Rounds(initial=0, most=0, rounds=1_000_000, step=0), ["net1", "net2"])
     rig.asked.wait(4)
     rig.control.post(lambda: rig.nics.pop("net1"))
     settle(rig.control)
