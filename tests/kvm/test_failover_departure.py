@@ -41,6 +41,7 @@ Make = Callable[..., FailoverJourney]
 @pytest.fixture
 def make(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A journey of machines with these tables; a pair, if none are given."""
+    monkeypatch.setattr(slot, "PRESS_INTERVAL", 1.0)  # else who waits for an answer to a press waits five seconds
     with ExitStack() as stack:
         yield lambda devices=PAIR: FailoverJourney(tmp_path, stack, monkeypatch, devices)
 
