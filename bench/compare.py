@@ -22,14 +22,18 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
-from bench.__main__ import PROGRAMS
 from bench.installed import CHECKOUT
 from bench.ranks import compare
 from bench.results import as_json, figure
 
+PROGRAMS: Final = ("exits", "migrating_exits", "start", "memory", "pages", "migration")
+"""Those without an emulated host, whose kvmpy is this checkout's in any case."""
+LEAST: Final = 5
+"""Turns: with fewer p is never as small."""
 SIGNIFICANT: Final = 0.01
 """Of some forty rows, one in two or three runs says so with no reason."""
 TURNS: Final = 8
+GIT: Final = ("git", "-C", str(CHECKOUT))
 Figures = Mapping[str, tuple[float, str]]
 """What a turn found, by the name of the row, and its unit."""
 
@@ -55,6 +59,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.program if name not in PROGRAMS]:
         parser.error(f"{unknown[0]}: expected one of {', '.join(PROGRAMS)}")
+    if options.turns < LEAST:
+        parser.error(f"--turns: at least {LEAST}: with fewer nothing can be told from chance")
+    known = subprocess.run([*GIT, "rev-parse", "--verify", "--quiet", f"{options.rev}^{{commit}}"], capture_output=True)
+    if known.returncode:
+        parser.error(f"{options.rev}: is no commit here")
     return options
 
 
@@ -63,7 +72,7 @@ def worktree(rev: str) -> Iterator[Path]:
     """A checkout of ``rev``, built, with this one's bench/ and what that uses of tests/ and scripts/."""
     with tempfile.TemporaryDirectory() as directory:
         there = Path(directory) / "rev"
-        git = ("git", "-C", str(CHECKOUT), "worktree")
+        git = (*GIT, "worktree")
         subprocess.run([*git, "add", "--quiet", "--detach", str(there), rev], check=True)
         try:
             for name in ("bench", "tests/fakes", "scripts"):

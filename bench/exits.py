@@ -8,8 +8,7 @@ beside a bare loop of KVM_RUN; where the machine can count instructions, so is w
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import logging
 import tempfile
 import time
 from array import array
@@ -37,6 +36,8 @@ BUDGETED: Final = ("PIO write", "PIO read", "MMIO write", "MMIO read")
 QUANTILES: Final = {"median": 0.5, "p99": 0.99, "p99.9": 0.999}
 LOOPS: Final = 20_000
 FEW, MANY = 1_000, 101_000
+log = logging.getLogger(__name__)
+
 Trips = Mapping[str, Sequence[int]]
 """The round trips of each access, in ticks of the TSC."""
 
@@ -142,7 +143,10 @@ def share(directory: Path, rounds: int) -> list[Row]:
 
 def instructions_row(directory: Path, rounds: int) -> list[Row]:
     """Instructions of user space for an exit, from the slope between few and many; none where perf cannot count."""
-    if not shutil.which("perf") or instructions(["true"]) is None:
+    try:
+        instructions(["true"], directory)
+    except (RuntimeError, FileNotFoundError) as e:
+        log.warning("exits: instructions are left out: %s", e)
         return []
     found: dict[str, list[float]] = {KVMPY: [], QEMU: []}
     for _ in range(rounds):
@@ -150,17 +154,19 @@ def instructions_row(directory: Path, rounds: int) -> list[Row]:
             counts = []
             for number in (FEW, MANY):
                 flat = Flat(directory, loop_of(ACCESSES["PIO write"], number))
-                command = flat.kvmpy() if who == KVMPY else flat.qemu()
-                counts.append(instructions(command) or 0)
+                counts.append(instructions(flat.kvmpy() if who == KVMPY else flat.qemu(), directory))
             found[who].append((counts[1] - counts[0]) / (MANY - FEW))
     return [Pair("exits: instructions for a PIO write", found[KVMPY], found[QEMU], "instructions").row()]
 
 
-def instructions(command: Sequence[str]) -> int | None:
-    done = subprocess.run(
-        ["perf", "stat", "-x", ",", "-e", "instructions:u", *command], capture_output=True, text=True, check=False
-    )
-    return counted(done.stderr)
+def instructions(command: Sequence[str], directory: Path) -> int:
+    """Those of a whole run. Raises RuntimeError where it fails or perf cannot count, FileNotFoundError without perf."""
+    counts = directory / "instructions"
+    run(["perf", "stat", "-x", ",", "-e", "instructions:u", "-o", str(counts), *command], directory)
+    count = counted(counts.read_text())
+    if count is None:
+        raise RuntimeError("perf counts no instructions here")
+    return count
 
 
 def counted(said: str) -> int | None:

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any, Final
 
 from bench.figures import Stack
+from bench.linux import end_shared_host
 from bench.results import table
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
@@ -150,6 +151,7 @@ class Yard:
 
 def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping[str, Sequence[float]]]:
     """Each figure of each contender's turns; what a contender has not is no number."""
+    end_shared_host()
     with EmulatedHost(memory="4G", hardware=hardware(model)) as host:
         known = {name: each for name, each in Yard(host, model).contenders().items() if name in names}
         program = ["-m", "bench.failover_turns", str(rounds), str(PINGER), json.dumps(known)]

@@ -130,8 +130,8 @@ def main(rounds: str, pinger: str, contenders: str) -> None:
     for name, guest in guests.items():
         guest.boot()
         print(name, "is up", file=sys.stderr, flush=True)
-    for _ in range(int(rounds)):
-        for guest in guests.values():
+    for number in range(int(rounds)):
+        for guest in list(guests.values())[:: -1 if number % 2 else 1]:
             guest.turn()
     for guest in guests.values():
         guest.end()

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any, Final
 
+from bench.linux import shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
@@ -99,7 +100,7 @@ def plug_times(host: EmulatedHost, rounds: int) -> Mapping[str, Mapping[str, lis
         WITHOUT: contender(ours, "rp3", "rp4", DATA),
     }
     program = ["bench/plug_times.py", str(rounds), BRIDGE, json.dumps(contenders)]
-    done = host.run(["python", *program], timeout=60 + rounds * 120, check=True)
+    done = host.run(["python", *program], timeout=60 + rounds * 300, check=True)
     said: dict[str, dict[str, list[float]]] = json.loads(done.stdout)
     return said
 
@@ -108,7 +109,7 @@ def measure(quick: bool) -> list[Row]:
     """None of it is quick: pciehp's sleeps are in all of it."""
     if quick:
         return []
-    with EmulatedHost(memory="4G") as host, bridge_and_disk(host), kvmpy_guest(host), qemu_guest(host):
+    with shared_host() as host, bridge_and_disk(host), kvmpy_guest(host), qemu_guest(host):
         taken = plug_times(host, ROUNDS)
     rows = []
     for what in [f"{kind} {shown}" for kind in ("net", "blk") for shown in SHOWN]:

@@ -36,6 +36,13 @@ def shared_host() -> Iterator[EmulatedHost]:
         raise
 
 
+def end_shared_host() -> None:
+    """It is not to take processor time from another."""
+    if _host.cache_info().currsize:
+        _host().stop()
+        _host.cache_clear()
+
+
 @cache
 def _host() -> EmulatedHost:
     host = EmulatedHost(memory="4G", lifetime=HOST_SECONDS)

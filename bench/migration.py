@@ -7,6 +7,7 @@ ends share this machine's processors. A guest's pages have a word each that is n
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,11 +24,14 @@ from bench.guests import extents
 from bench.moves import MIB, Moved, Shape, move
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row, Way, alternately
+from kvmpy.host.memory import available_memory
 from tests.fakes.certificates import Authority
+
+log = logging.getLogger(__name__)
 
 COPY, SOCKET = pages.COPY, pages.SOCKET
 ROUNDS, QUICK = 5, 2
-LARGEST: Final = 8192  # MiB, which both sides have
+LARGEST, SPARE = 8192, 1024  # MiB, which both sides have, and which this machine is to have left
 FIGURES: Final = {
     "rate": ("B/s", "migration rate"),
     "total": ("s", "migration time"),
@@ -51,8 +55,13 @@ def shapes(quick: bool, credentials: str) -> Mapping[str, Shape]:
     for rate in (16, 256):
         found[f"256 MiB, {rate} MiB/s dirtied"] = Shape(dirty=rate)
     found["256 MiB, 64 MiB/s dirtied, 4 channels"] = Shape(dirty=64, channels=4)
+    found["1 GiB, 64 MiB/s dirtied"] = Shape(1024, dirty=64)
     for memory in (1024, 4096, LARGEST):
-        found[f"{memory // 1024} GiB idle"] = Shape(memory)
+        name, needed = f"{memory // 1024} GiB idle", 2 * memory + SPARE
+        if (available := available_memory() // MIB) >= needed:
+            found[name] = Shape(memory)
+        else:
+            log.warning("migration: %s is left out: both sides need %d MiB, there are %d", name, needed, available)
     return found
 
 
@@ -69,14 +78,20 @@ def measure(quick: bool) -> list[Row]:
             def turn(who: str, shape: Shape = shape, moves: dict[str, list[Moved]] = moves) -> Mapping[str, float]:
                 done = move(who, directory, shape, ticks)
                 moves[who].append(done)
-                touched = sum(mib for _, mib in extents(shape.memory)) * MIB
-                return {"rate": touched / done.total, "total": done.total, "blackout": done.blackout}
+                return {"rate": rate(shape, done), "total": done.total, "blackout": done.blackout}
 
             ways = {who: partial(turn, who) for who in (KVMPY, QEMU)}
             taken = alternately({**ways, **bounds}, QUICK if quick else ROUNDS)
             rows += rows_of(what, taken, moves)
             kept[what] = moves
     return rows + list(growth(kept))
+
+
+def rate(shape: Shape, done: Moved) -> float:
+    """Bytes of memory in a second: those that were sent, or where they were packed those that the guest has written."""
+    if shape.compression == "none":
+        return done.rate
+    return sum(mib for _, mib in extents(shape.memory)) * MIB / done.total
 
 
 def limits(stack: ExitStack) -> Mapping[str, Way]:

@@ -7,8 +7,9 @@ source to RESUME of the destination, which both stamp by this machine's clock, t
 
 from __future__ import annotations
 
-import mmap
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -18,12 +19,19 @@ from typing import Any, Final, NamedTuple
 from bench.guests import toucher
 from bench.qmp import POLL, Qmp
 from bench.rows import KVMPY
-from bench.vmms import Flat, running
+from bench.vmms import WITH_US, Flat, running, wait_for
 
 MIB: Final = 1 << 20
 UNLIMITED: Final = 1 << 40
 """Bytes a second."""
 OVER: Final = ("completed", "failed", "cancelled")
+WARM: Final = """
+import mmap, sys
+with mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    for at in range(0, len(memory), mmap.PAGESIZE):
+        memory[at] = 1
+"""
 Watcher = Callable[[int], object]
 
 
@@ -63,7 +71,7 @@ class Seat(NamedTuple):
     """A VMM that runs the guest, or waits for it."""
 
     qmp: Qmp
-    pid: int
+    process: subprocess.Popen[bytes]
 
 
 def move(who: str, directory: Path, shape: Shape, ticks: int, watch: Watcher = lambda pid: None) -> Moved:
@@ -77,8 +85,7 @@ def move(who: str, directory: Path, shape: Shape, ticks: int, watch: Watcher = l
     with ExitStack() as stack:
         source = stack.enter_context(seat(who, flat, "here", shape))
         there = stack.enter_context(seat(who, flat, "there", shape, incoming=True))
-        while b"K" not in flat.said("here"):
-            time.sleep(POLL)
+        wait_for(lambda: b"K" in flat.said("here"), source.process, f"{who}: the guest's memory written to")
         uri = f"tcp:localhost:{free_port()}"
         for each in (there, source):
             prepare(who, each.qmp, shape)
@@ -106,10 +113,11 @@ def seat(who: str, flat: Flat, name: str, shape: Shape, *, incoming: bool = Fals
         tls = ("-object", f"tls-creds-x509,id=tls0,dir={shape.credentials},endpoint={end},verify-peer=on")
         words = ("-qmp", f"unix:{qmp},server=on,wait=off", *(tls if shape.credentials else ()))
         command = flat.qemu(*words, *(("-incoming", "defer") if incoming else ()), name=name)
-    with running(command, flat.directory) as process:
+    with running([*WITH_US, *command], flat.directory) as process:
+        wait_for(qmp.exists, process, f"{who}: its monitor")
         session = Qmp(qmp)
         try:
-            yield Seat(session, process.pid)
+            yield Seat(session, process)
         finally:
             session.close()
 
@@ -118,12 +126,10 @@ def warm(mib: int) -> None:
     """Touch as much memory as the destination is going to, and give it back.
 
     This machine's own may be a hypervisor's, who has to find it when it is first used, and takes back what is free:
-    that took from 0.05 to 0.7 s for 256 MiB, and whoever came second paid nothing.
+    that took from 0.05 to 0.7 s for 256 MiB, and whoever came second paid nothing. In a process of its own, which is
+    the one that is killed where there is not enough.
     """
-    with mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        for at in range(0, len(memory), mmap.PAGESIZE):
-            memory[at] = 1
+    subprocess.run([sys.executable, "-c", WARM, str(mib * MIB)], check=True)
 
 
 def prepare(who: str, qmp: Qmp, shape: Shape) -> None:
@@ -145,7 +151,7 @@ def followed(source: Seat, began: float, watch: Watcher) -> Iterator[Sample]:
     """How much has been sent when, until it is over."""
     while (info := source.qmp("query-migrate")).get("status") not in OVER:
         yield Sample(time.time() - began, sent(info))
-        watch(source.pid)
+        watch(source.process.pid)
         time.sleep(POLL)
 
 

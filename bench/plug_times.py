@@ -108,8 +108,8 @@ def main(rounds: str, bridge: str, contenders: str) -> None:
     known: dict[str, dict[str, Any]] = json.loads(contenders)
     times: dict[str, dict[str, list[float]]] = {who: {} for who in known}
     sessions = {path: Qmp(path) for path in {tables["socket"] for tables in known.values()}}
-    for _ in range(int(rounds)):
-        for who, tables in known.items():
+    for number in range(int(rounds)):
+        for who, tables in list(known.items())[:: -1 if number % 2 else 1]:
             turn(sessions[tables["socket"]], bridge, tables, times[who])
             print(who, {what: round(each[-1], 3) for what, each in times[who].items()}, file=sys.stderr)
     print(json.dumps(times))

@@ -24,7 +24,7 @@ SCALES: Final = {
 def write(rows: Sequence[Row], facts: Mapping[str, str], directory: Path = RESULTS) -> None:
     """Replace what is there."""
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / ROWS).write_text(json.dumps([as_json(row) for row in rows], indent=2) + "\n")
+    (directory / ROWS).write_text(json.dumps([as_json(row) for row in rows], indent=2, allow_nan=False) + "\n")
     (directory / TABLE).write_text("\n".join([*facts_text(facts), "", *table(rows)]) + "\n")
     (directory / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
     figures = {row.name: row.figure for row in rows if row.figure}
@@ -35,7 +35,16 @@ def as_json(row: Row) -> dict[str, Any]:
     """Without its figure, and with its verdict; what is no number is null."""
     fields = msgspec.to_builtins(row) | {"verdict": row.verdict}
     del fields["figure"]
-    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()}
+    return {name: _numbers(value) for name, value in fields.items()}
+
+
+def _numbers(value: Any) -> Any:
+    """The same without what JSON has no number for."""
+    if isinstance(value, Mapping):
+        return {name: _numbers(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def facts_text(facts: Mapping[str, str]) -> list[str]:

@@ -7,6 +7,7 @@ runs next to each other, which share whatever else the machine did; it need not 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
@@ -71,6 +72,8 @@ class Pair:
             raise ValueError(f"{self.name}: nothing was measured")
         budget = BUDGETS[self.budget] if self.budget else None
         ratios = [quotient(*pair) for pair in zip(self.kvmpy, self.peer, strict=False)]
+        if any(map(math.isnan, ratios)):  # a pair that failed is not to be outvoted by those that did not
+            ratios = [math.nan]
         return Row(
             name=self.name,
             kvmpy=median(self.kvmpy),
@@ -81,7 +84,7 @@ class Pair:
             bound=budget.bound if budget else "",
             peer_name=self.peer_name,
             spread=spread(ratios),
-            note=self.note,
+            note="; ".join(filter(None, (self.note, undecided(ratios, budget)))),
             samples={KVMPY: list(self.kvmpy), self.peer_name: list(self.peer)},
             figure=self.figure,
         )
@@ -100,6 +103,18 @@ def spread(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     low, _, high = quantiles(values, n=4, method="inclusive")
     return low, high
+
+
+def undecided(ratios: Sequence[float], budget: Budget | None) -> str:
+    """What there is to say of a verdict that another run might turn round."""
+    if budget is None:
+        return ""
+    if any(map(math.isnan, ratios)):
+        return "nothing was measured"
+    if len(ratios) < 2:
+        return "one pair"
+    low, high = spread(ratios) or (ratios[0], ratios[0])
+    return "undecided: the quartiles lie on both sides" if budget.allows(low) != budget.allows(high) else ""
 
 
 Way = Callable[[], Mapping[str, float]]

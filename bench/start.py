@@ -24,7 +24,7 @@ from bench.figures import Stack
 from bench.guests import POWER_OFF
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row, alternately
-from bench.vmms import Flat, environment, running
+from bench.vmms import Flat, environment, running, wait_for
 
 SHIM: Final = Path(__file__).with_name("stamps.c")
 MICROVM: Final = "QEMU microvm"
@@ -37,7 +37,6 @@ PHASES: Final = {
 }
 """The stamps in their order, and what goes before each."""
 POLL: Final = 0.002
-LIMIT: Final = 100.0
 IMPORT: Final = re.compile(r"import time:\s*(\d+) \|\s*\d+ \| (.*)")
 SLOWEST: Final = 8
 
@@ -76,12 +75,9 @@ def phases(command: Sequence[str], directory: Path, shim: Path) -> Mapping[str, 
     stamps.unlink(missing_ok=True)
     words = ["env", f"LD_PRELOAD={shim}", f"KVMPY_BENCH_STAMPS={stamps}", *command]
     began = time.monotonic_ns()
-    with running(words, directory):
-        while not stamps.exists() or "run" not in (found := read(stamps.read_text())):
-            if time.monotonic_ns() - began > LIMIT * 1e9:
-                raise RuntimeError(f"{command[0]} has not run a guest within {LIMIT:.0f} s")
-            time.sleep(POLL)
-    return between(began, found)
+    with running(words, directory) as process:
+        wait_for(lambda: stamps.exists() and "run" in read(stamps.read_text()), process, f"{command[0]}: a guest", POLL)
+    return between(began, read(stamps.read_text()))
 
 
 def read(text: str) -> Mapping[str, int]:

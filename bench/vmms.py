@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -22,6 +23,10 @@ cpus = {cpus}
 [console]
 serial = "{serial}"
 """
+WITH_US: Final = ("setpriv", "--pdeathsig", "KILL")
+"""What is started with these words does not outlive us."""
+POLL: Final = 0.02
+PATIENCE: Final = 300.0
 LIMIT: Final = 100.0
 """Seconds that a guest which ends by itself may take, on a machine that is busy otherwise."""
 
@@ -50,9 +55,9 @@ class Flat:
         """The same with QEMU, and as little beside the guest as it can do with."""
         where = f"file:{self.directory}/{name}.serial" if self.serial == "file" else self.serial
         return [
-            *("qemu-system-x86_64", "-accel", "kvm", "-M", machine, "-m", str(self.memory), "-smp", str(self.cpus)),
-            *("-nodefaults", "-display", "none", "-no-reboot", "-kernel", str(self.directory / "kernel")),
-            *("-serial", where, *words),
+            *("qemu-system-x86_64", "-accel", "kvm", "-M", machine, "-cpu", "host"),
+            *("-m", str(self.memory), "-smp", str(self.cpus), "-nodefaults", "-display", "none", "-no-reboot"),
+            *("-kernel", str(self.directory / "kernel"), "-serial", where, *words),
         ]
 
     def said(self, name: str = "bench") -> bytes:
@@ -84,6 +89,20 @@ def run(command: Sequence[str], directory: Path) -> None:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: exit code {done.returncode}: {done.stdout.decode(errors='replace')}")
+
+
+def wait_for(true: Callable[[], bool], process: subprocess.Popen[bytes], what: str, poll: float = POLL) -> None:
+    """Poll. Raises RuntimeError where ``process`` ends before, or that takes far too long."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        ended = process.poll()
+        if true():  # also if it has ended by now
+            return
+        if ended is not None:
+            raise RuntimeError(f"{what}: it has ended before, with exit code {ended}")
+        if time.monotonic() > end:
+            raise RuntimeError(f"{what}: not within {PATIENCE:.0f} s")
+        time.sleep(poll)
 
 
 @contextmanager

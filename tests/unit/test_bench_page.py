@@ -81,7 +81,7 @@ def test_the_page_has_facts_verdicts_and_figures_and_loads_nothing() -> None:
     assert "4 ratios; of 3 that have a budget, 1 meet it." in html
     assert "<td>exits: PIO &lt;write&gt;</td><td>2 s</td><td>1 s</td><td>2.000</td>" in html
     assert "<td class='missed'>missed</td>" in html
-    assert "<td>why &amp; how</td>" in html
+    assert "<td>why &amp; how; nothing was measured</td>" in html
     assert "<td>beside microvm</td>" in html
     assert "Linux 6.1" in html
     assert html.count("<svg") == 2

@@ -10,7 +10,7 @@ import pytest
 
 from bench import results
 from bench.figures import Curves, distribution
-from bench.rows import Pair, Row, alternately, quotient, spread
+from bench.rows import MISSED, Pair, Row, alternately, quotient, spread
 
 
 def test_a_ratio_is_the_median_of_the_pairs_and_has_their_spread() -> None:
@@ -34,6 +34,21 @@ def test_a_ratio_is_the_median_of_the_pairs_and_has_their_spread() -> None:
 )
 def test_a_verdict_is_what_the_budget_says_of_the_ratio(budget: str | None, ours: float, verdict: str) -> None:
     assert Pair("a", [ours], [1.0], budget=budget).row().verdict == verdict
+
+
+def test_a_pair_that_failed_is_not_outvoted() -> None:
+    row = Pair("x", [math.nan, 1.0, 1.0], [2.0, 2.0, 2.0], budget="start").row()
+    assert math.isnan(row.ratio)
+    assert row.verdict == MISSED
+
+
+@pytest.mark.parametrize(
+    ("ours", "note"),
+    [([0.5], "one pair"), ([0.5, 0.5, 1.5, 1.5], "undecided: the quartiles lie on both sides"), ([0.5, 0.6, 0.7], "")],
+)
+def test_a_verdict_that_another_run_might_turn_round_says_so(ours: list[float], note: str) -> None:
+    assert Pair("x", ours, [1.0] * len(ours), budget="start").row().note == note
+    assert Pair("x", ours, [1.0] * len(ours)).row().note == ""
 
 
 def test_what_was_not_measured_is_no_row() -> None:
