@@ -77,7 +77,8 @@ def what_it_is(quick: bool, programs: Sequence[str], failed: Mapping[str, str]) 
     said = {"run": ", ".join(programs) + " (quick)" * quick}
     if quick:
         modules = [import_module(f"bench.{name}") for name in programs]
-        said["left out"] = "; ".join(what for module in modules for what in getattr(module, "LEFT_OUT", ()))
+        if left_out := [what for module in modules for what in getattr(module, "LEFT_OUT", ())]:
+            said["left out"] = "; ".join(left_out)
     return said | ({"FAILED": ", ".join(failed)} if failed else {})
 
 
