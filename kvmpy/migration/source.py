@@ -7,7 +7,6 @@ destination's, until that says that it could not run it.
 
 from __future__ import annotations
 
-import select
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import CommandError, HostError, IncompatibleError, MigrationError, StreamError
+from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamError
 from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
@@ -27,6 +26,7 @@ from kvmpy.migration.description import Findings, describe, to_json
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.handover import Event, Handover, Source
 from kvmpy.migration.keepalive import keepalive, silence
+from kvmpy.migration.leaving import Leaving
 from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
     Accept,
@@ -39,7 +39,6 @@ from kvmpy.migration.messages import (
     Failed,
     Go,
     Header,
-    Keepalive,
     Message,
     Origin,
     Phase,
@@ -51,11 +50,9 @@ from kvmpy.migration.messages import (
     RoundEnd,
     Section,
     Started,
-    due,
 )
 from kvmpy.migration.pages import PageSender
-from kvmpy.migration.parameters import OnUnplugTimeout, Parameters, Primaries
-from kvmpy.migration.preparation import failures
+from kvmpy.migration.parameters import Parameters, Primaries
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
 from kvmpy.migration.sections import MachineState, Sections, save_machine
@@ -66,8 +63,6 @@ from kvmpy.migration.transport import Connector
 log = Log(__name__)
 
 PAGE: Final = 4096
-TORN: Final = 5.0
-"""Seconds that a primary which is torn out may take: that is kvmpy's own business."""
 ELSEWHERE: Final = "the guest runs at the destination"
 SHORTEST_ROUND: Final = 0.020
 """Seconds from one look at what is dirty to the next."""
@@ -104,9 +99,8 @@ class Outgoing:
         self._pages: PageSender | None = None
         self._stands_still = False
         self._page_channels: list[Channel] = []
-        self._departure = machine.departure
+        self._primaries = Leaving(machine.departure, progress, self._stop, lambda: self.parameters)
         self._loading: float | None = None
-        self._requires = True  # a primary at the destination for each that the guest has, as that was told
         self._kept: list[Message] = []  # what goes with the next message, for each wakes the other side
 
     @property
@@ -152,9 +146,8 @@ class Outgoing:
 
     def release_primaries(self) -> None:
         """It is completed: free them, if that is wanted."""
-        if self._departure is not None and self.parameters.x_release_primaries:
-            with suppress(CommandError):  # the machine has been closed meanwhile
-                self._departure.release()
+        if self.parameters.x_release_primaries:
+            self._primaries.release()
 
     # The migration
 
@@ -165,8 +158,9 @@ class Outgoing:
             main, self._page_channels = self._set_up(undo)
             if self._page_channels:  # else page records are between the messages
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
-            with self._primaries_away(main), self._kept_unless_gone(main):
-                self._wait_unplug(main)
+                self._primaries.is_told_of = True
+            with self._primaries.away(lambda: self.phase.may_run), self._kept_unless_gone(main):
+                self._primaries.wait_unplug(main)
                 self._start(main, undo)
                 self._precopy(main)
                 self._switch_over(main, undo)
@@ -211,7 +205,7 @@ class Outgoing:
         """
         main = connector.main
         description = describe(self._machine, self._machine.handoff.describe_cpu())
-        self._requires = self.parameters.x_primaries is Primaries.REQUIRE
+        self._primaries.required = self.parameters.x_primaries is Primaries.REQUIRE
         main.send_message(
             Header(
                 description=to_json(description),
@@ -219,7 +213,7 @@ class Outgoing:
                 compression=Compression(self._compression),
                 checksum=self.parameters.x_checksum,
                 check_only=check_only,
-                require_primaries=self._requires,
+                require_primaries=self._primaries.required,
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
@@ -235,110 +229,6 @@ class Outgoing:
         for warning in answer.warnings:
             log.warning("warning: %s", printable(warning))
         return answer.token
-
-    # The primaries of failover pairs
-
-    def _wait_unplug(self, main: MainChannel) -> None:
-        """Wait until the guest has let its primaries go: no page is sent before. Raises MigrationError."""
-        if self._departure is None or not self._departure.begin():
-            return
-        self.progress.become(Status.WAIT_UNPLUG)
-        with self.progress.phase("wait-unplug"), self._awaited(main):
-            if not (staying := self._staying(main, Deadline(self.parameters.x_unplug_timeout / 1000))):
-                return
-            said = (
-                f"{' and '.join(staying)}: the guest has not let it go within {self.parameters.x_unplug_timeout:g} ms"
-            )
-            if self.parameters.x_on_unplug_timeout is OnUnplugTimeout.FAIL:
-                raise MigrationError(
-                    f"{said} (x-unplug-timeout); see what its kernel says, or have it torn out (x-on-unplug-timeout)"
-                )
-            log.warning("migration: %s: it is torn out", said)
-            self._departure.tear_out()
-            if staying := self._staying(main, Deadline(TORN)):
-                raise MigrationError(f"{' and '.join(staying)}: cannot be torn out")
-
-    @contextmanager
-    def _awaited(self, main: MainChannel) -> Iterator[None]:
-        """Within, nothing is sent; who waits for it is told that we are at work."""
-        with ExitStack() as stack:
-            if not self._page_channels and not main.channel.is_kept:  # else that is done already, or nobody waits
-                stack.enter_context(keepalive(main, self.parameters.x_timeout))
-            yield
-
-    def _staying(self, main: MainChannel, deadline: Deadline) -> list[str]:
-        """Those that the guest still has then; soon none. Raises MigrationError where the destination gives up."""
-        assert self._departure is not None
-        while (staying := self._departure.staying()) and deadline.left:  # whatever keeps us busy until then
-            watched = {self._departure.fd: select.POLLIN}
-            if main.can_answer:
-                watched[main.channel.fd] = select.POLLIN
-            if main.channel.fd in self._stop.wait_any(watched, deadline):
-                self._listen(main)
-        return staying
-
-    def _await_prepared(self, main: MainChannel) -> None:
-        """R54: the guest is not stopped before the destination has its primaries prepared. Raises MigrationError."""
-        deadline = Deadline(self.parameters.x_prepare_timeout / 1000)
-        with ExitStack() as waiting:
-            if self.progress.preparing:
-                waiting.enter_context(self.progress.phase("await primaries"))
-                waiting.enter_context(self._awaited(main))
-            while self.progress.preparing and deadline.left:
-                if self._stop.wait_any({main.channel.fd: select.POLLIN}, deadline):
-                    self._listen(main)
-        if not self.progress.preparing:
-            return
-        said = f"the destination has not prepared its primaries within {deadline.seconds * 1000:g} ms"
-        if self._requires:
-            raise MigrationError(f"{said} (x-prepare-timeout); see its log, or go without (x-primaries best-effort)")
-        self._warn(f"{said}: the guest goes on without until it has")
-
-    def _listen(self, main: MainChannel) -> None:
-        """Something has come: what the destination says when it likes."""
-        message: Message = main.receive_message(*due(main.version, Keepalive, Prepared))
-        if isinstance(message, Prepared):
-            self._note(message)
-
-    def _hear(self, main: MainChannel, *kinds: type[Message]) -> Message:
-        """The next message that is one of ``kinds``; PREPARED may come before it."""
-        while isinstance(message := main.receive_message(*due(main.version, Prepared, *kinds)), Prepared):
-            self._note(message)
-        return message
-
-    def _note(self, prepared: Prepared) -> None:
-        """Raises MigrationError where a primary cannot be used there that must be."""
-        self.progress.preparing, self.progress.prepared = False, list(prepared.primaries)
-        if not (found := failures(prepared.primaries)):
-            return
-        if self._requires:
-            raise MigrationError("; ".join(found))
-        for each in found:
-            self._warn(f"{each}; the guest goes on without")
-
-    def _warn(self, what: str) -> None:
-        self.progress.warnings.append(what)
-        log.warning("migration: %s", what)
-
-    @contextmanager
-    def _primaries_away(self, main: MainChannel) -> Iterator[None]:
-        """Within, they leave; they come back if the guest stays, and it is said what became of each."""
-        departure = self._departure
-        if departure is None:
-            yield
-            return
-        try:
-            yield
-        except BaseException:
-            with suppress(CommandError):  # the machine has been closed meanwhile
-                if not self.phase.may_run:
-                    departure.gone()
-                else:
-                    with self.progress.phase("primaries back"):
-                        self.progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
-            raise
-        with suppress(CommandError):
-            departure.gone()
 
     # Rounds, while the guest runs
 
@@ -372,7 +262,7 @@ class Outgoing:
                     if self._stop_machine(start):
                         return
                     self.progress.become(Status.ACTIVE)
-                self._await_prepared(main)
+                self._primaries.await_prepared(main)
                 self._make_durable()  # of what disks have in their caches little is left to do then
                 is_durable = True
             elif self.progress.passes:
@@ -412,7 +302,7 @@ class Outgoing:
         seconds = stats.seconds
         if awaited and main.can_answer and main.version >= RoundEnd.SINCE:
             main.send_message(RoundEnd(number=number))
-            self._hear(main, Arrived)
+            self._primaries.hear(main, Arrived)
             seconds = time.monotonic() - began
         progress.add(RoundMade(number, start, stats.pages, stats.zero_pages, stats.bytes, seconds, stats.dirty_rate))
 
@@ -457,7 +347,7 @@ class Outgoing:
             self._machine.handoff.give()
         with progress.phase("await READY"):
             if main.can_answer:
-                self._hear(main, Ready)
+                self._primaries.hear(main, Ready)
                 main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):
@@ -488,7 +378,7 @@ class Outgoing:
             sections=len(sections),
             stopped_ns=progress.stopped_ns,
             phases=tuple(said),
-            primaries=() if self._departure is None else self._departure.attached(),
+            primaries=self._primaries.attached,
         )
         self._say(main, *(Section(device=name, section=each) for name, each in sections.items()), end)
 
@@ -527,7 +417,7 @@ class Outgoing:
             return None
         with suppress(StreamError):  # it may have given up before, and said so: that is proof, too
             main.say(Go())
-        answer = self._hear(main, Started, Refused, Failed)
+        answer = self._primaries.hear(main, Started, Refused, Failed)
         assert isinstance(answer, Started | Refused | Failed)
         return answer
 

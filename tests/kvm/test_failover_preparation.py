@@ -67,7 +67,7 @@ def until_all_else_is_done(place: Place) -> None:
         functions = [
             f.f_code.co_name for frame in sys._current_frames().values() for f, _ in traceback.walk_stack(frame)
         ]
-        return "_await_prepared" in functions
+        return "await_prepared" in functions
 
     poll(awaits)
     place.stays("active")

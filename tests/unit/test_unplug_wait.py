@@ -63,7 +63,7 @@ def outgoing(busy: Busy) -> Iterator[Outgoing]:
 
 def staying(outgoing: Outgoing, busy: Busy, seconds: float) -> Thread[list[str]]:
     main: Any = busy
-    return Thread(lambda: outgoing._staying(main, Deadline(seconds)))
+    return Thread(lambda: outgoing._primaries.staying(main, Deadline(seconds)))
 
 
 def test_r36_a_destination_that_never_falls_silent_does_not_make_it_longer(outgoing: Outgoing, busy: Busy) -> None:
@@ -87,12 +87,12 @@ def test_r54_nor_does_it_make_the_wait_for_its_primaries_longer(outgoing: Outgoi
     outgoing.parameters = Parameters(x_prepare_timeout=100)
     outgoing.progress.preparing = True
     with pytest.raises(MigrationError, match=r"within 100 ms \(x-prepare-timeout\)"):
-        Thread(lambda: outgoing._await_prepared(main)).result()
+        Thread(lambda: outgoing._primaries.await_prepared(main)).result()
     assert busy.heard > 1
     assert [phase.name for phase in outgoing.progress.phases] == ["await primaries"]
 
 
 def test_r54_a_destination_that_is_prepared_is_not_waited_for(outgoing: Outgoing, busy: Busy) -> None:
     main: Any = busy
-    Thread(lambda: outgoing._await_prepared(main)).result()
+    Thread(lambda: outgoing._primaries.await_prepared(main)).result()
     assert (busy.heard, outgoing.progress.phases) == (0, [])
