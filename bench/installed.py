@@ -33,4 +33,5 @@ def install(checkout: Path, directory: Path) -> None:
         subprocess.run([*pip, *build], check=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
         (wheel,) = Path(wheels).glob("*.whl")
-        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", str(wheel)], check=True)
+        wanted = f"{wheel}[zstd]"  # imported by who asks for it
+        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", wanted], check=True)

@@ -64,8 +64,8 @@ log = Log(__name__)
 
 PAGE: Final = 4096
 ELSEWHERE: Final = "the guest runs at the destination"
-SHORTEST_ROUND: Final = 0.020
-"""Seconds from one look at what is dirty to the next."""
+SHORTEST_ROUND: Final = 0.1
+"""Seconds from one look at what is dirty to the next: each has a few of the guest's exits wait some 0.2 ms."""
 UNKNOWN: Final = "outcome unknown: destination may be running"
 # Phases of the switchover that the destination is told of
 SWITCHOVER: Final = frozenset({"stop", "save state", "last pages", "send state", "disks"})
