@@ -32,6 +32,7 @@ demo-migration: setup ## a guest goes from one emulated host to another and back
 test: setup ## all tests: unit, fuzz, host, kvm, lab
 	$(PARALLEL) tests/unit tests/fuzz tests/host tests/kvm tests/lab
 
+test-unit: WORKERS = 3
 test-unit: packages $(NATIVE) ## no root, no /dev/kvm
 	$(PARALLEL) tests/unit
 

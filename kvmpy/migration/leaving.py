@@ -32,14 +32,12 @@ TORN: Final = 5.0
 class Leaving:
     """For the migration's thread, but `release`. ``departure`` is None where the machine has no pair.
 
-    ``required``: the guest needs a primary at the destination for each that it has, as that was told. ``is_told_of``:
-    somebody tells the destination already that we are at work.
+    ``parameters`` may change. ``required``: the guest needs a primary at the destination for each that it has, as that
+    was told. ``is_told_of``: somebody tells the destination already that we are at work.
     """
 
-    def __init__(
-        self, departure: Departure | None, progress: Progress, stop: Stop, parameters: Callable[[], Parameters]
-    ) -> None:
-        self._departure, self._progress, self._stop, self._parameters = departure, progress, stop, parameters
+    def __init__(self, departure: Departure | None, progress: Progress, stop: Stop, parameters: Parameters) -> None:
+        self._departure, self._progress, self._stop, self.parameters = departure, progress, stop, parameters
         self.required, self.is_told_of = True, False
 
     @property
@@ -68,7 +66,7 @@ class Leaving:
                     departure.gone()
                 else:
                     with self._progress.phase("primaries back"):
-                        self._progress.primaries = departure.come_back(self._parameters().x_unplug_timeout / 1000)
+                        self._progress.primaries = departure.come_back(self.parameters.x_unplug_timeout / 1000)
             raise
         with suppress(CommandError):
             departure.gone()
@@ -77,13 +75,13 @@ class Leaving:
         """Wait until the guest has let its primaries go: no page is sent before. Raises MigrationError."""
         if self._departure is None or not self._departure.begin():
             return
-        limit = self._parameters().x_unplug_timeout
+        limit = self.parameters.x_unplug_timeout
         self._progress.become(Status.WAIT_UNPLUG)
         with self._progress.phase("wait-unplug"), self._awaited(main):
             if not (staying := self.staying(main, Deadline(limit / 1000))):
                 return
             said = f"{' and '.join(staying)}: the guest has not let it go within {limit:g} ms"
-            if self._parameters().x_on_unplug_timeout is OnUnplugTimeout.FAIL:
+            if self.parameters.x_on_unplug_timeout is OnUnplugTimeout.FAIL:
                 raise MigrationError(
                     f"{said} (x-unplug-timeout); see what its kernel says, or have it torn out (x-on-unplug-timeout)"
                 )
@@ -105,7 +103,7 @@ class Leaving:
 
     def await_prepared(self, main: MainChannel) -> None:
         """R54: the guest is not stopped before the destination has its primaries prepared. Raises MigrationError."""
-        deadline = Deadline(self._parameters().x_prepare_timeout / 1000)
+        deadline = Deadline(self.parameters.x_prepare_timeout / 1000)
         with ExitStack() as waiting:
             if self._progress.preparing:
                 waiting.enter_context(self._progress.phase("await primaries"))
@@ -131,7 +129,7 @@ class Leaving:
         """Within, nothing is sent; who waits for it is told that we are at work."""
         with ExitStack() as stack:
             if not self.is_told_of and not main.channel.is_kept:  # else nobody waits
-                stack.enter_context(keepalive(main, self._parameters().x_timeout))
+                stack.enter_context(keepalive(main, self.parameters.x_timeout))
             yield
 
     def _listen(self, main: MainChannel) -> None:

@@ -99,7 +99,7 @@ class Outgoing:
         self._pages: PageSender | None = None
         self._stands_still = False
         self._page_channels: list[Channel] = []
-        self._primaries = Leaving(machine.departure, progress, self._stop, lambda: self.parameters)
+        self._primaries = Leaving(machine.departure, progress, self._stop, parameters)
         self._loading: float | None = None
         self._kept: list[Message] = []  # what goes with the next message, for each wakes the other side
 
@@ -135,7 +135,7 @@ class Outgoing:
     def limit(self, parameters: Parameters) -> None:
         """Go on with other parameters, as far as that can be: nothing slows down a guest that stands still."""
         with self._lock:
-            self.parameters = parameters
+            self.parameters = self._primaries.parameters = parameters
             if self._pages is not None and not self._stands_still:
                 self._pages.max_bandwidth = parameters.max_bandwidth
 

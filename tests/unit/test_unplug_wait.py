@@ -84,7 +84,7 @@ def test_a_cancel_is_heard_meanwhile(outgoing: Outgoing, busy: Busy) -> None:
 
 def test_r54_nor_does_it_make_the_wait_for_its_primaries_longer(outgoing: Outgoing, busy: Busy) -> None:
     main: Any = busy
-    outgoing.parameters = Parameters(x_prepare_timeout=100)
+    outgoing.limit(Parameters(x_prepare_timeout=100))
     outgoing.progress.preparing = True
     with pytest.raises(MigrationError, match=r"within 100 ms \(x-prepare-timeout\)"):
         Thread(lambda: outgoing._primaries.await_prepared(main)).result()
