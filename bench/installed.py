@@ -7,6 +7,7 @@ what is measured is not what `make setup` has made for the tests, but made as pi
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,12 +27,16 @@ def environment() -> Path:
 
 
 def install(checkout: Path, directory: Path) -> None:
-    """Raises CalledProcessError; pip has said why."""
+    """Raises CalledProcessError; pip has said why.
+
+    Without PYTHONPATH, where `bench.compare` has a checkout: pip would find kvmpy there, and install none.
+    """
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     pip = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
     with tempfile.TemporaryDirectory() as wheels:
         build = ("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, str(checkout))
-        subprocess.run([*pip, *build], check=True)
+        subprocess.run([*pip, *build], env=clean, check=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
         (wheel,) = Path(wheels).glob("*.whl")
         wanted = f"{wheel}[zstd]"  # imported by who asks for it
-        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", wanted], check=True)
+        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", wanted], env=clean, check=True)
