@@ -72,12 +72,18 @@ def switching_often(seconds: float = 0.0002) -> Iterator[None]:
         sys.setswitchinterval(before)
 
 
-def poll(condition: Callable[[], object], else_say: Callable[[], str] = lambda: "it never came") -> None:
+def poll(
+    condition: Callable[[], object],
+    else_say: Callable[[], str] = lambda: "it never came",
+    *,
+    bound: float = BOUND,
+    interval: float = 0.001,
+) -> None:
     """Wait until ``condition`` holds, for what nobody tells of."""
-    deadline = time.monotonic() + BOUND
+    deadline = time.monotonic() + bound
     while not condition():
         assert time.monotonic() < deadline, else_say()
-        time.sleep(0.001)
+        time.sleep(interval)
 
 
 def settle(reactor: Reactor, rounds: int = 3) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from scripts.lab.host import Completed, EmulatedHost
 from scripts.lab.images import Images
 from scripts.lab.kernels import CHECKOUT
 from scripts.lab.process import WAIT_SECONDS
+from tests.fakes import loop
 from tests.lab.monitor import Monitor
 
 BOOT_SECONDS: Final = 600.0
@@ -28,11 +28,8 @@ POLL_SECONDS: Final = 0.2
 
 
 def poll(condition: Callable[[], bool]) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + WAIT_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, "it does not come to that"
-        time.sleep(POLL_SECONDS)
+    """Wait until it holds: each look costs an emulated host some time."""
+    loop.poll(condition, bound=WAIT_SECONDS, interval=POLL_SECONDS)
 
 
 class Guest:

@@ -17,7 +17,7 @@ from tests.lab.guest import Guest
 
 PINGER: Final = SOURCES / "pinger.py"
 SLOW: Final = 300.0
-SLACK_MS: Final = 10_000
+SLACK_MS: Final = 5_000
 """What a busy machine may take from a guest's going on to its being told, or to a peer's hearing the guest again."""
 MAC: Final = "52:54:00:6f:55:cc"
 
