@@ -115,7 +115,7 @@ def machine(directory: Path, code: bytes) -> Machine:
 
 def share(directory: Path, rounds: int) -> list[Row]:
     """What of an exit kvmpy takes, by the thread that would run the vCPU."""
-    with machine(directory, loop_of(ACCESSES["PIO write"])) as here:
+    with machine(directory, loop_of(ACCESSES["PIO write, a device"])) as here:
         vcpu = here.board.vcpus[0]
         registers.enter(vcpu, here.boot.load(here.board.memory))
         thread = VcpuThread(vcpu, Gate(), here.board.pio, here.board.mmio, lambda *_: None)
@@ -138,7 +138,9 @@ def share(directory: Path, rounds: int) -> list[Row]:
         )
     whole, alone = taken[KVMPY]["seconds"], taken["KVM_RUN alone"]["seconds"]
     note = f"so kvmpy's share is {100 * (1 - sum(alone) / sum(whole)):.0f} per cent"
-    return [Pair("exits: PIO write, in one process", whole, alone, peer_name="KVM_RUN alone", note=note).row()]
+    return [
+        Pair("exits: PIO write, a device, in one process", whole, alone, peer_name="KVM_RUN alone", note=note).row()
+    ]
 
 
 def instructions_row(directory: Path, rounds: int) -> list[Row]:

@@ -17,6 +17,8 @@ ACCESSES: Final[Mapping[str, bytes]] = {
     "MMIO write": b"\xa3\x00\x00\x00\xd0",  # mov [0xd0000000], eax: nobody answers
     "MMIO read": b"\xa1\x00\x00\x00\xd0",  # mov eax, [0xd0000000]
     "ECAM read": b"\xa1\x00\x00\x00\xb0",  # mov eax, [0xb0000000]: the host bridge
+    "PIO write, a device": b"\x66\xba\xff\x03\xee",  # mov dx, 0x3ff; out dx, al: the UART's scratch register
+    "PIO read, a device": b"\x66\xba\xff\x03\xec",
     "in the kernel": b"\xe4\x21",  # in al, 0x21: the PIC, of which no VMM hears
 }
 """What a guest does again and again; EAX and EDX are free."""

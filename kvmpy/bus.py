@@ -4,6 +4,9 @@ A Bus maps address windows to targets. The window list is an immutable tuple swa
 without a lock while another one maps or unmaps. An access that nobody claims, or that straddles a window's end, reads
 as all ones and writes vanish, as on real hardware; both are traced. A wider access than the target implements is split.
 
+C has the same map, and answers there what no device has to hear of: what nobody claims, and a `Latch` that says so. It
+is a short cut and no other way: what it leaves, or all while a bus is traced, comes through here.
+
 Ints inside, bytes at the edge: ``value`` is an unsigned little-endian int of ``size`` bytes.
 """
 
@@ -11,15 +14,27 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import msgspec
 
+from kvmpy import trace
+from kvmpy._native import ffi, lib
+from kvmpy.latch import Latch
 from kvmpy.trace import Tracepoint
 
 trace_write = Tracepoint("bus.write", "bus device offset size value")
 trace_read = Tracepoint("bus.read", "bus device offset size value")
 trace_unclaimed = Tracepoint("bus.unclaimed", "bus kind addr size")
+
+
+def _follow_tracing() -> None:
+    """Who traces a bus wants to hear of each access."""
+    lib.kvmpy_answering = not (trace_write or trace_read or trace_unclaimed)
+
+
+trace.watch(_follow_tracing)
 
 
 class Target(Protocol):
@@ -36,12 +51,16 @@ class Target(Protocol):
 
 
 class Window(msgspec.Struct, frozen=True):
-    """[base, base+size) belongs to ``target``; accesses wider than ``widest`` bytes reach it in pieces."""
+    """[base, base+size) belongs to ``target``; accesses wider than ``widest`` bytes reach it in pieces.
+
+    Its ``latches`` are answered without it.
+    """
 
     base: int
     size: int
     target: Target
     widest: int
+    latches: tuple[Latch, ...] = ()
 
     @property
     def end(self) -> int:
@@ -56,15 +75,18 @@ class Bus:
         self.name = name
         self._windows: tuple[tuple[int, ...], tuple[int, ...], tuple[Window, ...]] = ((), (), ())
         self._changing = threading.Lock()
+        self.native: Any = ffi.new("struct kvmpy_bus *")
+        lib.kvmpy_bus_open(self.native)
+        self._map: object = None  # what `native` points at
 
     @property
     def windows(self) -> tuple[Window, ...]:
         """All windows, by rising address."""
         return self._windows[2]
 
-    def map(self, base: int, size: int, target: Target, widest: int = 8) -> Window:
+    def map(self, base: int, size: int, target: Target, widest: int = 8, latches: Sequence[Latch] = ()) -> Window:
         """Give [base, base+size) to ``target``. Raises ValueError where a window is there already."""
-        window = Window(base, size, target, widest)
+        window = Window(base, size, target, widest, tuple(latches))
         with self._changing:
             for other in self.windows:
                 if base < other.end and other.base < window.end:
@@ -117,6 +139,14 @@ class Bus:
         ordered = tuple(sorted(windows, key=lambda window: window.base))
         bases, ends = tuple(window.base for window in ordered), tuple(window.end for window in ordered)
         self._windows = (bases, ends, ordered)
+        natives, latches = ffi.new("struct kvmpy_window[]", len(ordered)), []
+        for native, window in zip(natives, ordered, strict=True):
+            native.base, native.end, native.count = window.base, window.end, len(window.latches)
+            if window.latches:
+                latches.append(ffi.new("struct kvmpy_latch *[]", [latch.native for latch in window.latches]))
+                native.latches = latches[-1]
+        lib.kvmpy_bus_swap(self.native, natives, len(ordered))
+        self._map = natives, latches, ordered  # and only now the ones before may go
 
     def _find(self, addr: int, size: int) -> Window | None:
         bases, ends, windows = self._windows

@@ -21,6 +21,7 @@ Sink = Callable[[str], object]
 
 _all: Final[dict[str, Tracepoint]] = {}
 _enabled: Final[list[tuple[str, Sink]]] = []
+_watchers: Final[list[Callable[[], object]]] = []
 
 
 class Tracepoint(list[Sink]):
@@ -56,6 +57,7 @@ def enable(glob: str, sink: Sink) -> list[str]:
     for point in matched:
         if sink not in point:
             point.append(sink)
+    _tell()
     return sorted(point.name for point in matched)
 
 
@@ -65,8 +67,20 @@ def disable(sink: Sink) -> None:
     for point in _all.values():
         while sink in point:
             point.remove(sink)
+    _tell()
+
+
+def watch(watcher: Callable[[], object]) -> None:
+    """Call ``watcher`` now and whenever a tracepoint may have got or lost a sink. Never undone: of a module."""
+    _watchers.append(watcher)
+    watcher()
 
 
 def names() -> list[str]:
     """Every tracepoint declared so far, sorted."""
     return sorted(_all)
+
+
+def _tell() -> None:
+    for watcher in _watchers:
+        watcher()

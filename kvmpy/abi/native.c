@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdint.h>
@@ -15,13 +16,41 @@
 
 enum { KVMPY_RARE, KVMPY_PIO_WRITE, KVMPY_PIO_READ, KVMPY_MMIO_WRITE, KVMPY_MMIO_READ, KVMPY_INTERRUPTED };
 
-/* A vCPU and its last exit: of an access where it goes, how many bytes, and their value, which of a read Python sets. */
+/* kvmpy/latch.py: `word` is the value, and above it what of it C answers, so that one access has both. `heard` has a bit
+ * for each value of a byte. */
+enum { KVMPY_READS = 1, KVMPY_STORES = 2 };
+struct kvmpy_latch {
+    uint32_t offset, size, mask;
+    uint64_t word, heard[4];
+};
+
+/* kvmpy/bus.py: [base, end), by rising address. */
+struct kvmpy_window {
+    uint64_t base, end;
+    struct kvmpy_latch **latches;
+    uint32_t count;
+};
+
+/* Whoever swaps the table or follows it holds the lock, so that a window or a latch is not freed under a vCPU's hands. */
+struct kvmpy_bus {
+    pthread_mutex_t lock;
+    struct kvmpy_window *windows;
+    uint32_t count;
+};
+
+/* A vCPU and its last exit: of an access where it goes, how many bytes, and their value, which of a read Python sets.
+ * The accesses so far are counted, those that C has answered too. */
 struct kvmpy_vcpu {
     uint32_t kind, size;
     uint64_t addr, value;
+    uint64_t pio_exits, mmio_exits;
     struct kvm_run *run;
+    struct kvmpy_bus *pio, *mmio;
     int fd;
 };
+
+/* Off while somebody traces a bus. */
+int kvmpy_answering = 1;
 
 static long kvmpy_ioctl(int fd, unsigned long request, void *argument)
 {
@@ -45,6 +74,8 @@ static void decode_access(struct kvmpy_vcpu *v)
 {
     struct kvm_run *run = v->run;
     v->value = 0;
+    v->pio_exits += run->exit_reason == KVM_EXIT_IO;
+    v->mmio_exits += run->exit_reason == KVM_EXIT_MMIO;
     if (run->exit_reason == KVM_EXIT_IO && run->io.count == 1 && run->io.size <= sizeof v->value) {
         int is_in = run->io.direction == KVM_EXIT_IO_IN;
         v->kind = is_in ? KVMPY_PIO_READ : KVMPY_PIO_WRITE;
@@ -61,18 +92,89 @@ static void decode_access(struct kvmpy_vcpu *v)
     }
 }
 
-/* Enters the guest, after the last access's answer, which is in `value` if it was a read, until the next exit. */
+static void kvmpy_bus_open(struct kvmpy_bus *bus)
+{
+    pthread_mutex_init(&bus->lock, NULL);
+}
+
+/* From its return on nobody looks at the windows before. */
+static void kvmpy_bus_swap(struct kvmpy_bus *bus, struct kvmpy_window *windows, uint32_t count)
+{
+    pthread_mutex_lock(&bus->lock);
+    bus->windows = windows;
+    bus->count = count;
+    pthread_mutex_unlock(&bus->lock);
+}
+
+/* The last window that begins at `addr` or below, if all of the access is in it. */
+static const struct kvmpy_window *find_window(const struct kvmpy_bus *bus, uint64_t addr, uint32_t size)
+{
+    uint32_t low = 0, high = bus->count;
+    while (low < high) {
+        uint32_t middle = (low + high) / 2;
+        if (bus->windows[middle].base <= addr)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    const struct kvmpy_window *window = low ? &bus->windows[low - 1] : NULL;
+    return window && addr < window->end && size <= window->end - addr ? window : NULL;
+}
+
+static int answered_by(struct kvmpy_latch *latch, int is_write, uint64_t *value)
+{
+    uint64_t word = __atomic_load_n(&latch->word, __ATOMIC_ACQUIRE);
+    uint32_t answers = word >> 32;
+    if (!is_write) {
+        *value = (uint32_t)word;
+        return answers & KVMPY_READS;
+    }
+    uint32_t wanted = *value & latch->mask;
+    if (!(answers & KVMPY_STORES) && !(latch->size == 1 && latch->heard[wanted >> 6] >> (wanted & 63) & 1))
+        return 0;
+    return __atomic_compare_exchange_n(&latch->word, &word, (uint64_t)answers << 32 | wanted, 0, __ATOMIC_ACQ_REL,
+                                       __ATOMIC_ACQUIRE);
+}
+
+/* Whether the last exit was an access of which no device has to hear: of an address that nobody has, which reads as all
+ * ones, or of a latch that says so. */
+static int kvmpy_answered(struct kvmpy_vcpu *v)
+{
+    int is_pio = v->kind == KVMPY_PIO_WRITE || v->kind == KVMPY_PIO_READ;
+    int is_write = v->kind == KVMPY_PIO_WRITE || v->kind == KVMPY_MMIO_WRITE;
+    struct kvmpy_bus *bus = is_pio ? v->pio : v->mmio;
+    if (v->kind == KVMPY_RARE || !bus || !__atomic_load_n(&kvmpy_answering, __ATOMIC_RELAXED))
+        return 0;
+    int done;
+    pthread_mutex_lock(&bus->lock);
+    const struct kvmpy_window *window = find_window(bus, v->addr, v->size);
+    if (!window && !is_write)
+        v->value = ~(uint64_t)0;
+    done = !window;
+    for (uint32_t at = 0; window && !done && at < window->count; at++) {
+        struct kvmpy_latch *latch = window->latches[at];
+        if (latch->offset == v->addr - window->base && latch->size == v->size)
+            done = answered_by(latch, is_write, &v->value);
+    }
+    pthread_mutex_unlock(&bus->lock);
+    return done;
+}
+
+/* Enters the guest, after the last access's answer, which is in `value` if it was a read, until the next exit that
+ * somebody has to hear of. A kick ends it in any case: KVM_RUN looks at immediate_exit. */
 static int kvmpy_run(struct kvmpy_vcpu *v)
 {
-    answer_read(v);
-    if (ioctl(v->fd, KVM_RUN, 0) < 0) {
-        /* EAGAIN: a vCPU that waited for its start-up IPI was woken by something else. */
-        if (errno != EINTR && errno != EAGAIN)
-            return -errno;
-        v->kind = KVMPY_INTERRUPTED;
-        return 0;
-    }
-    decode_access(v);
+    do {
+        answer_read(v);
+        if (ioctl(v->fd, KVM_RUN, 0) < 0) {
+            /* EAGAIN: a vCPU that waited for its start-up IPI was woken by something else. */
+            if (errno != EINTR && errno != EAGAIN)
+                return -errno;
+            v->kind = KVMPY_INTERRUPTED;
+            return 0;
+        }
+        decode_access(v);
+    } while (kvmpy_answered(v));
     return 0;
 }
 

@@ -27,6 +27,7 @@ from msgspec import Meta
 
 from kvmpy.devices.base import Device, Timer
 from kvmpy.irq import IrqLine
+from kvmpy.latch import Latch
 from kvmpy.state import State, u8
 
 MakeTimer = Callable[[Callable[[], object]], Timer]
@@ -121,8 +122,10 @@ class Cmos(Device[CmosState]):
     ) -> None:
         super().__init__(name, CmosState(ram=_memory_sizes(low_memory, high_memory)))
         self._irq, self._clock = irq, clock
+        self.index = Latch(Port.INDEX, 1, mask=RAM_SIZE - 1)
         self._timer = make_timer(self.on_timer)
         self.state.flagged = self._now()
+        self._select(self.state.index)
 
     def on_timer(self) -> None:
         """The next event is due. Any thread."""
@@ -131,13 +134,13 @@ class Cmos(Device[CmosState]):
             self._update_irq()
 
     def read(self, offset: int, size: int) -> int:
-        return self._read_register(self.state.index) if offset == Port.DATA else 0xFF
+        return self._read_register(self.index.value) if offset == Port.DATA else 0xFF
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset == Port.INDEX:
-            self.state.index = value & RAM_SIZE - 1
+            self._select(value)
         elif offset == Port.DATA:
-            self._write_register(self.state.index, value & 0xFF)
+            self._write_register(self.index.value, value & 0xFF)
 
     def reset(self) -> None:
         self.state.b &= ~B.INTERRUPTS
@@ -145,10 +148,17 @@ class Cmos(Device[CmosState]):
         self.post_load()
 
     def post_load(self) -> None:
+        self._select(self.state.index)
         self._update_irq()
+
+    def pause(self) -> None:
+        self.state.index = self.index.value
 
     def close(self) -> None:
         self._timer.cancel()
+
+    def _select(self, index: int) -> None:
+        self.index.set(index, stores=True)
 
     def _read_register(self, index: int) -> int:
         s = self.state

@@ -23,6 +23,7 @@ from msgspec import Meta
 
 from kvmpy.devices.base import Device
 from kvmpy.irq import IrqLine
+from kvmpy.latch import Latch
 from kvmpy.state import State, u8
 from kvmpy.trace import Tracepoint
 
@@ -131,6 +132,8 @@ class Serial16550(Device[SerialState]):
         self._irq, self._sink, self._room = irq, sink, room
         self._refused = False
         self.on_room: Callable[[], object] | None = None
+        self.line_status = Latch(Reg.LSR, 1)
+        self._follow()
 
     def receive(self, data: bytes) -> int:
         """Take what fits of the host's input and return how many bytes that was; the rest stays with the caller."""
@@ -139,7 +142,7 @@ class Serial16550(Device[SerialState]):
             taken = b"" if s.mcr & Mcr.LOOP else data[: max(self._fifo_size - len(s.rx), 0)]
             s.rx += taken
             self._refused = len(taken) < len(data)
-            self._update_irq()
+            self._follow()
             return len(taken)
 
     def drained(self) -> None:
@@ -150,7 +153,7 @@ class Serial16550(Device[SerialState]):
                 self._sink(s.tx[:1])
                 s.tx = s.tx[1:]
                 s.thr_empty_pending = not s.tx
-            self._update_irq()
+            self._follow()
 
     def read(self, offset: int, size: int) -> int:
         s = self.state
@@ -160,7 +163,7 @@ class Serial16550(Device[SerialState]):
             case Reg.DATA:
                 value = s.rx[0] if s.rx else 0
                 s.rx = s.rx[1:]
-                self._update_irq()
+                self._follow()
                 self._offer_room()
                 return value
             case Reg.IER:
@@ -174,12 +177,12 @@ class Serial16550(Device[SerialState]):
             case Reg.LSR:
                 value = self._line_status()
                 s.overrun = False
-                self._update_irq()
+                self._follow()
                 return value
             case Reg.MSR:
                 value = self._modem_lines() | s.msr_delta
                 s.msr_delta = 0
-                self._update_irq()
+                self._follow()
                 return value
             case Reg.SCR:
                 return s.scr
@@ -206,7 +209,7 @@ class Serial16550(Device[SerialState]):
                 pass  # read-only; the data sheet keeps writes for factory tests
             case Reg.SCR:
                 s.scr = value
-        self._update_irq()
+        self._follow()
         self._offer_room()
 
     def reset(self) -> None:
@@ -214,7 +217,7 @@ class Serial16550(Device[SerialState]):
         self._offer_room()
 
     def post_load(self) -> None:
-        self._update_irq()
+        self._follow()
 
     @property
     def _fifo_size(self) -> int:
@@ -225,7 +228,7 @@ class Serial16550(Device[SerialState]):
         cause = self._cause()
         if cause is Iir.THR_EMPTY:
             self.state.thr_empty_pending = False
-            self._update_irq()
+            self._follow()
         return cause | (IIR_FIFO if self.state.fcr & Fcr.ENABLE else 0)
 
     def _transmit(self, value: int) -> None:
@@ -302,7 +305,9 @@ class Serial16550(Device[SerialState]):
             return Iir.MODEM_STATUS
         return Iir.NONE
 
-    def _update_irq(self) -> None:
+    def _follow(self) -> None:
+        """After each change of the state: the interrupt, and what a driver reads before each byte that it sends."""
+        self.line_status.set(self._line_status(), reads=not self.state.overrun)
         wired = self.state.mcr & (Mcr.OUT2 | Mcr.LOOP) == Mcr.OUT2
         self._irq.set(level=wired and self._cause() is not Iir.NONE)
 

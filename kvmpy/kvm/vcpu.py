@@ -85,7 +85,7 @@ class Vcpu:
     def close(self) -> None:
         """Close the descriptor and the shared area; closing twice is allowed."""
         if self.fd >= 0:
-            self._kvm_run = self._last = self._access = None
+            self._kvm_run = self._access = None
             self._shared.release()
             self._mmap.close()
             os.close(self.fd)
@@ -93,8 +93,24 @@ class Vcpu:
 
     # Running
 
+    def answer(self, pio: Any, mmio: Any) -> None:
+        """Have C answer what no device of these, each a ``struct kvmpy_bus *``, need hear of. Before the first run."""
+        self._last.pio, self._last.mmio = self._buses = pio, mmio
+
+    @property
+    def pio_exits(self) -> int:
+        """How many accesses of ports so far KVM_RUN has returned for. Any thread."""
+        count: int = self._last.pio_exits
+        return count
+
+    @property
+    def mmio_exits(self) -> int:
+        """How many of memory that is not RAM."""
+        count: int = self._last.mmio_exits
+        return count
+
     def enter(self) -> tuple[int, int, int, int]:
-        """Enter the guest until it needs us: the kind of exit; of an access also its size, address and value.
+        """Enter the guest until it needs Python: the kind of exit; of an access also its size, address and value.
 
         Ints and no object, because every access of the guest's comes through here. With `INTERRUPTED` something may be
         asked of the thread; of a `RARE` one `exit` says more. Raises IoctlError where KVM_RUN itself fails.

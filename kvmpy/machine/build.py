@@ -147,18 +147,18 @@ def build(
     debug_port = DebugPort("debug-port")
 
     pio, mmio = Bus("pio"), Bus("mmio")
-    pio.map(*layout.COM1, com1, widest=1)
+    pio.map(*layout.COM1, com1, widest=1, latches=[com1.line_status])
     pio.map(*layout.I8042_DATA, i8042.data_port, widest=1)
     pio.map(*layout.I8042_COMMAND, i8042.command_port, widest=1)
-    pio.map(*layout.CMOS, cmos, widest=1)
+    pio.map(*layout.CMOS, cmos, widest=1, latches=[cmos.index])
     pio.map(*layout.ACPI_PM, acpi_pm, widest=4)
     pio.map(*layout.PVPANIC, pvpanic, widest=1)
-    pio.map(*layout.DEBUG_PORT, debug_port, widest=1)
+    pio.map(*layout.DEBUG_PORT, debug_port, widest=1, latches=[debug_port.last])
 
     windows = pci_windows(config, address_bits(processor.table(cpu, system)))
     lines = [vm.line(gsi) for gsi in layout.PCI_IRQS]
     pci = PciRoot(mmio, pio, vm, lines, windows, memory.overlaps, reset)
-    pio.map(*layout.PCI_CONFIG, pci.ports, widest=4)
+    pio.map(*layout.PCI_CONFIG, pci.ports, widest=4, latches=[pci.ports.address])
     mmio.map(*layout.ECAM, pci.ecam, widest=8)
     platform = (com1, i8042, cmos, acpi_pm, reset, pvpanic, debug_port, pci.ports)
     for device in platform:

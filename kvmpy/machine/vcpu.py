@@ -123,13 +123,12 @@ class VcpuThread(threading.Thread):
     def __init__(self, vcpu: Vcpu, gate: Gate, pio: Bus, mmio: Bus, on_fatal: OnFatal) -> None:
         super().__init__(name=f"vcpu{vcpu.index}", daemon=True)
         self.vcpu = vcpu
-        self.pio_exits = 0
-        self.mmio_exits = 0
         self.other_exits = 0
         self.faults = 0
         self.napping = 0.0
         self.hold: Hold | None = None
         self._gate, self._pio, self._mmio, self._on_fatal = gate, pio, mmio, on_fatal
+        vcpu.answer(pio.native, mmio.native)
 
     def run(self) -> None:
         while True:
@@ -180,19 +179,15 @@ class VcpuThread(threading.Thread):
             self._gate.wake()
 
     def step(self) -> bool:
-        """Run to the next exit and serve it; False when the gate is to be looked at."""
+        """Run to the next exit that C does not answer, and serve it; False when the gate is to be looked at."""
         kind, size, addr, value = self.vcpu.enter()
         if kind == PIO_WRITE:
-            self.pio_exits += 1
             self._pio.write(addr, size, value)
         elif kind == PIO_READ:
-            self.pio_exits += 1
             self.vcpu.reply(self._pio.read(addr, size))
         elif kind == MMIO_WRITE:
-            self.mmio_exits += 1
             self._mmio.write(addr, size, value)
         elif kind == MMIO_READ:
-            self.mmio_exits += 1
             self.vcpu.reply(self._mmio.read(addr, size))
         elif kind == INTERRUPTED:
             self.other_exits += 1
@@ -205,11 +200,9 @@ class VcpuThread(threading.Thread):
         """An access that repeats, or that this vCPU cannot go on."""
         match exit_:
             case PioWrite(port, size, values):
-                self.pio_exits += 1
                 for value in values:
                     self._pio.write(port, size, value)
             case PioRead(port, size, repeat):
-                self.pio_exits += 1
                 self.vcpu.reply_all([self._pio.read(port, size) for _ in range(repeat)])
             case Interrupted():
                 self.other_exits += 1

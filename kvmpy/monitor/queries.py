@@ -159,8 +159,8 @@ def query_machine(caller: Caller, _: NoArguments) -> MachineInfo:
         serial=machine.pty or str(machine.config.console.serial),
         power_button_enabled=machine.board.acpi_pm.power_button_enabled,
         exits=Exits(
-            pio=sum(thread.pio_exits for thread in threads),
-            mmio=sum(thread.mmio_exits for thread in threads),
+            pio=sum(thread.vcpu.pio_exits for thread in threads),
+            mmio=sum(thread.vcpu.mmio_exits for thread in threads),
             other=sum(thread.other_exits for thread in threads),
         ),
         devices=_devices(caller),

@@ -36,7 +36,7 @@ class FakeMachine:
         self.pty: str | None = None
         self.threads = [
             SimpleNamespace(
-                vcpu=SimpleNamespace(index=n), native_id=100 + n, pio_exits=1, mmio_exits=2, other_exits=3, faults=n
+                vcpu=SimpleNamespace(index=n, pio_exits=1, mmio_exits=2), native_id=100 + n, other_exits=3, faults=n
             )
             for n in range(2)
         ]

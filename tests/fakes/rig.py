@@ -58,6 +58,7 @@ class Parts:
         else:
             bus.map(0, size, target or device, widest)
         rig = Rig(device, target or device, size, bus, self.clock, self.line, self.power, self.screen)
+        rig.before_save = device.pause
         rig.host["reset"] = lambda _: device.reset()
         rig.host["post_load"] = lambda _: device.post_load()
         return rig

@@ -46,6 +46,9 @@ class FakeVcpu:
         self._immediate_exit = False
         self._changed = threading.Condition()
 
+    def answer(self, pio: object, mmio: object) -> None:
+        """Nothing is answered by C here: whatever there is comes to the thread."""
+
     def enter(self) -> tuple[int, int, int, int]:
         """As kvmpy.kvm.vcpu.Vcpu's does: an access as ints, and anything else to be had by `exit`."""
         self._last = self._next()

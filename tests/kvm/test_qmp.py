@@ -69,7 +69,7 @@ def path(tmp_path: Path) -> str:
 
 
 def exits(machine: Machine) -> int:
-    return sum(thread.pio_exits for thread in machine.threads)
+    return sum(thread.vcpu.pio_exits for thread in machine.threads)
 
 
 def wait_for_exits(machine: Machine) -> None:

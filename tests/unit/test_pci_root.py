@@ -118,6 +118,7 @@ def test_dword_with_the_reset_bits_is_an_address_and_resets_nothing(board: Board
 def test_address_moves_to_another_host_and_reset_clears_it(board: Board) -> None:
     ports = board.root.ports
     select(board, 0, 3, 0, 0x10)
+    ports.pause()
     section = save(ports.state)
     ports.reset()
     assert board.pio.read(CONFIG_ADDRESS, 4) == 0

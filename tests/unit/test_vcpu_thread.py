@@ -45,6 +45,7 @@ from kvmpy.machine.vcpu import Gate, VcpuThread
 class Idle:
     def __init__(self, index): self.index, self._kvm_run = index, types.SimpleNamespace()
     def accept(self): pass
+    def answer(self, pio, mmio): pass
     kick = Vcpu.kick
 sys.setswitchinterval(1e-5)
 accept_kicks()
@@ -230,11 +231,10 @@ def test_end_finishes_a_thread_that_runs(rig: Rig) -> None:
     assert vcpu.log == ["interrupted"]
 
 
-def test_writes_reach_the_device_item_by_item_and_are_counted(rig: Rig) -> None:
+def test_writes_reach_the_device_item_by_item(rig: Rig) -> None:
     rig.run(PioWrite(0x12, 2, (0xAAAA, 0xBBBB)), MmioWrite(0x1004, 4, 0xCCCC))
     assert rig.port.seen.items == [("write", 2, 2, 0xAAAA), ("write", 2, 2, 0xBBBB), ("write", 4, 4, 0xCCCC)]
-    thread = rig.threads[0]
-    assert (thread.pio_exits, thread.mmio_exits, thread.faults) == (1, 1, 0)
+    assert rig.threads[0].faults == 0
 
 
 def test_reads_are_answered_item_by_item(rig: Rig) -> None:

@@ -11,6 +11,7 @@ from typing import Final, Protocol
 
 from kvmpy.bus import Target
 from kvmpy.devices.base import Device
+from kvmpy.latch import Latch
 from kvmpy.state import State, u32
 
 ADDRESS: Final = 0
@@ -48,9 +49,11 @@ class ConfigPorts(Device[ConfigPortsState]):
         super().__init__(name, ConfigPortsState())
         self.lock = config.lock
         self._config, self._reset_register = config, reset_register
+        self.address = Latch(ADDRESS, 4, mask=ADDRESS_BITS)
+        self.post_load()
 
     def read(self, offset: int, size: int) -> int:
-        address = self.state.address
+        address = self.address.value
         if offset >= DATA and address & ENABLE:
             register = (address & 0xFC) + offset - DATA
             return self._config.read(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size)
@@ -63,14 +66,20 @@ class ConfigPorts(Device[ConfigPortsState]):
 
     def write(self, offset: int, size: int, value: int) -> None:
         if offset >= DATA:
-            if (address := self.state.address) & ENABLE:
+            if (address := self.address.value) & ENABLE:
                 register = (address & 0xFC) + offset - DATA
                 self._config.write(address >> 16 & 0xFF, address >> 8 & 0xFF, register, size, value)
         elif (offset, size) == (ADDRESS, 4):
-            self.state.address = value & ADDRESS_BITS
+            self._select(value)
         elif (offset, size) == (RESET, 1):
             with self._reset_register.lock:
                 self._reset_register.write(0, 1, value)
 
     def post_load(self) -> None:
-        self.state.address &= ADDRESS_BITS
+        self._select(self.state.address)
+
+    def pause(self) -> None:
+        self.state.address = self.address.value
+
+    def _select(self, address: int) -> None:
+        self.address.set(address, reads=True, stores=True)
