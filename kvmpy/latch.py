@@ -28,7 +28,8 @@ class Latch:
     def __init__(self, offset: int, size: int, mask: int | None = None) -> None:
         if size not in (1, 2, 4):
             raise ValueError(f"a latch of {size} bytes")
-        self._mask = (1 << 8 * size) - 1 if mask is None else mask
+        ones = (1 << 8 * size) - 1
+        self._mask = ones if mask is None else mask & ones
         self.native: Any = ffi.new("struct kvmpy_latch *", {"offset": offset, "size": size, "mask": self._mask})
 
     @property
