@@ -17,8 +17,9 @@ from kvmpy.boot.e820 import memory_map
 from kvmpy.boot.examine import examine
 from kvmpy.boot.kernel import BootInfo, EntryMode, Kernel, Segment
 from kvmpy.boot.placement import LowMemory, Room
-from kvmpy.boot.source import CHUNK, Reader, Source, StrPath
+from kvmpy.boot.source import CHUNK, Reader, Source
 from kvmpy.errors import ConfigError
+from kvmpy.host.memory import StrPath
 from kvmpy.memory import GuestMemory
 
 P = ParamSpec("P")

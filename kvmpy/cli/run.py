@@ -21,8 +21,8 @@ from kvmpy.cli.main import printable, say, tell
 from kvmpy.config.schema import Config, load, warnings
 from kvmpy.config.values import Backend
 from kvmpy.errors import CommandError, ConfigError, HostError, MigrationError
-from kvmpy.host.log import lossy_stderr
 from kvmpy.host.rundir import CONSOLE_SOCKET, PCI_JOURNAL, QMP_SOCKET, RuntimeDirectory
+from kvmpy.host.stderr import lossy_stderr
 from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background
 from kvmpy.kvm.system import virtualization
 from kvmpy.log import Log, get_ready, to_stderr

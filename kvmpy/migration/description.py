@@ -17,9 +17,9 @@ import msgspec
 from msgspec import Meta
 
 from kvmpy import __version__
-from kvmpy.boot.source import StrPath
 from kvmpy.config.schema import Cache, standby_of
 from kvmpy.errors import HostError, IncompatibleError, refusal
+from kvmpy.host.memory import StrPath
 from kvmpy.kvm.cpu_model import CpuDescription, differences
 from kvmpy.machine import layout
 from kvmpy.machine.check import huge_page, mmio64
