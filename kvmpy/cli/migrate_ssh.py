@@ -15,7 +15,7 @@ from typing import Final
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import HOST_ERROR, printable, tell
-from kvmpy.cli.migrate import CHECK_PATIENCE, UNKNOWN, Settled, check, move, parameters, tell_blockers
+from kvmpy.cli.move import CHECK_PATIENCE, UNKNOWN, Settled, check, move, parameters, tell_blockers
 from kvmpy.cli.receive import ENDED, INCOMING
 from kvmpy.cli.remote import Remote
 from kvmpy.errors import HostError, HostProblems

@@ -9,7 +9,7 @@ from typing import Final
 import pytest
 
 from kvmpy.cli.main import CONFIG_ERROR, HOST_ERROR
-from kvmpy.cli.migrate import BLOCKED, CANCELLED, UNKNOWN
+from kvmpy.cli.move import BLOCKED, CANCELLED, UNKNOWN
 from kvmpy.machine.runstate import Outcome
 
 HERE: Final = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from typing import Any, Final
 import pytest
 
 from kvmpy.cli.main import main
-from kvmpy.cli.migrate import BLOCKED, CANCELLED, UNKNOWN
+from kvmpy.cli.move import BLOCKED, CANCELLED, UNKNOWN
 from kvmpy.cli.primaries import awaited
 from kvmpy.cli.progress import Lines, figures, progress, share_done
 from tests.fakes.qmp import FakeMonitor, Refusal
@@ -56,7 +56,7 @@ class Source(FakeMonitor):
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Source]:
     monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.setattr("kvmpy.cli.migrate.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("kvmpy.cli.move.POLL_SECONDS", 0.01)
     with Source() as source:
         yield source
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import pytest
 
 from kvmpy.cli.main import main
-from kvmpy.cli.migrate import BLOCKED, UNKNOWN
+from kvmpy.cli.move import BLOCKED, UNKNOWN
 from kvmpy.cli.remote import Remote, parse
 from kvmpy.errors import ConfigError, HostError
 from tests.fakes.qmp import FakeMonitor
