@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from typing import Final
 
-from tests.fakes.pvh_kernel import LOAD_AT
+from tests.fakes.paced_guest import paced
 
 NEEDS: Final = "16MiB"
 STEPS: Final = 16
@@ -34,41 +34,14 @@ BEGIN: Final = b"\x31\xdb"  # xor ebx, ebx
 # For ever, and with all that there is of a processor.
 COUNTS_BUSILY: Final = BEGIN + STEP + b"\xeb" + struct.pack("b", -len(STEP) - 2)  # again: ...; jmp again
 
-DIVISOR: Final = 1_193_182 // RATE
-START_TIMER: Final = (
-    b"\xb0\x11\xe6\x20"  # mov al, 0x11; out 0x20, al    PIC, ICW1: edge, cascade, ICW4 follows
-    b"\xb0\x20\xe6\x21"  # mov al, 0x20; out 0x21, al    ICW2: vectors from 0x20
-    b"\xb0\x04\xe6\x21"  # mov al, 0x04; out 0x21, al    ICW3
-    b"\xb0\x01\xe6\x21"  # mov al, 0x01; out 0x21, al    ICW4: 8086 mode
-    b"\xb0\xfe\xe6\x21"  # mov al, 0xfe; out 0x21, al    mask all but IRQ 0
-    b"\xb0\x34\xe6\x43"  # mov al, 0x34; out 0x43, al    PIT, counter 0: a pulse, again and again
-    + bytes([0xB0, DIVISOR & 0xFF, 0xE6, 0x40])  # mov al, low; out 0x40, al
-    + bytes([0xB0, DIVISOR >> 8, 0xE6, 0x40])  # mov al, high; out 0x40, al
-)
-# What the timer does: it begins with an empty stack and ends by waiting, and never returns, for KVM's emulator knows no
-# IRET in protected mode.
-TICK: Final = (
-    b"\xbc\x00\x00\x08\x00"  # mov esp, 0x80000
-    b"\xb0\x20\xe6\x20"  # mov al, 0x20; out 0x20, al    end of interrupt
-    + b"\xb9" + struct.pack("<I", STEPS)  # mov ecx, STEPS
-    + STEP + b"\xe2" + struct.pack("b", -len(STEP) - 2)  # next: ...; loop next
-    + b"\xfb\xf4\xeb\xfc"  # rest: sti; hlt; jmp rest
+# For ever, and mostly at rest. It counts by grace of interrupt controllers, a timer and a vCPU that waits, all of which
+# must arrive where it goes.
+COUNTS: Final = paced(
+    BEGIN,
+    b"\xb9" + struct.pack("<I", STEPS)  # mov ecx, STEPS
+    + STEP + b"\xe2" + struct.pack("b", -len(STEP) - 2),  # next: ...; loop next
+    RATE,
 )  # fmt: skip
-
-
-def _counts() -> bytes:
-    """The program, and behind it what its LIDT is given: limit and base, and 0x28 gates, those from 0x20 on to TICK."""
-    load = b"\x0f\x01\x1d"  # lidt [...]
-    tick = LOAD_AT + len(BEGIN + load) + 4 + len(START_TIMER)
-    tables = tick + len(TICK)
-    gate = struct.pack("<HHBBH", tick & 0xFFFF, 0x10, 0, 0x8E, tick >> 16)  # an interrupt gate, present
-    code = BEGIN + load + struct.pack("<I", tables) + START_TIMER + TICK
-    return code + struct.pack("<HI", 0x28 * 8 - 1, tables + 6) + bytes(0x20 * 8) + gate * 8
-
-
-# For ever, and mostly at rest: several of these leave each other, and their VMMs, the processors. That it counts at all
-# is due to interrupt controllers, timer and a vCPU that waits, and all of these must arrive where it goes.
-COUNTS: Final = _counts()
 
 # The same without a word: writes to 3 MiB from 4 MiB on as fast as it can.
 WRITES: Final = (
