@@ -64,6 +64,16 @@ def _place(item: pytest.Item) -> int:
 
 
 def pytest_collection_finish() -> None:
+    _keep()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _between_modules() -> None:
+    """Nothing of the last module's own is left."""
+    _keep()
+
+
+def _keep() -> None:
     """What is there now stays: tests that have Python look for circles need not have it look there, too."""
     gc.collect()
     gc.freeze()

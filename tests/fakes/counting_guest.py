@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Final
 
-# For ever: waits until the serial line takes a byte, sends the low byte of a counter, counts, and writes the counter
-# into one of 2048 pages from 4 MiB on, the next one each time. So one that stops and goes on elsewhere must send the
-# next byte there, and each byte sent is a page dirtied.
-COUNTS: Final = (
-    b"\x31\xdb"  # xor ebx, ebx
-    b"\x66\xba\xfd\x03"  # again: mov dx, 0x3fd
+from tests.fakes.paced_guest import paced
+
+NEEDS: Final = "16MiB"
+STEPS: Final = 16
+"""How often it counts before it rests."""
+RATE: Final = 250
+"""How often it does so in a second."""
+
+# Waits until the serial line takes a byte, sends the low byte of a counter, counts, and writes the counter into one of
+# 2048 pages from 4 MiB on, the next one each time. So one that stops and goes on elsewhere must send the next byte
+# there, and each byte sent is a page dirtied.
+STEP: Final = (
+    b"\x66\xba\xfd\x03"  # mov dx, 0x3fd
     b"\xec"  # wait: in al, dx
     b"\xa8\x20"  # test al, 0x20 (THR empty)
     b"\x74\xfb"  # jz wait
@@ -21,9 +29,19 @@ COUNTS: Final = (
     b"\x25\xff\x07\x00\x00"  # and eax, 0x7ff
     b"\xc1\xe0\x0c"  # shl eax, 12
     b"\x89\x98\x00\x00\x40\x00"  # mov [eax + 0x400000], ebx
-    b"\xeb\xdd"  # jmp again
 )
-NEEDS: Final = "16MiB"
+BEGIN: Final = b"\x31\xdb"  # xor ebx, ebx
+# For ever, and with all that there is of a processor.
+COUNTS_BUSILY: Final = BEGIN + STEP + b"\xeb" + struct.pack("b", -len(STEP) - 2)  # again: ...; jmp again
+
+# For ever, and mostly at rest. It counts by grace of interrupt controllers, a timer and a vCPU that waits, all of which
+# must arrive where it goes.
+COUNTS: Final = paced(
+    BEGIN,
+    b"\xb9" + struct.pack("<I", STEPS)  # mov ecx, STEPS
+    + STEP + b"\xe2" + struct.pack("b", -len(STEP) - 2),  # next: ...; loop next
+    RATE,
+)  # fmt: skip
 
 # The same without a word: writes to 3 MiB from 4 MiB on as fast as it can.
 WRITES: Final = (

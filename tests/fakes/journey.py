@@ -12,11 +12,11 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
 from kvmpy.migration.control import Migrations
 from kvmpy.migration.status import Status
-from tests.fakes.counting_guest import COUNTS, NEEDS, gap
+from tests.fakes.counting_guest import COUNTS, NEEDS, STEPS, gap
 from tests.fakes.loop import BOUND, poll
 from tests.fakes.pvh_kernel import pvh_kernel
 
-PATIENCE = 2.0
+PATIENCE = 0.5
 """Seconds that each side gives the other, in tests of one that does not answer."""
 
 
@@ -53,7 +53,7 @@ class Stop:
     def wait_for(self, state: RunState) -> None:
         poll(lambda: self.machine.state is state, lambda: f"{self.machine.state}, not {state}: {self.error}")
 
-    def wait_for_count(self, more: int = 64) -> None:
+    def wait_for_count(self, more: int = 2 * STEPS) -> None:
         """The guest runs here: it gets on."""
         enough = self._console.stat().st_size + more
         poll(lambda: self._console.stat().st_size >= enough, lambda: f"the guest does not count: {self.machine.state}")

@@ -101,8 +101,9 @@ class Middle:
                     return
                 to.sendall(data)
         if not self._hung:
-            with contextlib.suppress(OSError):
-                to.shutdown(socket.SHUT_WR)
+            for each, way in ((to, socket.SHUT_WR), (source, socket.SHUT_RD)):  # of one who is killed both hear at once
+                with contextlib.suppress(OSError):
+                    each.shutdown(way)
 
     def _pass_frames(self, source: socket.socket, to: socket.socket) -> None:
         deaf = False

@@ -18,6 +18,8 @@ XEN_ELFNOTE_PHYS32_ENTRY: Final = 18
 POWER_OFF: Final = b"\x66\xba\x04\x06\x66\xb8\x00\x34\x66\xef\xeb\xfe"
 # and that does nothing, for ever: jmp $
 SPIN: Final = b"\xeb\xfe"
+# or waits for ever, and takes no processor: hlt, with interrupts off; jmp to it
+HALT: Final = b"\xf4\xeb\xfd"
 
 # How the configuration of a small machine begins whose kernel is such a file, "kernel" beside it.
 SMALL_MACHINE: Final = """\

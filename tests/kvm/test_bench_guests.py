@@ -53,8 +53,7 @@ def test_a_guest_writes_to_its_memory_before_it_says_so(tmp_path: Path, pages: i
 def test_a_large_guest_writes_to_what_is_above_four_gib_too(tmp_path: Path) -> None:
     memory, low = 3072 + 2, 18
     flat = Flat(tmp_path, toucher(memory, 0, 10**9, low), memory=memory, serial="file")
-    flat.kvmpy()
-    with Machine(load(tmp_path / "bench.toml")) as machine:
+    with Machine(load(flat.config())) as machine:
         machine.start()
         while not flat.said():
             assert machine.wait(0.01) is None

@@ -35,20 +35,21 @@ from kvmpy.kvm.system import System, virtualization
 from kvmpy.machine.machine import Machine
 from tests.counts import count
 from tests.fakes.loop import each
-from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
+from tests.fakes.paced_guest import paced
+from tests.fakes.pvh_kernel import HALT, LOAD_AT, POWER_OFF, SPIN, pvh_kernel
 
-SPIN: Final = b"\xeb\xfe"
+RATE: Final = 250  # looks at what it waits for, a second
 SAY_K: Final = b"\x66\xba\xf8\x03\xb0\x4b\xee"  # mov dx, 0x3f8; mov al, 'K'; out dx, al
 PANIC: Final = b"\x66\xba\x05\x05\xb0\x01\xee" + SPIN  # mov dx, 0x505; mov al, 1; out dx, al
 TRIPLE_FAULT: Final = b"\x0f\x0b"  # ud2, and there is no IDT
 # Enables its power button, says K, and powers off when the button is pressed.
-OBEY: Final = (
+OBEY: Final = paced(
     b"\x66\xba\x02\x06\x66\xb8\x00\x01\x66\xef"  # mov dx, 0x602; mov ax, 0x100 (PWRBTN_EN); out dx, ax
-    + SAY_K
-    + b"\x66\xba\x00\x06"  # mov dx, 0x600
-    + b"\x66\xed\xf6\xc4\x01\x74\xf9"  # again: in ax, dx; test ah, 1 (PWRBTN_STS); jz again
-    + POWER_OFF
-)
+    + SAY_K,
+    b"\x66\xba\x00\x06\x66\xed"  # mov dx, 0x600; in ax, dx
+    b"\xf6\xc4\x01\x74" + bytes([len(POWER_OFF)]) + POWER_OFF,  # test ah, 1 (PWRBTN_STS); jz over it
+    RATE,
+)  # fmt: skip
 
 
 def unless(key: bytes, then: bytes) -> bytes:
@@ -56,29 +57,40 @@ def unless(key: bytes, then: bytes) -> bytes:
     return b"\x3c" + key + b"\x75" + bytes([len(then)]) + then
 
 
-def echo() -> bytes:
-    """Says K, then whatever it is sent; Q powers off, T faults, P panics."""
-    body = (
-        b"\x66\xba\xfd\x03\xec\xa8\x01\x74\xfb"  # mov dx, 0x3fd; again: in al, dx; test al, 1 (data ready); jz again
-        + b"\xb2\xf8\xec"  # mov dl, 0xf8; in al, dx
+def echo(before: bytes = b"") -> bytes:
+    """Does something, says K, then whatever it is sent; Q powers off, T faults, P panics."""
+    answer = (
+        b"\xb2\xf8\xec"  # mov dl, 0xf8; in al, dx
         + unless(b"Q", POWER_OFF)
         + unless(b"T", TRIPLE_FAULT)
         + unless(b"P", PANIC)
         + b"\x88\xc4\xb2\xfd\xec\xa8\x20\x74\xfb"  # mov ah, al; mov dl, 0xfd; again: in al, dx; test al, 0x20; jz again
         + b"\x88\xe0\xb2\xf8\xee"  # mov al, ah; mov dl, 0xf8; out dx, al
     )
-    return SAY_K + body + b"\xe9" + struct.pack("<i", -len(body) - 5)  # jmp body
+    look = b"\x66\xba\xfd\x03\xec\xa8\x01"  # next: mov dx, 0x3fd; in al, dx; test al, 1 (data ready)
+    look += b"\x74" + bytes([len(answer) + 2])  # jz over all
+    return paced(before + SAY_K, look + answer + b"\xeb" + struct.pack("b", -len(look + answer) - 2), RATE)  # jmp next
+
+
+FIFO: Final = 16
 
 
 def flood(size: int) -> bytes:
-    """Sends ``size`` bytes, each when the transmitter is ready, and powers off."""
-    return (
-        b"\xb9" + struct.pack("<I", size)  # mov ecx, size
-        + b"\x66\xba\xfd\x03\xec\xa8\x20\x74\xfb"  # next: mov dx, 0x3fd; again: in al, dx; test al, 0x20; jz again
-        + b"\xb2\xf8\x88\xc8\xee"  # mov dl, 0xf8; mov al, cl; out dx, al
-        + b"\xe2\xf0"  # loop next
-        + POWER_OFF
-    )  # fmt: skip
+    """Sends ``size`` bytes, as many as the FIFO takes when the transmitter is ready, and powers off."""
+    enable = b"\x66\xba\xfa\x03\xb0\x01\xee\x31\xdb"  # mov dx, 0x3fa; mov al, 1; out dx, al; xor ebx, ebx
+    enable += b"\xbf" + struct.pack("<I", size // FIFO)  # mov edi, size / 16
+
+    def send(table: int) -> bytes:
+        """``table`` holds what is sent, and that again and again."""
+        wait = b"\x66\xba\xfd\x03\xec\xa8\x20\x74\xfb"  # next: mov dx, 0x3fd; again: in al, dx; test al, 0x20; jz again
+        some = b"\xb2\xf8\x8d\xb3" + struct.pack("<I", table)  # mov dl, 0xf8; lea esi, [ebx + table]
+        some += b"\xb9" + struct.pack("<I", FIFO) + b"\xf3\x6e"  # mov ecx, 16; rep outsb
+        some += b"\x80\xc3\x10\x4f"  # add bl, 16; dec edi
+        return wait + some + b"\x75" + struct.pack("b", -len(wait + some) - 2)  # jnz next
+
+    assert size % FIFO == 0
+    code = len(enable + send(0) + POWER_OFF)
+    return enable + send(LOAD_AT + code) + POWER_OFF + flooded(size)[:256]
 
 
 def flooded(size: int) -> bytes:
@@ -158,7 +170,7 @@ def here(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     handlers = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
     (tmp_path / "run").mkdir()
     (tmp_path / "m.toml").write_text('[boot]\nkernel = "kernel"\n[machine]\nmemory = "16MiB"\n')
-    (tmp_path / "kernel").write_bytes(pvh_kernel(SAY_K + SPIN))
+    (tmp_path / "kernel").write_bytes(pvh_kernel(SAY_K + HALT))
     yield tmp_path
     for number, handler in handlers.items():
         signal.signal(number, handler)
@@ -247,7 +259,7 @@ def test_timings_say_when_the_guest_first_ran(run: Start) -> None:
 def test_timings_are_those_of_the_first_boot(run: Start) -> None:
     """Also after a reset: begun and ready are said after K, and the second time long after it."""
     stamp = b"\xb0\x41\xe6\x80\xb0\x42\xe6\x80"  # mov al, 0x41; out 0x80, al; mov al, 0x42; out 0x80, al
-    process = started(run(stamp + ECHO, "--timings", stdin=subprocess.PIPE))
+    process = started(run(echo(stamp), "--timings", stdin=subprocess.PIPE))
     assert process.stdin
     seconds = 1.0
     time.sleep(seconds)  # what must not be in the timings
@@ -289,15 +301,15 @@ def test_a_trace_goes_to_standard_error(run: Start) -> None:
 def test_what_the_host_cannot_do_is_said_where_it_was_asked_for(
     run: Start, here: Path, options: list[str], error: str
 ) -> None:
-    ended, _, err = outcome(run(SPIN, *(word for option in options for word in ("--set", option))))
+    ended, _, err = outcome(run(HALT, *(word for option in options for word in ("--set", option))))
     assert ended == 1
     assert err.startswith(f"kvmpy: {error.format(here=here)}")
     assert err.count("\n") == 1
 
 
 def test_a_name_that_runs_already_is_refused_with_the_process_that_has_it(run: Start) -> None:
-    first = started(run(SAY_K + SPIN))
-    ended, _, err = outcome(run(SAY_K + SPIN))
+    first = started(run(SAY_K + HALT))
+    ended, _, err = outcome(run(SAY_K + HALT))
     assert (ended, err) == (
         1,
         f"kvmpy: m.toml: name: 'm' is running already, process {first.pid}; "
@@ -532,7 +544,7 @@ def test_ctrl_a_p_says_so_where_the_guest_does_not_listen(run: Start, terminal: 
 
 
 def test_ctrl_a_x_stops_a_guest_that_reads_nothing(run: Start, terminal: Terminal) -> None:
-    process = run(SAY_K + SPIN, terminal=terminal)
+    process = run(SAY_K + HALT, terminal=terminal)
     terminal.expect(b"K")
     terminal.type(b"anybody there? " * 10_000 + CTRL_A + b"x")
     terminal.expect(b"kvmpy: the guest does not read its serial line: what is typed now is lost\r\n")
@@ -540,7 +552,7 @@ def test_ctrl_a_x_stops_a_guest_that_reads_nothing(run: Start, terminal: Termina
 
 
 def test_a_client_of_the_console_does_not_lock_the_operator_out(run: Start, terminal: Terminal, here: Path) -> None:
-    process = run(SAY_K + SPIN, terminal=terminal)
+    process = run(SAY_K + HALT, terminal=terminal)
     terminal.expect(b"K")
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(here / "run/m/console.sock"))
@@ -600,7 +612,7 @@ def test_a_second_signal_stops_the_guest_at_once(run: Start) -> None:
 
 
 def test_a_signal_while_memory_is_taken_ends_at_once_and_leaves_nothing(run: Start, here: Path) -> None:
-    process = run(SPIN, "--set", "machine.memory=1GiB", "--set", "machine.reserve=true")
+    process = run(HALT, "--set", "machine.memory=1GiB", "--set", "machine.reserve=true")
     until((here / "run" / "m" / "pid").exists)
     process.terminate()
     ended, out, err = outcome(process)
@@ -663,7 +675,7 @@ def status_of(name: str) -> str:
 def test_the_last_output_waits_for_a_reader_that_takes_its_time(stuck: tuple[Process, int]) -> None:
     process, reader = stuck
     with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(3)
+        process.wait(count(1, 6))
     with os.fdopen(reader, "rb") as output:
         assert output.read() == flooded(50_000)
     assert process.wait(PATIENCE) == 0
@@ -1018,7 +1030,7 @@ def test_a_console_carries_bytes_both_ways_and_leaves_the_guest_running(attached
 
 
 def test_a_console_is_left_though_the_guest_reads_nothing(start: Start, run: Start, terminal: Terminal) -> None:
-    machine = started(run(SAY_K + SPIN))
+    machine = started(run(SAY_K + HALT))
     process = start("console", "m", terminal=terminal)
     terminal.expect(b"attached")
     terminal.type(b"anybody there? " * 50_000 + CTRL_A + b"x")

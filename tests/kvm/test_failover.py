@@ -17,7 +17,7 @@ from kvmpy.machine.pairing import PairFacts
 from kvmpy.monitor.ports import root_ports
 from tests.fakes.failover_host import FailoverHost, NicGuest
 from tests.fakes.loop import Inbox, poll
-from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
+from tests.fakes.pvh_kernel import HALT, SMALL_MACHINE, pvh_kernel
 from tests.fakes.vfio import ADDRESS
 from tests.fakes.virtio_rig import Guest
 
@@ -88,7 +88,7 @@ class Rig:
 def rig(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
     host = FailoverHost(tmp_path, monkeypatch)
     (tmp_path / "m.toml").write_text(PAIR)
-    (tmp_path / "kernel").write_bytes(pvh_kernel(SPIN))
+    (tmp_path / "kernel").write_bytes(pvh_kernel(HALT))
     with ExitStack() as stack:
         stack.callback(host.close)
         machine = stack.enter_context(Machine(load(tmp_path / "m.toml")))

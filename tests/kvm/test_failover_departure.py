@@ -41,7 +41,7 @@ Make = Callable[..., FailoverJourney]
 @pytest.fixture
 def make(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A journey of machines with these tables; a pair, if none are given."""
-    monkeypatch.setattr(slot, "PRESS_INTERVAL", 1.0)  # else who waits for an answer to a press waits five seconds
+    monkeypatch.setattr(slot, "PRESS_INTERVAL", 0.3)  # else who waits for an answer to a press waits five seconds
     with ExitStack() as stack:
         yield lambda devices=PAIR: FailoverJourney(tmp_path, stack, monkeypatch, devices)
 
@@ -167,12 +167,12 @@ def test_r36_who_has_only_one_channel_waits_as_long_as_the_guest_takes(
 ) -> None:
     os.mkfifo(tmp_path / "fifo")
     source = journey.begin()
-    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'fifo'}", x_timeout=1.0)
+    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'fifo'}", x_timeout=0.5)
     source.ask("migrate", uri=f"exec:cat > {tmp_path / 'fifo'}")
     source.until(Status.WAIT_UNPLUG)
-    end = time.monotonic() + 2.0
-    while time.monotonic() < end:
-        source.stays("wait-unplug")
+    end = time.monotonic() + 1.0
+    poll(lambda: source.status != "wait-unplug" or time.monotonic() > end, interval=0.02)
+    source.stays("wait-unplug")
     goes(source, there)
 
 

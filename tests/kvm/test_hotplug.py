@@ -24,7 +24,7 @@ from kvmpy.monitor.ports import SpareInfo, root_ports, spare
 from tests.counts import count
 from tests.fakes.hotplug_guest import HotplugGuest
 from tests.fakes.loop import Inbox
-from tests.fakes.pvh_kernel import SMALL_MACHINE, SPIN, pvh_kernel
+from tests.fakes.pvh_kernel import HALT, SMALL_MACHINE, pvh_kernel
 
 BOUND: Final = 20.0
 MACHINE: Final = f"""\
@@ -110,7 +110,7 @@ def started(config: Path, *overrides: str) -> Iterator[Rig]:
 
 @pytest.fixture
 def config(system: System, tmp_path: Path) -> Path:
-    (tmp_path / "kernel").write_bytes(pvh_kernel(SPIN))
+    (tmp_path / "kernel").write_bytes(pvh_kernel(HALT))
     (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
     (tmp_path / "m.toml").write_text(MACHINE)
     return tmp_path / "m.toml"

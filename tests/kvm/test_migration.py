@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import os
 import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,9 +24,9 @@ from kvmpy.migration.status import Status
 from kvmpy.state import StateError
 from tests.counts import count
 from tests.fakes.certificates import Authority
-from tests.fakes.counting_guest import WRITES
+from tests.fakes.counting_guest import COUNTS, COUNTS_BUSILY, WRITES
 from tests.fakes.journey import Journey, Stop
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, poll
 
 DEVICES = """
 [[root_port]]
@@ -81,7 +79,9 @@ def test_a_guest_counts_on_where_it_has_gone(journey: Journey, parameters: dict[
     journey.check()
 
 
-def test_a_guest_goes_there_and_back_again_and_again(journey: Journey) -> None:
+@pytest.mark.parametrize("code", [COUNTS, COUNTS_BUSILY], ids=["mostly at rest", "never"])
+def test_a_guest_goes_there_and_back_again_and_again(tmp_path: Path, stack: ExitStack, code: bytes) -> None:
+    journey = Journey(tmp_path, stack, code)
     here = journey.begin(x_checksum=True)
     for _ in range(count(4, 20)):
         here.wait_for_count()
@@ -306,10 +306,7 @@ def test_a_destination_gets_ready_before_a_source_comes(journey: Journey, monkey
 
     monkeypatch.setattr(control, "get_ready", noted)
     there = journey.wait_at()
-    end = time.monotonic() + BOUND
-    while not ready:
-        assert time.monotonic() < end, "it waits for a source with that"
-        os.sched_yield()
+    poll(lambda: ready, lambda: "it waits for a source with that")
     source = journey.begin()
     source.migrations.migrate(there.uri)
     source.wait(Status.COMPLETED)
@@ -369,13 +366,14 @@ def test_what_has_been_sent_is_told_while_a_round_goes_on(journey: Journey) -> N
     source, there = journey.begin(max_bandwidth=100_000, multifd_channels=1), journey.wait_at()
     source.migrations.migrate(there.uri)
     seen: list[dict[str, int]] = []
-    end = time.monotonic() + BOUND
-    while len(seen) < 3:
-        assert time.monotonic() < end
+
+    def more() -> bool:
         ram = source.migrations.progress.info().get("ram", {})
         if ram.get("transferred") and (not seen or ram["transferred"] > seen[-1]["transferred"]):
             seen.append(ram)
-        os.sched_yield()
+        return len(seen) >= 3
+
+    poll(more)
     assert source.migrations.progress.passes == 1
     assert seen[0]["remaining"] >= seen[1]["remaining"] >= seen[2]["remaining"]
     source.migrations.cancel()
@@ -453,7 +451,7 @@ def free_port() -> int:
 
 def writer(tmp_path: Path, stack: ExitStack, policy: OnNoConvergence) -> Stop:
     journey = Journey(tmp_path, stack, WRITES)
-    source = journey.begin(max_bandwidth=4 << 20, downtime_limit=100, multifd_channels=1, x_on_no_convergence=policy)
+    source = journey.begin(max_bandwidth=12 << 20, downtime_limit=100, multifd_channels=1, x_on_no_convergence=policy)
     there = journey.wait_at()
     source.migrations.migrate(there.uri)
     return source
@@ -461,10 +459,7 @@ def writer(tmp_path: Path, stack: ExitStack, policy: OnNoConvergence) -> Stop:
 
 def test_a_guest_that_writes_too_fast_is_slowed_down_until_it_can_go(tmp_path: Path, stack: ExitStack) -> None:
     source = writer(tmp_path, stack, OnNoConvergence.THROTTLE)
-    end = time.monotonic() + BOUND
-    while not source.migrations.progress.throttle:
-        assert time.monotonic() < end
-        os.sched_yield()
+    poll(lambda: source.migrations.progress.throttle)
     assert "sleep 20 %" in source.migrations.progress.info()["not-converging"]
     source.migrations.set_parameters(max_bandwidth=0)
     source.wait(Status.COMPLETED)
@@ -481,10 +476,7 @@ def test_or_it_stays(tmp_path: Path, stack: ExitStack) -> None:
 
 def test_or_its_pages_are_sent_until_somebody_ends_it(tmp_path: Path, stack: ExitStack) -> None:
     source = writer(tmp_path, stack, OnNoConvergence.CONTINUE)
-    end = time.monotonic() + BOUND
-    while source.migrations.progress.passes < 5:
-        assert time.monotonic() < end
-        os.sched_yield()
+    poll(lambda: source.migrations.progress.passes >= 5)
     assert source.migrations.progress.info()["not-converging"].startswith("the guest writes")
     assert source.migrations.progress.throttle == 0
     source.migrations.cancel()

@@ -19,6 +19,7 @@ from kvmpy.errors import CommandError, HostError
 from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration import main_channel
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.source import UNKNOWN
@@ -42,6 +43,12 @@ BEFORE_GO = (
     *(Kind.HEADER, Kind.ACCEPT, Kind.ROUND, Kind.ROUND_END, Kind.ARRIVED),
     *(Kind.SECTION, Kind.END_OF_STATE, Kind.READY),
 )
+
+
+@pytest.fixture
+def curt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither side waits long for what the other, which says nothing, may have said last."""
+    monkeypatch.setattr(main_channel, "LAST_WORDS", 0.1)
 
 
 @pytest.fixture
@@ -98,6 +105,7 @@ def goes_on_as_before(journey: Journey, source: Stop, there: Stop) -> None:
     journey.check()
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
 @pytest.mark.parametrize("at", BEFORE_GO)
 def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> None:
@@ -106,6 +114,7 @@ def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> No
     goes_on_as_before(journey, source, there)
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("at", [Kind.SECTION, Kind.END_OF_STATE, Kind.READY])
 def test_a_guest_that_stands_still_does_not_wait_for_as_long_as_one_that_runs(journey: Journey, at: Kind) -> None:
     source, there = set_out(journey, at, Harm.HANG, patience=3600)
@@ -113,6 +122,7 @@ def test_a_guest_that_stands_still_does_not_wait_for_as_long_as_one_that_runs(jo
     goes_on_as_before(journey, source, there)
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG])
 def test_when_go_is_lost_nobody_runs_until_force(journey: Journey, harm: Harm) -> None:
     source, there = set_out(journey, Kind.GO, harm)
@@ -131,6 +141,7 @@ def test_when_go_is_lost_nobody_runs_until_force(journey: Journey, harm: Harm) -
     goes_on_as_before(journey, source, there)
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG, Harm.DEAF, Harm.GARBAGE])
 def test_when_started_is_lost_the_destination_alone_runs(journey: Journey, harm: Harm) -> None:
     source, there = set_out(journey, Kind.STARTED, harm)
@@ -198,6 +209,7 @@ def test_a_cancel_that_comes_with_go_is_refused(journey: Journey) -> None:
     journey.check()
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("harm", [Harm.DEAF, Harm.GARBAGE])
 def test_when_go_is_lost_and_the_destination_says_that_it_gave_up_the_guest_goes_on_here(
     journey: Journey, harm: Harm
@@ -224,6 +236,7 @@ def test_a_source_whose_destination_hangs_after_go_can_be_closed_at_once(journey
     assert str(source.error).startswith(UNKNOWN)
 
 
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("cancel", [False, True], ids=["patience ends", "somebody cancels"])
 def test_a_disk_that_cannot_be_flushed_keeps_the_guest_for_no_longer_than_anything_else(
     journey: Journey, monkeypatch: pytest.MonkeyPatch, cancel: bool

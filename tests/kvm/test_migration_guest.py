@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +15,7 @@ from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
 from tests.fakes.counting_guest import gap
 from tests.fakes.journey import Journey, Stop
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, poll
 
 NEVER = {"downtime_limit": 0, "x_on_no_convergence": OnNoConvergence.CONTINUE}
 """Rounds without end: no guest is gone in no time."""
@@ -35,10 +33,7 @@ def under_way(journey: Journey) -> tuple[Stop, Stop]:
     source.wait_for_count()
     there = journey.wait_at()
     source.migrations.migrate(there.uri)
-    end = time.monotonic() + BOUND
-    while not source.migrations.progress.passes:
-        assert time.monotonic() < end
-        os.sched_yield()
+    poll(lambda: source.migrations.progress.passes)
     return source, there
 
 

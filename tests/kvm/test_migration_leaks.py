@@ -16,6 +16,7 @@ import pytest
 
 from kvmpy.errors import CommandError
 from kvmpy.kvm.system import System
+from kvmpy.migration import main_channel
 from kvmpy.migration.descriptor import Offer
 from kvmpy.migration.messages import prepare
 from kvmpy.migration.parameters import OnNoConvergence
@@ -27,7 +28,8 @@ TIMES = 5
 
 
 @pytest.fixture
-def source(system: System, tmp_path: Path) -> Iterator[Stop]:
+def source(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stop]:
+    monkeypatch.setattr(main_channel, "LAST_WORDS", 0.1)  # else each that hangs takes a second more
     prepare(NEWEST)  # once in a process; what typing leaves behind is no migration's
     with ExitStack() as stack:
         yield Journey(tmp_path, stack).begin(

@@ -308,7 +308,7 @@ def test_the_destination_never_runs_when_the_source_is_killed_before_go(
     here = processes()
     here.wait_for_count()
     journey = beside(tmp_path, stack)
-    there = journey.wait_at()
+    there = journey.wait_at(x_timeout=1.0)  # for page channels, which nobody opens
     middle = Middle(journey.socket("middle"), there.uri.removeprefix("unix:"), hooks={at: here.process.kill})
     stack.callback(middle.close)
     here("migrate", uri=f"unix:{journey.socket('middle')}")
