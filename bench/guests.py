@@ -71,19 +71,17 @@ def loop_of(access: bytes, count: int | None = None) -> bytes:
 
 
 def toucher(memory: int, pages: int, ticks: int, low: int = LOW) -> bytes:
-    """Writes a word into each page of `extents`, says "K", and goes on with ``pages`` a second of the lower ones, one
-    after the other, by a TSC of ``ticks`` a second; with no pages it halts.
+    """Writes a word into each page of `extents`, says "K", and goes on with ``pages`` a second of those below ``low``
+    MiB, one after the other, by a TSC of ``ticks`` a second; with no pages it halts.
 
-    Raises ValueError of one that dirties and has more than ``low`` MiB.
+    What comes after the filling is in long mode where that has reached above 4 GiB: its bytes mean the same there.
     """
     (_, least), *above = extents(memory, low)
-    if above and pages:
-        raise ValueError(f"a guest that goes on writing has at most {low} MiB")
     begin = b"\xbf" + _dword(FIRST << 20) + b"\xb9" + _dword(least * 256)  # mov edi, FIRST MiB; mov ecx, pages
     write = b"\xff\x07\x81\xc7\x00\x10\x00\x00"  # inc dword [edi]; add edi, 4096
     fill = begin + write + b"\xe2\xf6"  # loop to the write
     if above:
-        return fill + _fill_above(LOAD_AT + len(fill), above[0][1]) + TELL + HALT
+        fill += _fill_above(LOAD_AT + len(fill), above[0][1])
     if not pages:
         return fill + TELL + HALT
     paced = (

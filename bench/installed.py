@@ -38,5 +38,5 @@ def install(checkout: Path, directory: Path) -> None:
         subprocess.run([*pip, *build], env=clean, check=True)
         subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(directory)], check=True)
         (wheel,) = Path(wheels).glob("*.whl")
-        wanted = f"{wheel}[zstd]"  # imported by who asks for it
-        subprocess.run([*pip, "--python", str(directory / "bin" / "python"), "install", wanted], env=clean, check=True)
+        into = ("--python", str(directory / "bin" / "python"))
+        subprocess.run([*pip, *into, "install", str(wheel)], env=clean, check=True)

@@ -1,8 +1,8 @@
 """Migrations of flat guests over loopback, kvmpy's and QEMU's by turns: rate, total time and blackout.
 
-Idle guests of several sizes, guests that write at several rates, one and four channels, plain, TLS and zstd. Beside the
-rates stand what a copy of memory and a bare socket reach in the same turn: no migration can be faster, and both of its
-ends share this machine's processors. A guest's pages have a word each that is not zero, so that all travel.
+Guests of several sizes that stand still or write, at several rates, one and four channels, plain, TLS and zstd. Beside
+the rates stand what a copy of memory and a bare socket reach in the same turn: no migration can be faster, and both
+of its ends share this machine's processors. A guest's pages have a word each that is not zero, so that all travel.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ FIGURES: Final = {
 }
 IDLE: Final = "256 MiB idle"
 DIRTIED: Final = "256 MiB, 64 MiB/s dirtied"
+LARGE: Final = {" idle": 0, ", 64 MiB/s dirtied": 64}
 LEFT_OUT: Final = (
     "migration: more than one channel, TLS, zstd, guests of more than 256 MiB or that write 16 or 256 MiB/s",
 )
@@ -55,13 +56,14 @@ def shapes(quick: bool, credentials: str) -> Mapping[str, Shape]:
     for rate in (16, 256):
         found[f"256 MiB, {rate} MiB/s dirtied"] = Shape(dirty=rate)
     found["256 MiB, 64 MiB/s dirtied, 4 channels"] = Shape(dirty=64, channels=4)
-    found["1 GiB, 64 MiB/s dirtied"] = Shape(1024, dirty=64)
     for memory in (1024, 4096, LARGEST):
-        name, needed = f"{memory // 1024} GiB idle", 2 * memory + SPARE
+        large = {f"{memory // 1024} GiB{what}": Shape(memory, dirty=rate) for what, rate in LARGE.items()}
+        needed = 2 * memory + SPARE
         if (available := available_memory() // MIB) >= needed:
-            found[name] = Shape(memory)
+            found |= large
         else:
-            log.warning("migration: %s is left out: both sides need %d MiB, there are %d", name, needed, available)
+            names = " and ".join(large)
+            log.warning("migration: %s are left out: both sides need %d MiB, there are %d", names, needed, available)
     return found
 
 

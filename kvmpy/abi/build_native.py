@@ -9,7 +9,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 
 ffi = FFI()
-for name in ("kvm.cdef", "vhost.cdef", "vfio.cdef", "tun.cdef", "block.cdef", "native.cdef", "pages.cdef"):
+for name in ("kvm.cdef", "vhost.cdef", "vfio.cdef", "tun.cdef", "block.cdef", "dl.cdef", "native.cdef", "pages.cdef"):
     ffi.cdef((HERE / name).read_text())
 ffi.set_source(
     "kvmpy._native",

@@ -3,6 +3,7 @@
 #ifndef KVMPY_COMPAT_H
 #define KVMPY_COMPAT_H
 
+#include <dlfcn.h>
 #include <sys/socket.h>
 #include <linux/ethtool.h>
 #include <linux/falloc.h>

@@ -18,7 +18,7 @@ from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.migration import checksum, handover
 from kvmpy.migration.arrival import Arrival
-from kvmpy.migration.description import compare, describe, parse, processor
+from kvmpy.migration.description import compare, describe, parse, processor, to_json
 from kvmpy.migration.handover import Destination, Event, Handover
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.keepalive import keepalive, silence
@@ -43,6 +43,7 @@ from kvmpy.migration.messages import (
     Section,
     Started,
     due,
+    prepare,
 )
 from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
@@ -50,6 +51,7 @@ from kvmpy.migration.preparation import Preparation
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
 from kvmpy.migration.status import Status
+from kvmpy.migration.wire import NEWEST
 
 log = Log(__name__)
 
@@ -68,7 +70,9 @@ def get_ready(machine: Machine) -> Readiness:
     """
     vcpus = machine.board.vcpus
     cpu, rehearsal_ns = machine.in_control(lambda: (describe_host(vcpus[0], len(vcpus)), rehearse(machine)))
-    describe(machine, cpu)  # has read its kernel and initrd
+    ours = describe(machine, cpu)  # has read its kernel and initrd
+    compare(parse(to_json(ours)), ours)
+    prepare(NEWEST)
     return Readiness(cpu, rehearsal_ns)
 
 
@@ -87,6 +91,7 @@ class Ingoing:
         Raises IncompatibleError where it cannot come, which it is told, and StreamError.
         """
         header = main.receive_message(Header)
+        prepare(main.version)
         said = f"{header.source.name} of {header.source.host} (kvmpy {header.source.version})"
         try:
             source = parse(header.description)
@@ -150,10 +155,9 @@ class Ingoing:
         """RAM, checked where that was asked for, and the state."""
         main = arrival.main
         before = main.can_answer and main.version < Prepared.SINCE  # such a source asks its guest on ACCEPT, and goes
-        with self._working():
-            self._machine.handoff.adopt_cpu(self._cpu)
-            if before:
-                preparation.begin()
+        if before:
+            preparation.begin()
+            with self._working():
                 self._await(preparation, main, header)
         token = os.urandom(16)
         self._accept(main, token, self._readiness.rehearsal_ns)
@@ -169,6 +173,8 @@ class Ingoing:
             for channel in channels:  # or its thread would notice the end of it only by and by
                 undo.callback(channel.shutdown, "all has come")
             pages.start()
+            with self._working():
+                self._machine.handoff.adopt_cpu(self._cpu)
             received = self._read(main, pages, inline=not channels)
         pages.finish()
         return received

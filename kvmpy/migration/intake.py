@@ -30,7 +30,7 @@ from kvmpy.migration.records import (
     failure,
     milliseconds,
 )
-from kvmpy.migration.zstd import Zstd
+from kvmpy.migration.zstd import Unpacker
 from kvmpy.pagebits import PAGE
 from kvmpy.trace import Tracepoint
 
@@ -40,6 +40,7 @@ trace_end = Tracepoint("migration.end_of_round", "channel number")
 IDLE: Final = 24 * 3600.0
 # Bytes that a page channel's reader takes beyond what it asked for: single pages come many in a call then.
 AHEAD: Final = 128 << 10
+_NOTHING: Final = memoryview(bytearray())
 
 
 class PageReceiver:
@@ -132,7 +133,8 @@ class PageReceiver:
             self._threads.pop().join()
 
     def _lane(self, name: str, channel: PageChannel, ahead: int = AHEAD) -> _Lane:
-        return _Lane(name, channel, self._memory, self._flow, Zstd() if self._compression == "zstd" else None, ahead)
+        unpacker = Unpacker() if self._compression == "zstd" else None
+        return _Lane(name, channel, self._memory, self._flow, unpacker, ahead)
 
     def _verdict(self, number: int) -> Exception | bool | None:
         """True if that round is here, why it will not be, or None while that is open."""
@@ -160,11 +162,11 @@ class _Lane:
     """
 
     def __init__(
-        self, name: str, channel: PageChannel, memory: GuestMemory, flow: Flow, zstd: Zstd | None, ahead: int
+        self, name: str, channel: PageChannel, memory: GuestMemory, flow: Flow, unpacker: Unpacker | None, ahead: int
     ) -> None:
         self.name, self.channel, self.round = name, channel, -1
         self.failure: Exception | None = None
-        self._memory, self._flow, self._zstd = memory, flow, zstd
+        self._memory, self._flow, self._unpacker = memory, flow, unpacker
         # The C side has the addresses alone: these keep what they point to.
         self._blocks = ffi.new(
             "struct kvmpy_ram[]",
@@ -175,7 +177,7 @@ class _Lane:
             "struct kvmpy_intake *",
             {"blocks": self._blocks, "count": len(memory.blocks), "ahead": self._ahead, "room": ahead},
         )
-        self._buffer: bytearray | None = None
+        self._came = self._unpacked = _NOTHING
 
     def counts(self) -> tuple[int, int, int]:
         """(pages, zero pages, bytes). Any thread."""
@@ -228,22 +230,31 @@ class _Lane:
 
     def _receive_batch(self, kind: int) -> None:
         intake, size, length = self._intake, self._intake.gpa, self._intake.pages
-        if kind == ZSTD and self._zstd is None:
+        if kind == ZSTD and self._unpacker is None:
             raise StreamError(f"{self._place()}: a packed batch, where none was agreed")
-        batch: Any = memoryview(self._room())[:length]
+        if not self._came:
+            self._came = memoryview(bytearray(MOST_BATCH))
+        batch = self._came[:length]
         fd = self.channel.raw_fd
         if fd is None:
             self.channel.receive_into(batch)
         else:
             timeout = milliseconds(self.channel.timeout)
             self._check(lib.kvmpy_intake_read(intake, self._flow.c, fd, ffi.from_buffer(batch), length, timeout))
-        if kind == ZSTD and self._zstd is not None:
-            try:
-                batch = self._zstd.unpack(batch, size)
-            except StreamError as e:
-                raise StreamError(f"{self._place()}: {e}") from e
+        if kind == ZSTD and self._unpacker is not None:
+            batch = self._unpack(self._unpacker, batch, size)
         self._check(lib.kvmpy_intake_apply(intake, ffi.from_buffer(batch), size))
         self._advance(length)
+
+    def _unpack(self, unpacker: Unpacker, packed: memoryview, size: int) -> memoryview:
+        if not self._unpacked:
+            self._unpacked = memoryview(bytearray(MOST_BATCH))
+        batch = self._unpacked[:size]
+        try:
+            unpacker.unpack(packed, batch)
+        except StreamError as e:
+            raise StreamError(f"{self._place()}: {e}") from e
+        return batch
 
     def _end(self, number: int) -> int:
         if (self.round >= 0 and number != self.round + 1) or number >= 1 << 32:
@@ -256,11 +267,6 @@ class _Lane:
         """A record with ``size`` bytes behind it is done."""
         self._intake.offset += RECORD.size + size
         self._intake.bytes += RECORD.size + size
-
-    def _room(self) -> bytearray:
-        if self._buffer is None:
-            self._buffer = bytearray(MOST_BATCH)
-        return self._buffer
 
     def _check(self, result: int) -> int:
         if result == -errno.EBADMSG and self._intake.fault:

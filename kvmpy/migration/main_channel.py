@@ -24,7 +24,6 @@ from kvmpy.migration.messages import (
     check_length,
     decode,
     encode,
-    prepare,
     title,
 )
 from kvmpy.migration.stop import Deadline
@@ -53,7 +52,6 @@ class MainChannel:
         self._sending = threading.Lock()
         self._seen: dict[type[Message], int] = {}
         self._state = 0
-        prepare(version)
 
     @property
     def can_answer(self) -> bool:

@@ -322,6 +322,8 @@ KINDS: Final[dict[int, type[Message]]] = {
         *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived, Prepared),
     )
 }
+TO_SOURCE: Final = (Accept, Refuse, Prepared, Arrived, Ready, Started, Refused, Failed, Keepalive)
+"""What a destination says."""
 
 
 def clipped(text: str, most: int) -> str:
@@ -368,12 +370,15 @@ def decode(number: int, payload: bytes | bytearray, version: int = NEWEST) -> Me
         raise StreamError(f"{kind.KIND.name}: {str(e)[:200]}") from e
 
 
-def prepare(version: int) -> None:
-    """Find out now what each kind is made of: it takes milliseconds, and some come first while a guest stands still."""
+def prepare(version: int, heard: Iterable[type[Message]] = tuple(KINDS.values())) -> None:
+    """Find out now what each kind is made of, and how those ``heard`` are read: it takes milliseconds, and some come
+    first while a guest stands still.
+    """
     for kind in KINDS.values():
         if version >= kind.SINCE:
             _fields(kind, version)
-            _decoder(kind)
+    for kind in heard:
+        _decoder(kind)
 
 
 def title(message: Message) -> str:
@@ -430,6 +435,8 @@ def _decoder(kind: type[M]) -> msgspec.json.Decoder[M]:
 @cache
 def _fields(kind: type[Message], version: int) -> tuple[str, ...]:
     """The fields that a message has in streams of that version."""
+    if version >= NEWEST:
+        return kind.__struct_fields__  # the hints take longest to find
     hints = get_type_hints(kind, include_extras=True)
     return tuple(name for name in kind.__struct_fields__ if _born(get_args(hints[name])) <= version)
 

@@ -32,7 +32,7 @@ from kvmpy.migration.records import (
     failure,
     milliseconds,
 )
-from kvmpy.migration.zstd import Zstd
+from kvmpy.migration.zstd import Packer
 from kvmpy.trace import Tracepoint
 
 trace_round = Tracepoint("migration.round", "number pages zero_pages bytes ms")
@@ -65,7 +65,7 @@ class PageSender:
         self._flow = Flow(max_bandwidth)
         self._is_cancelled = False
         self._lanes = [
-            _Lane(index, len(channels), channel, self._flow, Zstd() if compression == "zstd" else None)
+            _Lane(index, len(channels), channel, self._flow, Packer() if compression == "zstd" else None)
             for index, channel in enumerate(channels)
         ]
 
@@ -119,14 +119,15 @@ class PageSender:
 class _Lane:
     """One channel, and what has gone over it."""
 
-    def __init__(self, index: int, count: int, channel: PageChannel, flow: Flow, zstd: Zstd | None) -> None:
+    def __init__(self, index: int, count: int, channel: PageChannel, flow: Flow, packer: Packer | None) -> None:
         self.name = f"page channel {index}"
         self._index, self._count = index, count
-        self._channel, self._flow, self._zstd = channel, flow, zstd
+        self._channel, self._flow, self._packer = channel, flow, packer
         # What came before, and the sweep under way: one attribute, so that another thread sees both or neither.
         self._progress: tuple[tuple[int, int, int], Any] = (0, 0, 0), None
         # Room for a record, and a batch behind it.
-        self._buffer = bytearray(RECORD.size + MOST_BATCH if zstd or channel.raw_fd is None else 0)
+        self._buffer = bytearray(RECORD.size + MOST_BATCH if packer or channel.raw_fd is None else 0)
+        self._packed = memoryview(bytearray(RECORD.size + MOST_BATCH if packer else 0))
 
     def counts(self) -> tuple[int, int, int]:
         """(pages, zero pages, bytes). Any thread."""
@@ -183,11 +184,14 @@ class _Lane:
                 self._write(data)
                 sweep.bytes += len(data)
 
-    def _framed(self, view: memoryview, size: int) -> memoryview | bytes:
+    def _framed(self, view: memoryview, size: int) -> memoryview:
         """The batch of ``size`` bytes in our buffer with its record before it; packed, where that makes it smaller."""
         end = RECORD.size + size
-        if self._zstd is not None and len(packed := self._zstd.pack(view[RECORD.size : end])) < size:
-            return RECORD.pack(size, len(packed), ZSTD) + packed
+        if self._packer is not None:
+            packed = self._packer.pack(view[RECORD.size : end], self._packed[RECORD.size : end - 1])
+            if packed:
+                RECORD.pack_into(self._packed, 0, size, packed, ZSTD)
+                return self._packed[: RECORD.size + packed]
         RECORD.pack_into(view, 0, size, size, BATCH)
         return view[:end]
 

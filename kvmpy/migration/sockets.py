@@ -104,6 +104,15 @@ def peer(connection: socket.socket) -> str:
     return "one that has left"
 
 
+def reached(connection: socket.socket, address: Tcp) -> Tcp:
+    """Where it has come to: ``address`` may be a name with several addresses, and takes time to look up."""
+    with suppress(OSError):  # who was there may have left
+        host, port, *rest = connection.getpeername()
+        scope = f"%{rest[1]}" if rest and rest[1] else ""
+        return Tcp(host + scope, port)
+    return address
+
+
 def is_welcome(connection: socket.socket) -> bool:
     """Whether it is root's or our own, where a unix socket can tell."""
     return connection.family != socket.AF_UNIX or peer_uid(connection) in (ROOT, os.geteuid())

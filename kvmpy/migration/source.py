@@ -29,6 +29,7 @@ from kvmpy.migration.keepalive import keepalive, silence
 from kvmpy.migration.leaving import Leaving
 from kvmpy.migration.main_channel import MainChannel, printable
 from kvmpy.migration.messages import (
+    TO_SOURCE,
     Accept,
     Arrived,
     BlockChecksums,
@@ -50,6 +51,7 @@ from kvmpy.migration.messages import (
     RoundEnd,
     Section,
     Started,
+    prepare,
 )
 from kvmpy.migration.pages import PageSender
 from kvmpy.migration.parameters import Parameters, Primaries
@@ -217,6 +219,7 @@ class Outgoing:
                 source=Origin(host=description.host.name, version=__version__, name=description.name),
             )
         )
+        prepare(main.version, TO_SOURCE)  # while the other side compares
         if not main.can_answer:
             return None
         answer: Message = main.receive_message(Accept, Refuse)
@@ -253,19 +256,17 @@ class Outgoing:
     def _precopy(self, main: MainChannel) -> None:
         """Send pages until the rest, and the state, fit into the downtime limit; then stop the machine."""
         self.progress.become(Status.ACTIVE)
-        start, is_durable = time.monotonic_ns(), False
+        start, has_waited = time.monotonic_ns(), False
         while True:
             self._log.collect(self._dirty)
             if self.progress.passes and self._fits():
-                if is_durable:
+                if has_waited or not self._wait_for_others(main):
                     self.progress.become(Status.DEVICE)
                     if self._stop_machine(start):
                         return
                     self.progress.become(Status.ACTIVE)
-                self._primaries.await_prepared(main)
-                self._make_durable()  # of what disks have in their caches little is left to do then
-                is_durable = True
-            elif self.progress.passes:
+                has_waited = True
+            elif self.progress.passes > 1:  # the first, of all pages, is none of few
                 self._breathe()
             self._send_round(main, awaited=True)
 
@@ -273,6 +274,14 @@ class Outgoing:
         """Whether the rest can be sent in time; else what is to be done about it is done."""
         self._stop.check()
         return self._convergence.fits(self._dirty.count() * PAGE, self._dirty.rate, self.parameters)
+
+    def _wait_for_others(self, main: MainChannel) -> bool:
+        """For primaries there, and for disks here, which have little left to do then; False: there was nothing to."""
+        if not self.progress.preparing and self._machine.handoff.is_durable:
+            return False
+        self._primaries.await_prepared(main)
+        self._make_durable()
+        return True
 
     def _breathe(self) -> None:
         """Rounds of a few pages that follow one another at once cost the guest more than they bring."""

@@ -41,6 +41,7 @@ class Connector:
     ) -> None:
         """Connects, and hears who is there. Raises MigrationError."""
         self._uri, self._address, self._tls, self._stop = where, address, tls, stop
+        self._place = address  # of a name, what has answered once: page channels must come to the same host
         self._timeout, self._tls_name = timeout, name
         self._channels: list[Channel] = []
         deadline = Deadline(timeout)
@@ -55,11 +56,10 @@ class Connector:
         if not isinstance(self._address, Tcp | Unix):
             return []
         deadline = Deadline(self._timeout)
-        channels = []
-        for number in range(1, count + 1):
-            channel = self._kept(self._dial(f"{self._uri} channel {number}", deadline))
+        numbers = range(1, count + 1)
+        channels = [self._kept(self._dial(f"{self._uri} channel {number}", deadline)) for number in numbers]
+        for number, channel in zip(numbers, channels, strict=True):  # each is there already, or on its way
             self._introduce(channel, OURS._replace(channel=number, token=token), deadline)
-            channels.append(channel)
         return channels
 
     @property
@@ -95,10 +95,13 @@ class Connector:
         return self._dial(name, deadline)
 
     def _dial(self, name: str, deadline: Deadline) -> Channel:
-        address = self._address
-        assert isinstance(address, Tcp | Unix)
-        connection = sockets.dial(self._uri, address, self._stop, deadline)
-        if self._tls is None or not isinstance(address, Tcp):
+        address, place = self._address, self._place
+        assert isinstance(place, Tcp | Unix)
+        connection = sockets.dial(self._uri, place, self._stop, deadline)
+        if not isinstance(address, Tcp):
+            return SocketChannel(name, self._stop, connection)
+        self._place = sockets.reached(connection, address)
+        if self._tls is None:
             return SocketChannel(name, self._stop, connection)
         return self._tls.connected(name, self._stop, connection, self._tls_name or address.host)
 

@@ -7,7 +7,7 @@ from array import array
 import pytest
 
 from bench.exits import counted, ranks, split
-from bench.guests import ACCESSES, POWER_OFF, loop_of, toucher
+from bench.guests import ACCESSES, POWER_OFF, TELL, loop_of, toucher
 from bench.memory import beside
 from bench.migration import blackout, growth, throughput
 from bench.moves import Moved, Sample, parts
@@ -128,3 +128,14 @@ def test_a_guest_that_dirties_nothing_has_written_to_all_and_halts() -> None:
     assert code.startswith(b"\xbf" + (16 << 20).to_bytes(4, "little") + b"\xb9" + (256).to_bytes(4, "little"))
     assert code.endswith(b"\xfa\xf4\xeb\xfc")
     assert LOAD_AT + len(code) < 16 << 20
+
+
+@pytest.mark.parametrize("memory", [17, 4096])
+def test_a_guest_that_dirties_goes_on_after_it_has_said_so_and_jumps_back_to_where_it_began(memory: int) -> None:
+    _, told, after = toucher(memory, 1000, 10**9).partition(TELL)
+    assert told
+    clock, again, jump = after[:4], after[4:-2], after[-2:]
+    assert clock == b"\x0f\x31\x89\xc5"
+    assert again.startswith(b"\xbf" + (16 << 20).to_bytes(4, "little"))
+    assert (10**6).to_bytes(4, "little") in again
+    assert jump == bytes((0xEB, 256 - len(again) - 2))
