@@ -1,6 +1,7 @@
 """What the two sides of a migration say to each other: the payload of each kind of frame, as JSON of one Struct.
 
-    source           HEADER, ROUND and ROUND_END ..., CHECKSUMS, SECTION ..., END_OF_STATE, GO; CANCEL before it
+    source           HEADER, ROUND and ROUND_END ..., CHECKSUMS, SECTIONS or SECTION ..., END_OF_STATE, GO;
+                     CANCEL before it
     destination      ACCEPT or REFUSE, ARRIVED ..., READY, STARTED or REFUSED; FAILED before READY is answered;
                      PREPARED, once, anywhere after ACCEPT
     both             KEEPALIVE, from whoever keeps the other waiting
@@ -20,7 +21,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from enum import Enum, IntEnum
 from functools import cache
-from typing import Annotated, Any, ClassVar, Final, Self, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, Final, NamedTuple, Self, TypeVar, get_args, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -70,6 +71,11 @@ class Kind(IntEnum):
     ROUND_END = 15
     ARRIVED = 16
     PREPARED = 17
+    SECTIONS = 18
+
+
+class TooMuchError(MigrationError):
+    """A message that has not the room it would take."""
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -247,6 +253,16 @@ class Section(Message, frozen=True, kw_only=True):
     section: dict[str, Any]
 
 
+class Sections(Message, frozen=True, kw_only=True):
+    """All of them in one frame, where that has room: while a guest stands still a frame costs more than most states."""
+
+    KIND = Kind.SECTIONS
+    SINCE = 4
+    CAP = Section.CAP
+    VALUES = Section.VALUES
+    sections: Annotated[tuple[Section, ...], Meta(max_length=SECTIONS_MAX)]
+
+
 class EndOfState(Message, frozen=True, kw_only=True):
     """There were so many sections; the last vCPU stopped at ``stopped_ns`` by CLOCK_REALTIME.
 
@@ -319,7 +335,7 @@ KINDS: Final[dict[int, type[Message]]] = {
     kind.KIND: kind
     for kind in (
         *(Header, Accept, Refuse, Round, Checksums, Section, EndOfState),
-        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived, Prepared),
+        *(Ready, Go, Started, Refused, Cancel, Failed, Keepalive, RoundEnd, Arrived, Prepared, Sections),
     )
 }
 
@@ -353,8 +369,20 @@ def encode(message: Message, version: int = NEWEST) -> bytes:
     except (UnicodeEncodeError, RecursionError, ValueError, TypeError) as e:
         raise MigrationError(f"{title(message)}: cannot be sent: {e}") from e
     if (refusal := _too_much(kind, payload)) is not None:
-        raise MigrationError(f"{title(message)}: cannot be sent: {refusal}")
+        raise TooMuchError(f"{title(message)}: cannot be sent: {refusal}")
     return payload
+
+
+class Frame(NamedTuple):
+    """A message as it travels."""
+
+    kind: Kind
+    payload: bytes
+
+    @classmethod
+    def of(cls, message: Message, version: int = NEWEST) -> Self:
+        """Raises as `encode`."""
+        return cls(message.KIND, encode(message, version))
 
 
 def decode(number: int, payload: bytes | bytearray, version: int = NEWEST) -> Message:

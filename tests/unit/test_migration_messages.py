@@ -70,7 +70,7 @@ def test_message_that_was_sent_is_the_one_that_comes(message: Message) -> None:
 @pytest.mark.parametrize(
     ("kind", "payload", "said"),
     [
-        (99, b"{}", "frame of kind 99, which version 3 of the stream does not have"),
+        (99, b"{}", "frame of kind 99, which version 4 of the stream does not have"),
         (Kind.GO, b"", "GO: "),
         (Kind.GO, b"[]", "GO: Expected `object`, got `array`"),
         (Kind.GO, b'{"x":1}', "GO: Object contains unknown field `x`"),
