@@ -274,28 +274,42 @@ def _message(index: int = 0, /, **attributes: Any) -> Any:
 def _link(data: bytes) -> Link:
     message = Message(data)
     message.decode()
-    settings = {name: message.get_nested("IFLA_LINKINFO", "IFLA_INFO_DATA", name) for name in BRIDGE_SETTINGS}
-    state, learning = (
-        message.get_nested("IFLA_LINKINFO", "IFLA_INFO_SLAVE_DATA", f"IFLA_BRPORT_{name}")
-        for name in ("STATE", "LEARNING")
-    )
-    is_pci = message.get_attr("IFLA_PARENT_DEV_BUS_NAME") == "pci"
+    has = _Attributes(message)
+    info = has.within("IFLA_LINKINFO")
+    bridge, port = info.within("IFLA_INFO_DATA"), info.within("IFLA_INFO_SLAVE_DATA")
+    state = port["IFLA_BRPORT_STATE"]
     return Link(
         ifindex=message["index"],
-        name=message.get_attr("IFLA_IFNAME"),
-        kind=message.get_nested("IFLA_LINKINFO", "IFLA_INFO_KIND") or "",
-        mac=message.get_attr("IFLA_ADDRESS") or "",
-        mtu=message.get_attr("IFLA_MTU") or 0,
+        name=has["IFLA_IFNAME"],
+        kind=info["IFLA_INFO_KIND"] or "",
+        mac=has["IFLA_ADDRESS"] or "",
+        mtu=has["IFLA_MTU"] or 0,
         up=bool(message["flags"] & IFF_UP),
-        master=message.get_attr("IFLA_MASTER") or 0,
-        alias=message.get_attr("IFLA_IFALIAS") or "",
-        group=message.get_attr("IFLA_GROUP") or 0,
+        master=has["IFLA_MASTER"] or 0,
+        alias=has["IFLA_IFALIAS"] or "",
+        group=has["IFLA_GROUP"] or 0,
         port_state=PORT_STATES[state] if state in range(len(PORT_STATES)) else "",
-        settings=tuple((name, value) for name, value in settings.items() if value is not None),
-        below=message.get_attr("IFLA_LINK") or 0,
-        device=message.get_attr("IFLA_PARENT_DEV_NAME") or "" if is_pci else "",
-        learning=bool(learning),
+        settings=tuple((name, value) for name in BRIDGE_SETTINGS if (value := bridge[name]) is not None),
+        below=has["IFLA_LINK"] or 0,
+        device=has["IFLA_PARENT_DEV_NAME"] or "" if has["IFLA_PARENT_DEV_BUS_NAME"] == "pci" else "",
+        learning=bool(port["IFLA_BRPORT_LEARNING"]),
     )
+
+
+class _Attributes:
+    """What a message has, by its name; None for what it has not. (pyroute2 itself looks through all for each.)"""
+
+    def __init__(self, message: Any) -> None:
+        slots = message["attrs"] if isinstance(message, dict) and "attrs" in message else ()
+        self._slots = {slot.name: slot for slot in reversed(slots)}
+
+    def __getitem__(self, name: str) -> Any:
+        slot = self._slots.get(name)
+        return None if slot is None else slot.value
+
+    def within(self, name: str) -> _Attributes:
+        """Those of one of them."""
+        return _Attributes(self[name])
 
 
 def _vf(data: bytes, number: int) -> Vf | None:

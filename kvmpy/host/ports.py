@@ -245,12 +245,12 @@ class Namespace:
         deadline = time.monotonic() + FORWARDING_LIMIT
         with suppress(HostError):  # it is attached: what we know of it by now will do
             while bridge is not None:
-                port = self.links.get(port.ifindex) or port
                 bridge = self.links.get(bridge.ifindex) or bridge
                 slow = not bridge.up or dict(bridge.settings).get("IFLA_BR_STP_STATE")
                 if port.port_state == "forwarding" or slow or time.monotonic() > deadline:
                     break
                 time.sleep(FORWARDING_POLL)
+                port = self.links.get(port.ifindex) or port
         return port, bridge
 
 

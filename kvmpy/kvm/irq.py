@@ -59,6 +59,7 @@ class Routing:
         self._places: dict[int, int] = {}  # of each GSI with a message, its entry
         self._free: list[int] = []  # GSIs that were given back
         self._then: list[Callable[[], object]] | None = None  # in a batch: what waits for its end
+        self._is_behind = False  # in a batch: KVM has to be told something
         pins = _default_pins()
         self._table = abi.IrqRouting.new(nr=len(pins), entries=len(pins) + GSI_LIMIT - IOAPIC_PINS)
         for index, pin in enumerate(pins):
@@ -143,7 +144,8 @@ class Routing:
         finally:
             with self._lock:
                 then, self._then = self._then, None
-                self._commit()
+                if self._is_behind:  # KVM waits for a grace period each time
+                    self._commit()
             for call in then:
                 call()
 
@@ -156,7 +158,8 @@ class Routing:
         call()
 
     def _commit(self) -> None:
-        if self._then is None:
+        self._is_behind = self._then is not None
+        if not self._is_behind:
             abi.KVM_SET_GSI_ROUTING(self._vm_fd, self._table)
 
 

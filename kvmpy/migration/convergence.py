@@ -23,10 +23,9 @@ from typing import Final, Self
 from kvmpy.errors import MigrationError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.throttle import Throttle
-from kvmpy.migration.messages import Section, encode
 from kvmpy.migration.parameters import OnNoConvergence, Parameters
 from kvmpy.migration.progress import Progress
-from kvmpy.migration.sections import save_devices
+from kvmpy.migration.sections import frames, save_devices
 from kvmpy.trace import Tracepoint
 
 trace_forecast = Tracepoint("migration.forecast", "pages_ms saving_ms trip_ms loading_ms")
@@ -150,8 +149,7 @@ class Convergence:
     def _rehearse(self) -> float:
         """Seconds to stop the machine and to save it, with one vCPU for all."""
         start = time.monotonic()
-        for name, section in save_devices(self._machine).items():
-            encode(Section(device=name, section=section))
+        frames(save_devices(self._machine))
         devices = time.monotonic()
         self._machine.handoff.rehearse()
         return devices - start + (time.monotonic() - devices) * len(self._machine.board.vcpus)

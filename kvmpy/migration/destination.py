@@ -41,6 +41,7 @@ from kvmpy.migration.messages import (
     Round,
     RoundEnd,
     Section,
+    Sections,
     Started,
     due,
     prepare,
@@ -49,7 +50,7 @@ from kvmpy.migration.messages import Phase as PhaseSaid
 from kvmpy.migration.parameters import Parameters
 from kvmpy.migration.preparation import Preparation
 from kvmpy.migration.progress import Progress, Said
-from kvmpy.migration.sections import MachineState, Sections, load_machine, rehearse
+from kvmpy.migration.sections import MachineState, States, load_machine, rehearse, states_in
 from kvmpy.migration.status import Status
 from kvmpy.migration.wire import NEWEST
 
@@ -151,7 +152,7 @@ class Ingoing:
 
     def _receive(
         self, arrival: Arrival, header: Header, preparation: Preparation, undo: ExitStack
-    ) -> tuple[Sections, EndOfState]:
+    ) -> tuple[States, EndOfState]:
         """RAM, checked where that was asked for, and the state."""
         main = arrival.main
         before = main.can_answer and main.version < Prepared.SINCE  # such a source asks its guest on ACCEPT, and goes
@@ -179,11 +180,12 @@ class Ingoing:
         pages.finish()
         return received
 
-    def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[Sections, EndOfState]:
-        sections: Sections = {}
+    def _read(self, main: MainChannel, pages: PageReceiver, *, inline: bool) -> tuple[States, EndOfState]:
+        sections: States = {}
         last = 0
+        kinds = due(main.version, Round, RoundEnd, Checksums, Section, Sections, EndOfState)
         while True:
-            message: Message = main.receive_message(*due(main.version, Round, RoundEnd, Checksums, Section, EndOfState))
+            message: Message = main.receive_message(*kinds)
             match message:
                 case Round(number=number):
                     last = number
@@ -198,10 +200,8 @@ class Ingoing:
                     with self._working():
                         self._wait(pages, last, inline=inline)
                         checksum.compare(self._machine.board.memory, self._sums(blocks))
-                case Section(device=device, section=section):
-                    if device in sections:
-                        raise StreamError(f"{main.channel.name}: two sections of {device[:200]!r}")
-                    sections[device] = section
+                case Section() | Sections():
+                    self._take(main, sections, states_in(message))
                 case EndOfState(sections=count):
                     if count != len(sections):
                         raise StreamError(f"{main.channel.name}: {len(sections)} sections of {count}")
@@ -209,6 +209,12 @@ class Ingoing:
                         self._wait(pages, last, inline=inline)
                     self.progress.note_round(last, 0, pages.received)
                     return sections, message
+
+    def _take(self, main: MainChannel, states: States, came: Sequence[Section]) -> None:
+        for each in came:
+            if each.device in states:
+                raise StreamError(f"{main.channel.name}: two sections of {each.device[:200]!r}")
+            states[each.device] = each.section
 
     def _wait(self, pages: PageReceiver, number: int, *, inline: bool) -> None:
         """Until every page channel has brought all of a round."""

@@ -16,7 +16,7 @@ import msgspec
 from kvmpy.errors import StreamError
 from kvmpy.migration.channel import Channel
 from kvmpy.migration.main_channel import MainChannel, printable
-from kvmpy.migration.messages import EndOfState, Header, Message, Round, Section, title
+from kvmpy.migration.messages import EndOfState, Header, Message, Round, Section, Sections, title
 from kvmpy.migration.records import BATCH, DATA, END, MOST_BATCH, MOST_PAGES, RECORD, ZERO, ZSTD
 from kvmpy.migration.wire import MAIN, OURS, PREAMBLE_SIZE, Preamble, agree
 
@@ -68,6 +68,8 @@ def _messages(main: MainChannel, width: int | None) -> Iterator[str]:
                 inline = message.channels == 0
             case Section():
                 sections += 1
+            case Sections():
+                sections += len(message.sections)
             case EndOfState() if message.sections != sections:
                 raise StreamError(f"byte {start}: END_OF_STATE of {message.sections} sections: there were {sections}")
             case Round() if inline:

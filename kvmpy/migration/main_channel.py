@@ -15,15 +15,16 @@ from kvmpy.migration.messages import (
     STATE_MAX,
     Cancel,
     Failed,
+    Frame,
     Keepalive,
     Message,
     Reasoned,
     Refuse,
     Refused,
     Section,
+    Sections,
     check_length,
     decode,
-    encode,
     title,
 )
 from kvmpy.migration.stop import Deadline
@@ -65,7 +66,7 @@ class MainChannel:
         """
         self.send_messages([message])
 
-    def send_messages(self, messages: Sequence[Message]) -> None:
+    def send_messages(self, messages: Sequence[Message | Frame]) -> None:
         """The same with many of them, at once: a way of small packets is a slow one."""
         try:
             self._send(*messages)
@@ -148,11 +149,11 @@ class MainChannel:
     def close(self) -> None:
         self.channel.close()
 
-    def _send(self, *messages: Message, timeout: float | None = None) -> None:
+    def _send(self, *messages: Message | Frame, timeout: float | None = None) -> None:
         frames: list[bytes] = []
         for message in messages:
-            payload = encode(message, self.version)
-            frames += FrameHeader.of(message.KIND, payload).pack(), payload
+            kind, payload = message if isinstance(message, Frame) else Frame.of(message, self.version)
+            frames += FrameHeader.of(kind, payload).pack(), payload
         if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
             raise StreamError(f"{self.channel.name}: another message is still being sent")
         try:
@@ -166,7 +167,7 @@ class MainChannel:
         self._seen[kind] = self._seen.get(kind, 0) + 1
         if kind.MOST is not None and self._seen[kind] > kind.MOST:
             raise StreamError(f"{title(message)}: one more than {kind.MOST} of its kind")
-        if kind is Section:
+        if kind in (Section, Sections):
             self._state += length
             if self._state > STATE_MAX:
                 raise StreamError(f"{title(message)}: all sections are more than {STATE_MAX} bytes")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, Final
 
 from kvmpy.errors import IncompatibleError
@@ -18,10 +19,11 @@ from kvmpy.kvm import tsc, vcpu_state, vm_state
 from kvmpy.kvm.vcpu_registers import VcpuRegisters
 from kvmpy.kvm.vm_state import VmState
 from kvmpy.machine.machine import Machine
-from kvmpy.migration.messages import Section, decode, encode
+from kvmpy.migration.messages import Frame, Message, Section, Sections, TooMuchError, decode
+from kvmpy.migration.wire import NEWEST
 from kvmpy.state import State, StateError, load, save, u64
 
-Sections = dict[str, dict[str, Any]]
+States = dict[str, dict[str, Any]]
 MACHINE = "machine"
 VM = "vm"
 REHEARSALS: Final = 3
@@ -36,14 +38,14 @@ class MachineState(State):
     stopped_ns: u64 = 0
 
 
-def save_machine(machine: Machine, state: MachineState) -> Sections:
+def save_machine(machine: Machine, state: MachineState) -> States:
     """All of ``machine``, which stands still, by name and in the order to load it. Raises HostError."""
     vcpus = {_vcpu(index): save(vcpu_state.save(vcpu)) for index, vcpu in enumerate(machine.board.vcpus)}
     vm = {VM: save(vm_state.save_vm(machine.board.vm))}
     return {MACHINE: save(state)} | vcpus | vm | save_devices(machine)
 
 
-def save_devices(machine: Machine) -> Sections:
+def save_devices(machine: Machine) -> States:
     """Every device by its name, in the order in which they are loaded."""
     found = {}
     for device in machine.board.moving:
@@ -82,6 +84,21 @@ def load_devices(machine: Machine, sections: Mapping[str, Mapping[str, Any]]) ->
                     raise StateError(f"device {device.name}: {e}") from e
 
 
+def frames(states: States, version: int = NEWEST) -> list[Frame]:
+    """One of all of them where that has room, and the other side knows of it; else one each. Raises MigrationError."""
+    sections = tuple(Section(device=name, section=each) for name, each in states.items())
+    if version >= Sections.SINCE:
+        with suppress(TooMuchError):
+            return [Frame.of(Sections(sections=sections), version)]
+    return [Frame.of(each, version) for each in sections]
+
+
+def states_in(message: Message) -> tuple[Section, ...]:
+    """Those that came in a frame."""
+    assert isinstance(message, Section | Sections)
+    return (message,) if isinstance(message, Section) else message.sections
+
+
 def rehearse(machine: Machine) -> int:
     """Load into ``machine``, which has never run, what it saves itself: it is as it was then, and what is done for the
     first time takes longer. Returns how long it takes after that, from the frames on, in ns. Raises as `load_machine`.
@@ -89,10 +106,10 @@ def rehearse(machine: Machine) -> int:
     took = []
     for _ in range(REHEARSALS):
         sections = save_machine(machine, MachineState(stopped_ns=time.time_ns()))
-        frames = [encode(Section(device=name, section=section)) for name, section in sections.items()]
+        came = frames(sections)
         start = time.monotonic_ns()
-        came = (decode(Section.KIND, frame) for frame in frames)
-        load_machine(machine, {each.device: each.section for each in came if isinstance(each, Section)})
+        states = [each for frame in came for each in states_in(decode(*frame))]
+        load_machine(machine, {each.device: each.section for each in states})
         took.append(time.monotonic_ns() - start)
     return min(took)
 

@@ -38,6 +38,7 @@ from kvmpy.migration.messages import (
     Compression,
     EndOfState,
     Failed,
+    Frame,
     Go,
     Header,
     Message,
@@ -49,7 +50,6 @@ from kvmpy.migration.messages import (
     Refused,
     Round,
     RoundEnd,
-    Section,
     Started,
     prepare,
 )
@@ -57,7 +57,7 @@ from kvmpy.migration.pages import PageSender
 from kvmpy.migration.parameters import Parameters, Primaries
 from kvmpy.migration.progress import Progress, Said
 from kvmpy.migration.progress import Round as RoundMade
-from kvmpy.migration.sections import MachineState, Sections, save_machine
+from kvmpy.migration.sections import MachineState, States, frames, save_machine
 from kvmpy.migration.status import Status
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.transport import Connector
@@ -332,24 +332,25 @@ class Outgoing:
 
     def _switch_over(self, main: MainChannel, undo: ExitStack) -> None:
         """All that is left, and then the guest itself. Raises MigrationError."""
-        progress = self.progress
+        progress, passes = self.progress, self.progress.passes
         for channel in (main.channel, *self._page_channels):  # the guest stands still: it is not left so for long
             channel.timeout = silence(channel.timeout, self._convergence.on_the_way, self._loading or 0.0)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
-            sections = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
+            states = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
         with progress.phase("last pages"):
             assert self._pages is not None
             with self._lock:
                 self._stands_still, self._pages.max_bandwidth = True, 0
             self._log.collect(self._dirty)  # after the last of KVM's own writes, which saving a vCPU may cause
-            self._send_round(main)
+            if self._dirty.count():  # or each page channel would be woken for nothing
+                self._send_round(main)
             if not self._page_channels and main.can_answer:
                 undo.enter_context(keepalive(main, self.parameters.x_timeout))
             if self.parameters.x_checksum:
                 self._send_checksums(main)
         with progress.phase("send state"):
-            self._send_state(main, sections)
+            self._send_state(main, states)
         self._on(Event.SENT)
         with progress.phase("disks"):
             self._make_durable()
@@ -361,7 +362,8 @@ class Outgoing:
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)
-        self._on_pass(progress.passes)
+        if progress.passes > passes:
+            self._on_pass(progress.passes)
 
     def _make_durable(self) -> None:
         """A disk that does not answer keeps the guest for no longer than the other side would be waited for."""
@@ -376,7 +378,7 @@ class Outgoing:
         blocks = tuple(BlockChecksums.of(block.gpa, checksum.CHUNK, each) for block, each in sums)
         self._say(main, Checksums(blocks=blocks))
 
-    def _send_state(self, main: MainChannel, sections: Sections) -> None:
+    def _send_state(self, main: MainChannel, states: States) -> None:
         progress = self.progress
         said = [
             Phase(name=name, start_ns=progress.realtime(start), ns=end - start)
@@ -384,14 +386,14 @@ class Outgoing:
             if name in SWITCHOVER
         ]
         end = EndOfState(
-            sections=len(sections),
+            sections=len(states),
             stopped_ns=progress.stopped_ns,
             phases=tuple(said),
             primaries=self._primaries.attached,
         )
-        self._say(main, *(Section(device=name, section=each) for name, each in sections.items()), end)
+        self._say(main, *frames(states, main.version), end)
 
-    def _say(self, main: MainChannel, *messages: Message) -> None:
+    def _say(self, main: MainChannel, *messages: Message | Frame) -> None:
         """Send these, behind those that have been kept."""
         kept, self._kept = self._kept, []
         main.send_messages([*kept, *messages])

@@ -25,7 +25,7 @@ from zlib import crc32
 
 from kvmpy.errors import StreamError
 
-NEWEST: Final = 3
+NEWEST: Final = 4
 OLDEST: Final = 1
 MAGIC: Final = b"KVMPYMIG"
 MAGIC_SIZE: Final = len(MAGIC)

@@ -15,12 +15,14 @@ from kvmpy.errors import CommandError, IncompatibleError, MigrationError
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
-from kvmpy.migration import control
+from kvmpy.migration import control, greeting, reception, transport
 from kvmpy.migration.arrival import Incoming
 from kvmpy.migration.destination import Readiness, get_ready
+from kvmpy.migration.messages import Sections
 from kvmpy.migration.parameters import Compression, OnNoConvergence
 from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
 from kvmpy.migration.status import Status
+from kvmpy.migration.wire import NEWEST, OLDEST, Preamble
 from kvmpy.state import StateError
 from tests.counts import count
 from tests.fakes.certificates import Authority
@@ -86,6 +88,28 @@ def test_a_guest_goes_there_and_back_again_and_again(tmp_path: Path, stack: Exit
     for _ in range(count(4, 20)):
         here.wait_for_count()
         here = journey.move(here, x_checksum=True)
+    journey.check()
+
+
+@pytest.mark.parametrize("version", range(OLDEST, NEWEST))
+def test_a_guest_goes_where_an_older_version_of_the_stream_is_spoken(
+    journey: Journey, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = journey.begin(x_checksum=True)
+    source.wait_for_count()
+    for module in (greeting, reception, transport):
+        monkeypatch.setattr(module, "OURS", Preamble(OLDEST, version))
+    journey.move(source)
+    journey.check()
+
+
+def test_states_that_are_too_much_for_one_frame_go_one_by_one(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sections, "CAP", 4096)
+    source = journey.begin()
+    source.wait_for_count()
+    journey.move(source)
     journey.check()
 
 

@@ -41,7 +41,7 @@ drive = "disk0"
 """
 BEFORE_GO = (
     *(Kind.HEADER, Kind.ACCEPT, Kind.ROUND, Kind.ROUND_END, Kind.ARRIVED),
-    *(Kind.SECTION, Kind.END_OF_STATE, Kind.READY),
+    *(Kind.SECTIONS, Kind.END_OF_STATE, Kind.READY),
 )
 
 
@@ -115,7 +115,7 @@ def test_before_go_the_guest_stays(journey: Journey, at: Kind, harm: Harm) -> No
 
 
 @pytest.mark.usefixtures("curt")
-@pytest.mark.parametrize("at", [Kind.SECTION, Kind.END_OF_STATE, Kind.READY])
+@pytest.mark.parametrize("at", [Kind.SECTIONS, Kind.END_OF_STATE, Kind.READY])
 def test_a_guest_that_stands_still_does_not_wait_for_as_long_as_one_that_runs(journey: Journey, at: Kind) -> None:
     source, there = set_out(journey, at, Harm.HANG, patience=3600)
     source.wait(Status.FAILED)
@@ -278,7 +278,7 @@ def test_a_limit_that_is_set_while_the_guest_stands_still_does_not_keep_it_so(
 # The guest itself
 
 
-@pytest.mark.parametrize("at", [Kind.ROUND, Kind.SECTION, Kind.READY])
+@pytest.mark.parametrize("at", [Kind.ROUND, Kind.SECTIONS, Kind.READY])
 def test_a_machine_that_is_stopped_ends_its_migration(journey: Journey, at: Kind) -> None:
     source, there = set_out(journey, hooks={at: lambda: journey.stops[0].machine.stop()}, patience=BOUND)
     source.wait(Status.FAILED)
@@ -289,6 +289,6 @@ def test_a_machine_that_is_stopped_ends_its_migration(journey: Journey, at: Kind
 
 
 def test_a_destination_that_is_stopped_leaves_the_guest_at_the_source(journey: Journey) -> None:
-    source, there = set_out(journey, hooks={Kind.SECTION: lambda: journey.stops[1].machine.stop()}, patience=BOUND)
+    source, there = set_out(journey, hooks={Kind.SECTIONS: lambda: journey.stops[1].machine.stop()}, patience=BOUND)
     source.wait(Status.FAILED)
     goes_on_as_before(journey, source, there)

@@ -177,7 +177,13 @@ def test_a_destination_that_is_stopped_while_the_guest_stands_still_does_not_kee
     processes: Processes, stack: ExitStack, tmp_path: Path
 ) -> None:
     here, (there, uri) = processes(), processes.incoming()
-    hooks = {Kind.SECTION: lambda: there.process.send_signal(signal.SIGSTOP)}
+
+    def stop() -> None:
+        """All of its threads, and wait: those that are at the state go on until one of them has taken the signal."""
+        there.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, there.process.pid, os.WSTOPPED)
+
+    hooks = {Kind.SECTIONS: stop}
     middle = Middle(str(tmp_path / "middle"), uri.removeprefix("unix:"), hooks=hooks)
     stack.callback(middle.close)
     here.wait_for_count()
@@ -260,7 +266,7 @@ def beside(directory: Path, stack: ExitStack) -> Journey:
     return Journey(directory / "journey", stack)
 
 
-BEFORE_READY = (Kind.ACCEPT, Kind.ROUND, Kind.SECTION, Kind.END_OF_STATE)
+BEFORE_READY = (Kind.ACCEPT, Kind.ROUND, Kind.SECTIONS, Kind.END_OF_STATE)
 
 
 @pytest.mark.parametrize("at", BEFORE_READY)

@@ -358,3 +358,10 @@ def test_a_signal_of_before_waits_for_the_end_of_the_batch(kernel: Kernel) -> No
         assert waits(vector)
     assert kernel.named("KVM_IRQFD")
     vector.close()
+
+
+def test_a_batch_that_changes_nothing_is_not_told_to_kvm(kernel: Kernel) -> None:
+    routing = Routing(VM_FD)
+    with routing.batch():
+        pass
+    assert not kernel.seen

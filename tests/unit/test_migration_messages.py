@@ -58,6 +58,19 @@ def test_brackets_in_a_text_are_not_deep() -> None:
     assert decode(Kind.HEADER, encode(message)) == message
 
 
+@given(st.lists(st.text('[]{}",x', max_size=4), max_size=40), st.integers(26, 36))
+def test_no_text_hides_how_deep_something_is(texts: list[str], depth: int) -> None:
+    levels: Any = []
+    for _ in range(depth):
+        levels = [*texts[:20], levels, *texts[20:]]
+    message = header({"x": levels})
+    if depth + 3 <= messages.DEPTH_MAX:
+        assert decode(Kind.HEADER, encode(message)) == message
+    else:
+        with pytest.raises(MigrationError, match="more than 32 arrays and objects in each other"):
+            encode(message)
+
+
 def test_there_is_an_example_of_each_kind() -> None:
     assert {message.KIND for message in EXAMPLES} == set(Kind) == set(KINDS)
 
@@ -70,7 +83,7 @@ def test_message_that_was_sent_is_the_one_that_comes(message: Message) -> None:
 @pytest.mark.parametrize(
     ("kind", "payload", "said"),
     [
-        (99, b"{}", "frame of kind 99, which version 3 of the stream does not have"),
+        (99, b"{}", "frame of kind 99, which version 4 of the stream does not have"),
         (Kind.GO, b"", "GO: "),
         (Kind.GO, b"[]", "GO: Expected `object`, got `array`"),
         (Kind.GO, b'{"x":1}', "GO: Object contains unknown field `x`"),

@@ -372,7 +372,7 @@ def test_destination_of_a_newer_kvmpy_is_refused_by_its_version(stop: Stop) -> N
         peer, _ = server.accept()
         with peer:
             peer.sendall(Preamble(7, 9).pack())
-            with pytest.raises(StreamError, match="speaks versions 7 to 9 of the stream, this one 1 to 3; that side's"):
+            with pytest.raises(StreamError, match="speaks versions 7 to 9 of the stream, this one 1 to 4; that side's"):
                 connecting.result()
 
 
@@ -602,7 +602,7 @@ def test_stream_behind_an_offset_leaves_what_is_before_it(tmp_path: Path, stop: 
         (b"", "the file ends after byte 0; 36 more were due"),
         (b"KVMPYMIG", "the file ends after byte 8; 28 more were due"),
         (b"\x7fELF".ljust(100), "not a kvmpy migration stream: it begins with 7f 45 4c 46"),
-        (Preamble(4, 4).pack(), "the other side speaks versions 4 to 4 of the stream, this one 1 to 3"),
+        (Preamble(5, 5).pack(), "the other side speaks versions 5 to 5 of the stream, this one 1 to 4"),
     ],
 )
 def test_file_that_is_no_stream_is_refused(content: bytes, said: str, tmp_path: Path, stop: Stop) -> None:

@@ -210,3 +210,47 @@ def test_deep_nesting_is_refused_like_any_other_wrong_value(field: str) -> None:
 )
 def test_refusals_of_any_json_are_state_errors_and_short(state: Any) -> None:
     assert len(refusal({"name": "card", "version": 2, "state": state})) < 300
+
+
+class Pairs(State):
+    NAME = "pairs"
+    pairs: tuple[tuple[u32, u64], ...] = ()
+    runs: tuple[tuple[u64, ...], ...] = ()
+
+
+def pairs(**changes: Any) -> dict[str, Any]:
+    saved = save(Pairs())
+    saved["state"].update(changes)
+    return saved
+
+
+def test_many_pairs_of_numbers_are_what_they_were() -> None:
+    state = Pairs(pairs=tuple((index, 2**64 - 1 - index) for index in range(300)), runs=((2**64 - 1, 0), ()))
+    assert load(Pairs, json.loads(json.dumps(save(state)))) == state
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ([1, 2**64], "pairs.pairs[300][1]: expected an integer from 0 to 2**64-1"),
+        ([1, -1], "pairs.pairs[300][1]: expected an integer from 0 to 2**64-1"),
+        ([1, True], "pairs: Expected `int`, got `bool` - at `$.pairs[300][1]`"),
+        ([1, 1.0], "pairs.pairs[300][1]: expected"),
+        ([1, "1"], "pairs.pairs[300][1]: expected"),
+        ([2**32, 1], "pairs: Expected `int` <= 4294967295"),
+        ([1], "pairs: Expected `array` of length 2"),
+        ([1, 2, 3], "pairs: Expected `array` of length 2"),
+        ({"1": 2}, "pairs: Expected `array`, got `object`"),
+        ("ab", "pairs: Expected `array`, got `str`"),
+        (None, "pairs: Expected `array`, got `null`"),
+    ],
+)
+def test_one_bad_pair_among_many_is_refused_by_what_is_wrong_with_it(item: object, said: str) -> None:
+    with pytest.raises(StateError) as refused:
+        load(Pairs, pairs(pairs=[[1, 2]] * 300 + [item] + [[1, 2]] * 3))
+    assert str(refused.value).startswith(said)
+
+
+def test_each_number_of_a_run_is_looked_at() -> None:
+    with pytest.raises(StateError, match=r"^pairs.runs\[1\]\[2\]: expected an integer"):
+        load(Pairs, pairs(runs=[[1], [1, 2, 2**64]]))

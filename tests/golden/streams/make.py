@@ -28,6 +28,7 @@ from kvmpy.migration.messages import (
     Round,
     RoundEnd,
     Section,
+    Sections,
     Started,
     encode,
 )
@@ -66,7 +67,13 @@ SOURCE: Final[tuple[Message | bytes, ...]] = (
     Checksums(blocks=(BlockChecksums.of(0, 1 << 20, (1, 2**64 - 1)),)),
     Section(device="com1", section={"name": "serial16550", "version": 1, "state": {"ier": 5, "rx": "a2V5"}}),
     Section(device="disk ✓", section={"name": "virtio-blk", "version": 3, "state": {}}),
-    EndOfState(sections=2, stopped_ns=STOPPED, phases=PHASES, primaries=("hostdev0",)),
+    Sections(
+        sections=(
+            Section(device="com2", section={"name": "serial16550", "version": 1, "state": {"ier": 1, "rx": ""}}),
+            Section(device="vd1", section={"name": "virtio-blk", "version": 3, "state": {}}),
+        )
+    ),
+    EndOfState(sections=4, stopped_ns=STOPPED, phases=PHASES, primaries=("hostdev0",)),
     Go(),
     Cancel(reason="by hand"),
 )
