@@ -74,8 +74,11 @@ def _place(item: pytest.Item) -> int:
 
 @pytest.fixture
 def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As pytest's own, which looks at all those of other tests before it makes one, and is a tenth of a short test."""
-    path = tmp_path_factory.getbasetemp() / f"{re.sub(r'[^a-zA-Z0-9_]', '_', request.node.name)[:30]}{next(NUMBERS)}"
+    """As pytest's own, which looks at all those of other tests before it makes one: that is a tenth of a short test.
+
+    Its name is short, for sockets are in it.
+    """
+    path = tmp_path_factory.getbasetemp() / f"{re.sub(r'[^a-zA-Z0-9_]', '_', request.node.name)[:20]}{next(NUMBERS)}"
     path.mkdir(mode=0o700)
     return path
 
