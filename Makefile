@@ -42,6 +42,7 @@ test-fuzz: packages $(NATIVE) ## a slice of `make fuzz`
 test-host: packages $(NATIVE) ## taps and bridges in network namespaces of their own; needs root
 	$(PARALLEL) tests/host
 
+test-kvm: WORKERS = 3
 test-kvm: packages $(NATIVE) ## small programs on the real kernel; needs /dev/kvm
 	$(PARALLEL) tests/kvm
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+from functools import cache
+from itertools import count as counted
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,10 +25,12 @@ settings.load_profile("kvmpy")
 TIERS = ("host", "kvm", "lab")
 # These modules last longest, and go first: the workers of `pytest -n` come to their ends together.
 LONGEST = (
-    *("test_cli", "test_failover_departure", "test_migration", "test_failover_migration", "test_migration_faults"),
-    *("test_migration_transport", "test_migration_channel", "test_pages", "test_cli_bad_input", "test_devices_fuzz"),
+    *("test_migration_faults", "test_failover_departure", "test_cli", "test_migration", "test_failover_migration"),
+    *("test_migration_processes", "test_failover_preparation", "test_hotplug", "test_config", "test_cli_bad_input"),
+    *("test_pages", "test_devices_fuzz", "test_config_added", "test_migration_transport", "test_migration_channel"),
 )
 ID_LENGTH = 100
+NUMBERS = counted()
 
 
 def required(resource: str) -> bool:
@@ -47,9 +52,8 @@ def pytest_make_parametrize_id(val: object) -> str | None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
     for item in items:
-        tier = item.path.relative_to(here).parts[0]
+        tier = _tier(item.path)
         if tier in TIERS:
             item.add_marker(tier)
         if tier != "lab":  # which has its own
@@ -57,10 +61,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_place)
 
 
+@cache
+def _tier(path: Path) -> str:
+    return path.relative_to(Path(__file__).parent).parts[0]
+
+
 def _place(item: pytest.Item) -> int:
     """Those of the lab, which have an order of their own, come last."""
     stem, is_lab = item.path.stem, item.get_closest_marker("lab") is not None
     return LONGEST.index(stem) if stem in LONGEST and not is_lab else len(LONGEST) + is_lab
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pytest's own, which looks at all those of other tests before it makes one: that is a tenth of a short test.
+
+    Its name is short, for sockets are in it.
+    """
+    path = tmp_path_factory.getbasetemp() / f"{re.sub(r'[^a-zA-Z0-9_]', '_', request.node.name)[:20]}{next(NUMBERS)}"
+    path.mkdir(mode=0o700)
+    return path
 
 
 def pytest_collection_finish() -> None:

@@ -86,9 +86,9 @@ class FakeNic:
 
     def close(self) -> None:
         """Forget the memory behind the device, which it keeps as long as a test may look at it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # in this order: other threads ask meanwhile whose a request is
+        if fd >= 0:
+            os.close(fd)
 
     @property
     def command(self) -> int:

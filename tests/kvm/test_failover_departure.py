@@ -20,6 +20,7 @@ from kvmpy.errors import CommandError, HostError
 from kvmpy.kvm.system import System
 from kvmpy.machine import departure, pairing
 from kvmpy.machine.runstate import Outcome, RunState
+from kvmpy.migration import convergence
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.parameters import OnNoConvergence, OnUnplugTimeout, Primaries
 from kvmpy.migration.status import Status
@@ -42,6 +43,7 @@ Make = Callable[..., FailoverJourney]
 def make(system: System, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A journey of machines with these tables; a pair, if none are given."""
     monkeypatch.setattr(slot, "PRESS_INTERVAL", 0.3)  # else who waits for an answer to a press waits five seconds
+    monkeypatch.setattr(convergence, "TRIES", 1000)  # ENDLESS is, also where a guest gets no processor for three rounds
     with ExitStack() as stack:
         yield lambda devices=PAIR: FailoverJourney(tmp_path, stack, monkeypatch, devices)
 
