@@ -75,6 +75,7 @@ struct kvmpy_zstd {
     size_t (*frame_size)(const void *from, size_t size);
     unsigned (*is_error)(size_t result);
     char *batch, *packed;
+    uint64_t most; /* bytes of a batch that is sent */
 };
 
 struct kvmpy_ram { char *memory; uint64_t gpa, size; };
@@ -523,7 +524,7 @@ static int kvmpy_sweep_pack(struct kvmpy_sweep *s, struct kvmpy_flow *flow, stru
     int64_t result = wire_open(&wire, fd);
     if (result)
         return (int)result;
-    while ((result = kvmpy_sweep_copy(s, flow, z->batch + KVMPY_PAGE_RECORD, KVMPY_MOST_BATCH)) > 0) {
+    while ((result = kvmpy_sweep_copy(s, flow, z->batch + KVMPY_PAGE_RECORD, z->most)) > 0) {
         struct iovec frame = frame_batch(z, result);
         uint64_t size = frame.iov_len;
         result = kvmpy_flow_pace(flow, size);

@@ -61,8 +61,10 @@ class _Coder:
             raise HostError("ENOMEM: no room for zstd's tables; free some of the host's memory, or choose none")
         self._context, self._code = ffi.gc(context, self._zstd[free]), self._zstd[code]
 
-    def native(self, batch: Any, packed: Any) -> Any:
-        """For the page pump, with room for a batch as it is and packed; whoever has it keeps these, and us."""
+    def native(self, batch: Any, packed: Any, most: int = 0) -> Any:
+        """For the page pump, with room for a batch as it is and packed; whoever has it keeps these, and us. What is
+        sent has ``most`` bytes.
+        """
         return ffi.new(
             "struct kvmpy_zstd *",
             {
@@ -72,6 +74,7 @@ class _Coder:
                 "is_error": self._zstd["ZSTD_isError"],
                 "batch": ffi.from_buffer(batch),
                 "packed": ffi.from_buffer(packed),
+                "most": most,
             },
         )
 
