@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 COPY, SOCKET = pages.COPY, pages.SOCKET
 ROUNDS, QUICK = 5, 2
+SHORT, SHORT_ROUNDS = 256, 15  # MiB: what takes a tenth of a second takes it more or less, so more turns decide
 LARGEST, SPARE = 8192, 1024  # MiB, which both sides have, and which this machine is to have left
 FIGURES: Final = {
     "rate": ("B/s", "migration rate"),
@@ -83,7 +84,9 @@ def measure(quick: bool) -> list[Row]:
                 return {"rate": rate(shape, done), "total": done.total, "blackout": done.blackout}
 
             ways = {who: partial(turn, who) for who in (KVMPY, QEMU)}
-            taken = alternately({**ways, **bounds}, QUICK if quick else ROUNDS)
+            taken = alternately(
+                {**ways, **bounds}, QUICK if quick else SHORT_ROUNDS if shape.memory <= SHORT else ROUNDS
+            )
             rows += rows_of(what, taken, moves)
             kept[what] = moves
     return rows + list(growth(kept))

@@ -24,6 +24,9 @@
 #define KVMPY_FAULT_ALIGNMENT 3
 #define KVMPY_FAULT_RANGE 4
 #define KVMPY_FAULT_TRUNCATED 5
+#define KVMPY_FAULT_PACKED 6
+
+#define KVMPY_ZSTD_MAGIC 0xfd2fb528u
 
 #define PAGE 4096u
 #define BATCH_RECORDS 128
@@ -64,6 +67,17 @@ struct kvmpy_sweep {
     uint64_t own[WINDOW_WORDS];
 };
 
+/* One direction of one channel's zstd (kvmpy/migration/zstd.py, which finds the functions): ZSTD_compress2 or
+ * ZSTD_decompressDCtx, and room for a record and a batch behind it, as it is and packed. */
+struct kvmpy_zstd {
+    void *context;
+    size_t (*code)(void *context, void *to, size_t room, const void *from, size_t size);
+    size_t (*frame_size)(const void *from, size_t size);
+    unsigned (*is_error)(size_t result);
+    char *batch, *packed;
+    uint64_t most; /* bytes of a batch that is sent */
+};
+
 struct kvmpy_ram { char *memory; uint64_t gpa, size; };
 
 /* The receiving end of one channel. gpa, pages and kind are the last record's, offset is where in the stream it began,
@@ -79,6 +93,7 @@ struct kvmpy_intake {
     int32_t fault;
     uint64_t offset, inner;
     uint64_t data_pages, zero_pages, bytes; /* received so far */
+    struct kvmpy_zstd *zstd;                /* NULL where packed batches are the caller's */
 };
 
 /* Bitmaps: whole words, the bits behind size are 0 */
@@ -486,6 +501,43 @@ static int64_t kvmpy_sweep_copy(struct kvmpy_sweep *s, struct kvmpy_flow *flow, 
     return (int64_t)used;
 }
 
+/* A batch of ``size`` bytes behind its record: packed, where that makes it smaller. */
+static struct iovec frame_batch(struct kvmpy_zstd *z, uint64_t size)
+{
+    struct kvmpy_record record = {size, (uint32_t)size, KVMPY_PAGE_BATCH};
+    char *frame = z->batch;
+    size_t packed =
+        z->code(z->context, z->packed + KVMPY_PAGE_RECORD, size - 1, z->batch + KVMPY_PAGE_RECORD, size);
+    if (!z->is_error(packed)) {
+        record.pages = (uint32_t)packed;
+        record.kind = KVMPY_PAGE_ZSTD;
+        frame = z->packed;
+    }
+    memcpy(frame, &record, sizeof record);
+    return (struct iovec){frame, sizeof record + record.pages};
+}
+
+/* Send this channel's pages of the block in packed batches. */
+static int kvmpy_sweep_pack(struct kvmpy_sweep *s, struct kvmpy_flow *flow, struct kvmpy_zstd *z, int fd, int timeout)
+{
+    struct wire wire;
+    int64_t result = wire_open(&wire, fd);
+    if (result)
+        return (int)result;
+    while ((result = kvmpy_sweep_copy(s, flow, z->batch + KVMPY_PAGE_RECORD, z->most)) > 0) {
+        struct iovec frame = frame_batch(z, result);
+        uint64_t size = frame.iov_len;
+        result = kvmpy_flow_pace(flow, size);
+        if (!result)
+            result = wire_all(&wire, flow, &frame, 1, size, timeout, 1);
+        if (result < 0)
+            break;
+        s->bytes += size;
+    }
+    wire_close(&wire);
+    return (int)result;
+}
+
 /* Receiving: every record is checked before anything of it touches guest memory */
 
 static int fault(struct kvmpy_intake *in, int what)
@@ -580,6 +632,57 @@ static int64_t fetch(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wi
     return (int64_t)size;
 }
 
+/* Do what a batch of records says; the batch is ours, and nobody changes it. */
+static int kvmpy_intake_apply(struct kvmpy_intake *in, const char *batch, uint64_t size)
+{
+    char *memory = NULL;
+    uint64_t at = 0;
+    while (at < size) {
+        in->inner = at;
+        if (size - at < KVMPY_PAGE_RECORD)
+            return fault(in, KVMPY_FAULT_TRUNCATED);
+        int kind = accept_header(in, batch + at, &memory);
+        if (kind < 0)
+            return kind;
+        if (kind != KVMPY_PAGE_DATA && kind != KVMPY_PAGE_ZERO)
+            return fault(in, KVMPY_FAULT_KIND);
+        at += KVMPY_PAGE_RECORD;
+        if (kind == KVMPY_PAGE_DATA) {
+            uint64_t length = (uint64_t)in->pages * PAGE;
+            if (size - at < length)
+                return fault(in, KVMPY_FAULT_TRUNCATED);
+            memcpy(memory, batch + at, length);
+            in->data_pages += in->pages;
+            at += length;
+        }
+    }
+    in->inner = 0;
+    return 0;
+}
+
+/* Get a packed batch and do what it says. It is one whole frame, of what it says to be; else PACKED is the fault, and
+ * the caller finds out why. */
+static int take_packed(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wire *wire, int timeout)
+{
+    struct kvmpy_zstd *z = in->zstd;
+    uint64_t size = in->gpa, length = in->pages;
+    uint32_t magic = 0;
+    /* Behind the batch comes another record for sure. */
+    int64_t got = fetch(in, flow, wire, z->packed, length, 1, timeout);
+    if (got < (int64_t)length)
+        return got < 0 ? (int)got : fault(in, KVMPY_FAULT_TRUNCATED);
+    memcpy(&magic, z->packed, length < sizeof magic ? length : sizeof magic);
+    if (magic != KVMPY_ZSTD_MAGIC || z->frame_size(z->packed, length) != length
+        || z->code(z->context, z->batch, size, z->packed, length) != size)
+        return fault(in, KVMPY_FAULT_PACKED);
+    int failed = kvmpy_intake_apply(in, z->batch, size);
+    if (failed)
+        return failed;
+    in->bytes += length;
+    in->offset += length;
+    return 0;
+}
+
 /* Move pages into guest memory until a record comes that is the caller's, and return its kind; 0 where the stream ends
  * between two records. ``idle`` is the timeout between records, ``timeout`` the one within. */
 static int take_records(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wire *wire, int timeout, int idle)
@@ -604,6 +707,10 @@ static int take_records(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct
             in->data_pages += in->pages;
             in->bytes += size;
             in->offset += size;
+        } else if (kind == KVMPY_PAGE_ZSTD && in->zstd) {
+            failed = take_packed(in, flow, wire, timeout);
+            if (failed)
+                return failed;
         } else if (kind != KVMPY_PAGE_ZERO)
             return kind;
         in->bytes += sizeof header;
@@ -633,32 +740,4 @@ static int kvmpy_intake_read(struct kvmpy_intake *in, struct kvmpy_flow *flow, i
     int64_t got = fetch(in, flow, &wire, to, size, 0, timeout);
     wire_close(&wire);
     return got < 0 ? (int)got : (uint64_t)got < size ? fault(in, KVMPY_FAULT_TRUNCATED) : 0;
-}
-
-/* Do what a batch of records says; the batch is ours, and nobody changes it. */
-static int kvmpy_intake_apply(struct kvmpy_intake *in, const char *batch, uint64_t size)
-{
-    char *memory = NULL;
-    uint64_t at = 0;
-    while (at < size) {
-        in->inner = at;
-        if (size - at < KVMPY_PAGE_RECORD)
-            return fault(in, KVMPY_FAULT_TRUNCATED);
-        int kind = accept_header(in, batch + at, &memory);
-        if (kind < 0)
-            return kind;
-        if (kind != KVMPY_PAGE_DATA && kind != KVMPY_PAGE_ZERO)
-            return fault(in, KVMPY_FAULT_KIND);
-        at += KVMPY_PAGE_RECORD;
-        if (kind == KVMPY_PAGE_DATA) {
-            uint64_t length = (uint64_t)in->pages * PAGE;
-            if (size - at < length)
-                return fault(in, KVMPY_FAULT_TRUNCATED);
-            memcpy(memory, batch + at, length);
-            in->data_pages += in->pages;
-            at += length;
-        }
-    }
-    in->inner = 0;
-    return 0;
 }

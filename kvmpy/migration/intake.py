@@ -40,7 +40,6 @@ trace_end = Tracepoint("migration.end_of_round", "channel number")
 IDLE: Final = 24 * 3600.0
 # Bytes that a page channel's reader takes beyond what it asked for: single pages come many in a call then.
 AHEAD: Final = 128 << 10
-_NOTHING: Final = memoryview(bytearray())
 
 
 class PageReceiver:
@@ -177,7 +176,11 @@ class _Lane:
             "struct kvmpy_intake *",
             {"blocks": self._blocks, "count": len(memory.blocks), "ahead": self._ahead, "room": ahead},
         )
-        self._came = self._unpacked = _NOTHING
+        # Room for a batch, as it comes and unpacked.
+        self._came = memoryview(bytearray(MOST_BATCH if unpacker else 0))
+        self._unpacked = memoryview(bytearray(MOST_BATCH if unpacker else 0))
+        if unpacker is not None:
+            self._native = self._intake.zstd = unpacker.native(self._unpacked, self._came)
 
     def counts(self) -> tuple[int, int, int]:
         """(pages, zero pages, bytes). Any thread."""
@@ -247,8 +250,6 @@ class _Lane:
         self._advance(length)
 
     def _unpack(self, unpacker: Unpacker, packed: memoryview, size: int) -> memoryview:
-        if not self._unpacked:
-            self._unpacked = memoryview(bytearray(MOST_BATCH))
         batch = self._unpacked[:size]
         try:
             unpacker.unpack(packed, batch)
@@ -269,6 +270,8 @@ class _Lane:
         self._intake.bytes += RECORD.size + size
 
     def _check(self, result: int) -> int:
+        if result == -errno.EBADMSG and self._intake.fault == lib.KVMPY_FAULT_PACKED and self._unpacker is not None:
+            self._unpack(self._unpacker, self._came[: self._intake.pages], self._intake.gpa)
         if result == -errno.EBADMSG and self._intake.fault:
             raise StreamError(f"{self._place()}: {self._fault()}")
         if result < 0:

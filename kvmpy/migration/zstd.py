@@ -3,6 +3,8 @@
 Loaded when a migration with compression begins, and not before. Each run of pages is packed on its own, so a batch
 that is lost or hostile says nothing of the next. A frame is unpacked in one go into room that its receiver has already,
 so what it says of its window is nothing that anybody would make room for.
+
+The page pump (abi/pages.c) calls it, too, where bytes pass a descriptor as they are; what it refuses, this explains.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from kvmpy.errors import HostError, StreamError
 
 LIBRARY: Final = b"libzstd.so.1"
 LEVEL: Final = 1  # the others take longer than the network does
-MAGIC: Final = b"\x28\xb5\x2f\xfd"
+MAGIC: Final[bytes] = lib.KVMPY_ZSTD_MAGIC.to_bytes(4, "little")
 ZSTD_c_compressionLevel: Final = 100
 FUNCTIONS: Final = {
     "ZSTD_isError": "unsigned(*)(size_t)",
@@ -48,30 +50,53 @@ def _missing() -> HostError:
     return HostError(f"compression zstd: {why}; apt install libzstd1, or choose none")
 
 
-class Packer:
+class _Coder:
+    """The library, and what of it is one thread's: a ``context``, and the function ``code`` that needs one."""
+
+    def __init__(self, create: str, free: str, code: str) -> None:
+        """Raises HostError where there is no zstd."""
+        self._zstd = library()
+        context = self._zstd[create]()
+        if not context:
+            raise HostError("ENOMEM: no room for zstd's tables; free some of the host's memory, or choose none")
+        self._context, self._code = ffi.gc(context, self._zstd[free]), self._zstd[code]
+
+    def native(self, batch: Any, packed: Any, most: int = 0) -> Any:
+        """For the page pump, with room for a batch as it is and packed; whoever has it keeps these, and us. What is
+        sent has ``most`` bytes.
+        """
+        return ffi.new(
+            "struct kvmpy_zstd *",
+            {
+                "context": self._context,
+                "code": self._code,
+                "frame_size": self._zstd["ZSTD_findFrameCompressedSize"],
+                "is_error": self._zstd["ZSTD_isError"],
+                "batch": ffi.from_buffer(batch),
+                "packed": ffi.from_buffer(packed),
+                "most": most,
+            },
+        )
+
+
+class Packer(_Coder):
     """Packs. One thread at a time."""
 
     def __init__(self) -> None:
-        """Raises HostError where there is no zstd."""
-        zstd = library()
-        self._compress = zstd["ZSTD_compress2"]
-        self._is_error = zstd["ZSTD_isError"]
-        self._context = _kept(zstd["ZSTD_createCCtx"](), zstd["ZSTD_freeCCtx"])
-        zstd["ZSTD_CCtx_setParameter"](self._context, ZSTD_c_compressionLevel, LEVEL)
+        super().__init__("ZSTD_createCCtx", "ZSTD_freeCCtx", "ZSTD_compress2")
+        self._zstd["ZSTD_CCtx_setParameter"](self._context, ZSTD_c_compressionLevel, LEVEL)
 
     def pack(self, data: Any, into: Any) -> int:
         """``data`` as one frame at the beginning of ``into``: its size, 0 where that is not room enough."""
-        size = self._compress(self._context, ffi.from_buffer(into), len(into), ffi.from_buffer(data), len(data))
-        return 0 if self._is_error(size) else int(size)
+        size = self._code(self._context, ffi.from_buffer(into), len(into), ffi.from_buffer(data), len(data))
+        return 0 if self._zstd["ZSTD_isError"](size) else int(size)
 
 
-class Unpacker:
+class Unpacker(_Coder):
     """Unpacks. One thread at a time."""
 
     def __init__(self) -> None:
-        """Raises HostError where there is no zstd."""
-        self._zstd = zstd = library()
-        self._context = _kept(zstd["ZSTD_createDCtx"](), zstd["ZSTD_freeDCtx"])
+        super().__init__("ZSTD_createDCtx", "ZSTD_freeDCtx", "ZSTD_decompressDCtx")
 
     def unpack(self, data: Any, into: Any) -> None:
         """The one frame ``data`` to fill ``into``. Raises StreamError where it does not, or is more than that."""
@@ -81,7 +106,7 @@ class Unpacker:
         frame = self._check(self._zstd["ZSTD_findFrameCompressedSize"](source, len(data)))
         if frame != len(data):
             raise StreamError(f"zstd: {len(data) - frame} bytes behind the frame")
-        size = self._check(self._zstd["ZSTD_decompressDCtx"](self._context, room, len(into), source, frame))
+        size = self._check(self._code(self._context, room, len(into), source, frame))
         if size != len(into):
             raise StreamError(f"zstd: a frame of {size} bytes, not of the {len(into)} it should be")
 
@@ -89,10 +114,3 @@ class Unpacker:
         if self._zstd["ZSTD_isError"](result):
             raise StreamError(f"zstd: {ffi.string(self._zstd['ZSTD_getErrorName'](result)).decode()}")
         return result
-
-
-def _kept(context: Any, free: Any) -> Any:
-    """``context``, freed when nobody has it any more."""
-    if not context:
-        raise HostError("ENOMEM: no room for zstd's tables; free some of the host's memory, or choose none")
-    return ffi.gc(context, free)

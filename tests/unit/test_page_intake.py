@@ -164,14 +164,17 @@ def test_stream_changes_what_a_model_says_and_nothing_else(data: bytes, sealed: 
 
 
 @settings(max_examples=EXAMPLES, deadline=None)
-@given(st.binary(max_size=300), st.integers(0, 2000), st.booleans())
-def test_packed_batch_of_any_bytes_is_refused_or_done(data: bytes, size: int, good: bool) -> None:
+@given(st.one_of(st.binary(max_size=300), BATCHES), st.integers(0, 2000), st.booleans(), st.booleans(), st.booleans())
+def test_packed_batch_of_any_bytes_is_refused_or_done(
+    data: bytes, size: int, right: bool, good: bool, sealed: bool
+) -> None:
     destination, content = Destination(), Destination().content()
+    size = len(data) if right else size
     packed = frame_of(data) if good else data
-    fits = good and len(data) == size and model(content, data, within=True)
+    fits = good and len(data) == size <= MOST_BATCH and model(content, data, within=True)
     stream = RECORD.pack(size, len(packed), ZSTD) + packed + RECORD.pack(1, 0, END)
     try:
-        receive(destination, stream, compression="zstd", ahead=True)
+        receive(destination, stream, compression="zstd", sealed=sealed, ahead=True)
     except StreamError:
         assert not fits or not size
     else:
@@ -241,10 +244,11 @@ def test_stream_that_ends_between_records_is_a_closed_connection() -> None:
     ],
     ids=["shorter", "longer", "a bomb", "two frames", "cut", "garbage"],
 )
-def test_packed_batch_that_is_not_what_it_says_is_refused(packed: Callable[[], bytes], size: int) -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_packed_batch_that_is_not_what_it_says_is_refused(packed: Callable[[], bytes], size: int, sealed: bool) -> None:
     frame = packed()
     with pytest.raises(StreamError, match=r"^the main channel: at byte 0x0: zstd: "):
-        receive(Destination(), one(size, len(frame), ZSTD) + frame, compression="zstd")
+        receive(Destination(), one(size, len(frame), ZSTD) + frame, compression="zstd", sealed=sealed)
 
 
 def test_rounds_must_follow_one_another() -> None:

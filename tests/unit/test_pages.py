@@ -261,14 +261,15 @@ def test_sealed_channel_gets_large_batches_and_nothing_else() -> None:
     assert all(size > 256 << 10 for size, _, kind in found[:-2])
 
 
-def test_what_does_not_shrink_is_sent_as_it_is_though_compression_was_asked_for() -> None:
+@pytest.mark.parametrize("sealed", [False, True])
+def test_what_does_not_shrink_is_sent_as_it_is_though_compression_was_asked_for(sealed: bool) -> None:
     memory = make_memory()
     memory.write(0, os.urandom(400 * PAGE))
     memory.write(1 << 20, b"again and again " * (1 << 14))
-    with channel_pairs() as (ours, theirs):
+    with channel_pairs(sealed=sealed) as (ours, theirs):
         dirty = DirtyPages(memory)
         for part in (0, 256):
-            dirty.blocks[0].bits.set(part, 64)
+            dirty.blocks[0].bits.set(part, 16)
             (found,) = collect_while(theirs, lambda: PageSender(ours, compression="zstd").send_round(dirty, 1))
             assert [kind for _, _, kind in found] == [ZSTD if part else BATCH, END]
 
