@@ -83,10 +83,11 @@ class RegisterSpace:
         """
         if not 0 <= offset <= len(self.content) - size:
             raise ValueError(f"registers at {offset:#x}+{size:#x} are not in a space of {len(self.content):#x} bytes")
-        masks = (self.content, self._reset, self._writable, self._clear, self._hardware)
-        for mask, value in zip(masks, (reset, reset, writable, clear, hardware), strict=True):
-            mask[offset : offset + size] = value.to_bytes(size, "little")
         key, end = (offset, size), offset + size
+        self.content[offset:end] = self._reset[offset:end] = reset.to_bytes(size, "little")
+        self._writable[offset:end] = writable.to_bytes(size, "little")
+        self._clear[offset:end] = clear.to_bytes(size, "little")
+        self._hardware[offset:end] = hardware.to_bytes(size, "little")
         self._readings.pop(key, None)
         if reading:
             self._readings[key] = _Reading(offset, end, reading)
@@ -222,8 +223,8 @@ class RegisterBank:
         self.space, self.offset = space, offset
         if unknown := resets.keys() - self.FIELDS.keys():
             raise TypeError(f"{type(self).__name__} has no register {unknown.pop()}")
-        for name in self.FIELDS:
-            self._define(name, **{"reset": resets[name]} if name in resets else {})
+        for name, field in self.FIELDS.items():
+            self._define(name, reset=resets.get(name, field.reset))
 
     def implement(self, *names: str) -> None:
         """Have these registers, at their power-on values, after `leave_out`."""
@@ -241,8 +242,9 @@ class RegisterBank:
             field = self.FIELDS[name]
             self.space.preset(self.offset + field.offset, field.size, value)
 
-    def _define(self, name: str, **resets: int) -> None:
+    def _define(self, name: str, **changes: int) -> None:
         field = self.FIELDS[name]
-        said: dict[str, Any] = {kind: getattr(self, method) for kind, method in field.hooks.items()}
-        said |= field.masks | {"reset": field.reset} | resets
+        said: dict[str, Any] = {"reset": field.reset, **field.masks, **changes}
+        for kind, method in field.hooks.items():
+            said[kind] = getattr(self, method)
         self.space.define(self.offset + field.offset, field.size, **said)
