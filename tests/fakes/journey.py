@@ -16,7 +16,7 @@ from tests.fakes.counting_guest import COUNTS, NEEDS, STEPS, gap
 from tests.fakes.loop import BOUND, poll
 from tests.fakes.pvh_kernel import pvh_kernel
 
-PATIENCE = 0.5
+PATIENCE = 2.0
 """Seconds that each side gives the other, in tests of one that does not answer."""
 
 
