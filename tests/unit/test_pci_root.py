@@ -236,7 +236,7 @@ def test_configuration_bars_and_resets_from_many_threads_never_stand_still() -> 
     with switching_often():
         for thread in threads:
             thread.start()
-        for _ in range(count(50, 20000)):
+        for _ in range(count(15, 20000)):
             move()
         stop.set()
         for thread in threads:
