@@ -2,8 +2,8 @@
 
 pciehp's own sleeps are in both: 5 s from the press, 1 s of power off, 0.12 s for the link. "asked" is what device_add
 takes, "in" the time from then on until the guest has used the device, "usable" is both, and "out" is device_del's until
-DEVICE_DELETED. A port without a power controller is measured too, where Linux leaves out a second; with QEMU such a
-port never lets go.
+DEVICE_DELETED. The taps of both are in the bridge beforehand. A port without a power controller is measured too, where
+Linux leaves out a second; with QEMU such a port never lets go.
 
 Both guests run all the time, and each round is one's turn after the other's: whatever else the machine does meanwhile
 befalls both.
@@ -53,9 +53,20 @@ def contender(socket: str, net_bus: str, blk_bus: str, disk: str) -> dict[str, A
 
 
 @contextmanager
+def tap(host: EmulatedHost, name: str) -> Iterator[None]:
+    """A port of the bridge, made before any device asks for it."""
+    made = f"ip tuntap add {name} mode tap vnet_hdr; ip link set {name} master {BRIDGE} up"
+    host.run(["sh", "-ec", made], check=True)
+    try:
+        yield
+    finally:
+        host.run(["ip", "link", "del", name], check=True)
+
+
+@contextmanager
 def kvmpy_guest(host: EmulatedHost) -> Iterator[None]:
-    tap = tables.table("netdev", type="tap", id="hostnet", ifname=TAP, bridge=BRIDGE)
-    with Guest(host, "times", tables=ports(*PORTS) + tap + spare_drive(), words=WORDS) as guest:
+    netdev = tables.table("netdev", type="tap", id="hostnet", ifname=TAP)
+    with tap(host, TAP), Guest(host, "times", tables=ports(*PORTS) + netdev + spare_drive(), words=WORDS) as guest:
         guest.wait_shell()
         guest.process.send(f"{GUEST_LOOP}\n")
         yield
@@ -64,7 +75,6 @@ def kvmpy_guest(host: EmulatedHost) -> Iterator[None]:
 @contextmanager
 def qemu_guest(host: EmulatedHost) -> Iterator[None]:
     """q35 with the same kernel, native hot-plug (acpi-pci-hotplug off), the same back ends."""
-    host.run(["sh", "-ec", f"ip tuntap add {QEMU_TAP} mode tap; ip link set {QEMU_TAP} master {BRIDGE} up"], check=True)
     host.run(["cp", "--sparse=always", DATA, QEMU_DATA], check=True)
     boot = CHECKOUT / ".lab/guest/cloud"
     qemu = host.spawn(
@@ -88,7 +98,7 @@ def qemu_guest(host: EmulatedHost) -> Iterator[None]:
     finally:
         qemu.signal(15)
         qemu.wait()
-        host.run(["sh", "-c", f"ip link del {QEMU_TAP}; rm -f {QEMU_DATA}"], check=True)
+        host.run(["rm", "-f", QEMU_DATA], check=True)
 
 
 def plug_times(host: EmulatedHost, rounds: int) -> Mapping[str, Mapping[str, list[float]]]:
@@ -109,7 +119,7 @@ def measure(quick: bool) -> list[Row]:
     """None of it is quick: pciehp's sleeps are in all of it."""
     if quick:
         return []
-    with shared_host() as host, bridge_and_disk(host), kvmpy_guest(host), qemu_guest(host):
+    with shared_host() as host, bridge_and_disk(host), kvmpy_guest(host), tap(host, QEMU_TAP), qemu_guest(host):
         taken = plug_times(host, ROUNDS)
     rows = []
     for what in [f"{kind} {shown}" for kind in ("net", "blk") for shown in SHOWN]:
