@@ -138,15 +138,17 @@ class Bus:
     def _swap(self, windows: tuple[Window, ...]) -> None:
         ordered = tuple(sorted(windows, key=lambda window: window.base))
         bases, ends = tuple(window.base for window in ordered), tuple(window.end for window in ordered)
-        self._windows = (bases, ends, ordered)
         natives, latches = ffi.new("struct kvmpy_window[]", len(ordered)), []
         for native, window in zip(natives, ordered, strict=True):
             native.base, native.end, native.count = window.base, window.end, len(window.latches)
             if window.latches:
                 latches.append(ffi.new("struct kvmpy_latch *[]", [latch.native for latch in window.latches]))
                 native.latches = latches[-1]
+        kept = natives, latches, ordered
+        self._map = self._map, kept  # until the swap is done a vCPU may be looking at the ones before
         lib.kvmpy_bus_swap(self.native, natives, len(ordered))
-        self._map = natives, latches, ordered  # and only now the ones before may go
+        self._windows = (bases, ends, ordered)
+        self._map = kept
 
     def _find(self, addr: int, size: int) -> Window | None:
         bases, ends, windows = self._windows

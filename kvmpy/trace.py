@@ -22,6 +22,7 @@ Sink = Callable[[str], object]
 _all: Final[dict[str, Tracepoint]] = {}
 _enabled: Final[list[tuple[str, Sink]]] = []
 _watchers: Final[list[Callable[[], object]]] = []
+_telling: Final = threading.Lock()
 
 
 class Tracepoint(list[Sink]):
@@ -82,5 +83,7 @@ def names() -> list[str]:
 
 
 def _tell() -> None:
-    for watcher in _watchers:
-        watcher()
+    """Whoever is told last is told how it is: what was true before is not told after."""
+    with _telling:
+        for watcher in _watchers:
+            watcher()

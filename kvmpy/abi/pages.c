@@ -632,13 +632,16 @@ static int64_t fetch(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct wi
     return (int64_t)size;
 }
 
-/* Do what a batch of records says; the batch is ours, and nobody changes it. */
-static int kvmpy_intake_apply(struct kvmpy_intake *in, const char *batch, uint64_t size)
+/* Do what a batch of records says; the batch is ours, and nobody changes it. A hostile one may take long: many records
+ * of pages that are zero. */
+static int kvmpy_intake_apply(struct kvmpy_intake *in, struct kvmpy_flow *flow, const char *batch, uint64_t size)
 {
     char *memory = NULL;
     uint64_t at = 0;
     while (at < size) {
         in->inner = at;
+        if (is_cancelled(flow))
+            return -ECANCELED;
         if (size - at < KVMPY_PAGE_RECORD)
             return fault(in, KVMPY_FAULT_TRUNCATED);
         int kind = accept_header(in, batch + at, &memory);
@@ -675,7 +678,7 @@ static int take_packed(struct kvmpy_intake *in, struct kvmpy_flow *flow, struct 
     if (magic != KVMPY_ZSTD_MAGIC || z->frame_size(z->packed, length) != length
         || z->code(z->context, z->batch, size, z->packed, length) != size)
         return fault(in, KVMPY_FAULT_PACKED);
-    int failed = kvmpy_intake_apply(in, z->batch, size);
+    int failed = kvmpy_intake_apply(in, flow, z->batch, size);
     if (failed)
         return failed;
     in->bytes += length;

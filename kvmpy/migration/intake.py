@@ -246,7 +246,7 @@ class _Lane:
             self._check(lib.kvmpy_intake_read(intake, self._flow.c, fd, ffi.from_buffer(batch), length, timeout))
         if kind == ZSTD and self._unpacker is not None:
             batch = self._unpack(self._unpacker, batch, size)
-        self._check(lib.kvmpy_intake_apply(intake, ffi.from_buffer(batch), size))
+        self._check(lib.kvmpy_intake_apply(intake, self._flow.c, ffi.from_buffer(batch), size))
         self._advance(length)
 
     def _unpack(self, unpacker: Unpacker, packed: memoryview, size: int) -> memoryview:

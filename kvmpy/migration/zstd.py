@@ -39,15 +39,20 @@ def library() -> dict[str, Any]:
     handle = lib.dlopen(LIBRARY, lib.RTLD_NOW)
     if not handle:
         raise _missing()
-    found = {name: ffi.cast(kind, lib.dlsym(handle, name.encode())) for name, kind in FUNCTIONS.items()}
-    if not all(found.values()):
-        raise _missing()
+    found = {}
+    for name, kind in FUNCTIONS.items():
+        function = lib.dlsym(handle, name.encode())
+        if not function:
+            raise _missing()
+        found[name] = ffi.cast(kind, function)
     return found
 
 
 def _missing() -> HostError:
-    why = ffi.string(lib.dlerror()).decode(errors="replace")
-    return HostError(f"compression zstd: {why}; apt install libzstd1, or choose none")
+    """At once after the call that failed: another forgets why."""
+    why = lib.dlerror()
+    said = ffi.string(why).decode(errors="replace") if why else "it cannot be loaded"
+    return HostError(f"compression zstd: {said}; apt install libzstd1, or choose none")
 
 
 class _Coder:

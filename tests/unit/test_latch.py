@@ -150,6 +150,17 @@ def test_a_window_that_has_gone_is_not_answered_for(exits: Exits) -> None:
     assert exits.answered(PIO_READ, 0x80, 1) == (1 << 64) - 1
 
 
+def test_a_window_that_cannot_be_is_refused_and_changes_nothing(exits: Exits) -> None:
+    device = Memory()
+    device.latch.set(7, reads=True)
+    window = exits.pio.map(0x80, 1, device, latches=[device.latch])
+    with pytest.raises(OverflowError):
+        exits.pio.map((1 << 64) - 16, 16, Memory())
+    assert exits.pio.windows == (window,)
+    exits.pio.unmap(window)
+    assert exits.answered(PIO_READ, 0x80, 1) == (1 << 64) - 1
+
+
 @pytest.mark.parametrize("size", [0, 3, 8])
 def test_a_latch_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=f"a latch of {size} bytes"):

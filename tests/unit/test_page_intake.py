@@ -6,6 +6,7 @@ reaches further than it may.
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from kvmpy._native import ffi, lib
 from kvmpy.errors import MigrationCancelled, MigrationError, StreamError
 from kvmpy.memory import GuestMemory, Ram
 from kvmpy.migration.intake import PageReceiver
@@ -273,6 +275,19 @@ def test_bytes_that_come_one_by_one_are_as_good() -> None:
         receiver.close()
     content = destination.content()
     assert (content[0][:1], content[PAGE], content[2 * PAGE]) == (b"o", page, bytes(PAGE))
+
+
+def test_a_batch_that_takes_long_is_given_up_with_the_migration() -> None:
+    """In one of a MiB pages may be zeroed for half a minute."""
+    destination, zeros = Destination(), one(0, LOW_PAGES, ZERO) * 100
+    with channel_pairs() as (_, theirs):
+        receiver = PageReceiver(destination.memory, theirs)
+        intake, flow = receiver._lanes[0]._intake, receiver._flow.c
+        assert lib.kvmpy_intake_apply(intake, flow, ffi.from_buffer(zeros), len(zeros)) == 0
+        done = intake.zero_pages
+        receiver.close()
+        assert lib.kvmpy_intake_apply(intake, flow, ffi.from_buffer(zeros), len(zeros)) == -errno.ECANCELED
+        assert intake.zero_pages == done == 100 * LOW_PAGES
 
 
 @pytest.mark.parametrize("sealed", [False, True])

@@ -117,7 +117,7 @@ def missing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     if request.param == "the library":
         monkeypatch.setattr(zstd, "LIBRARY", b"libzstd.so.404")
     else:
-        monkeypatch.setitem(zstd.FUNCTIONS, "ZSTD_of_tomorrow", "int(*)(void)")
+        monkeypatch.setattr(zstd, "FUNCTIONS", {"ZSTD_of_tomorrow": "int(*)(void)", **zstd.FUNCTIONS})
     zstd.library.cache_clear()
     yield
     zstd.library.cache_clear()
