@@ -84,9 +84,8 @@ def measure(quick: bool) -> list[Row]:
                 return {"rate": rate(shape, done), "total": done.total, "blackout": done.blackout}
 
             ways = {who: partial(turn, who) for who in (KVMPY, QEMU)}
-            taken = alternately(
-                {**ways, **bounds}, QUICK if quick else SHORT_ROUNDS if shape.memory <= SHORT else ROUNDS
-            )
+            full = SHORT_ROUNDS if shape.memory <= SHORT else ROUNDS
+            taken = alternately({**ways, **bounds}, QUICK if quick else full)
             rows += rows_of(what, taken, moves)
             kept[what] = moves
     return rows + list(growth(kept))
