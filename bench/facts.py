@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import kvmpy
+from bench.installed import interpreter
 from kvmpy.errors import HostError
 from kvmpy.host.memory import MIB, available_memory
 from kvmpy.kvm.system import WELCOME, System, virtualization
@@ -21,7 +22,7 @@ def facts() -> dict[str, str]:
         "memory": f"{available_memory() // MIB} MiB available",
         "KVM": _kvm(),
         "QEMU": _first_line("qemu-system-x86_64", "--version"),
-        "Python": platform.python_version(),
+        "Python": f"{_first_line(interpreter(), '--version')} ({interpreter()})",
         "kvmpy": f"{kvmpy.__version__} ({_revision()})",
     }
 
