@@ -157,7 +157,8 @@ def victims(here: Path, netns: Namespace) -> Iterator[Callable[[], subprocess.Po
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         started.append(subprocess.Popen(command, stdin=nothing, stdout=pipe, stderr=pipe, env=environment))
         assert started[-1].stdout
-        assert started[-1].stdout.read(1) == b"K"
+        if started[-1].stdout.read(1) != b"K":
+            pytest.fail(started[-1].communicate()[1].decode())
         return started[-1]
 
     yield start
@@ -171,7 +172,9 @@ def test_a_killed_machine_starts_again_and_then_leaves_nothing(
     victims: Callable[[], subprocess.Popen[bytes]], netns: Namespace, here: Path
 ) -> None:
     for _ in range(count(2, soak=20)):
-        victims().kill()
+        victim = victims()
+        victim.kill()
+        victim.wait()  # as whoever starts it again does: until then its name is taken
     last = victims()
     assert netns.interfaces() == ["br-m", "tap-m"]
     last.send_signal(signal.SIGTERM)  # the power button, which this guest has not got
