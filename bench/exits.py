@@ -2,8 +2,9 @@
 
 From before the access to after it, so all of it: the processor's or KVM's part, the VMM's, and the way back. "in the
 kernel" is an access that KVM answers itself, the same for either VMM: what is below any VMM, and a check of the method.
-With two vCPUs both do the same at once. "kvmpy's share" is the path from KVM_RUN to a device and back, in one process
-beside a bare loop of KVM_RUN; where the machine can count instructions, so is what an exit takes of them.
+With two vCPUs both do the same at once, and wait for each other before the next kind of access. "kvmpy's share" is the
+path from KVM_RUN to a device and back, in one process beside a bare loop of KVM_RUN; where the machine can count
+instructions, so is what an exit takes of them.
 """
 
 from __future__ import annotations

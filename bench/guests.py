@@ -37,7 +37,7 @@ LOW, HOLE, HIGH = 2048, 3072, 4096
 """MiB: where RAM below 4 GiB ends at least, how much of it is not above 4 GiB at most, and where the rest begins."""
 TRIPS: Final = (0x20_0000, 0x40_0000)
 """Where each vCPU keeps its round trips."""
-FLAGS: Final = 0x1F_F000  # how many vCPUs are ready; 4 on: have finished
+FLAGS: Final = 0x1F_F000  # how many vCPUs are ready; 4 on: how often one has come to a meeting
 TRAMPOLINE: Final = 0x8000
 CHUNK: Final = 16  # bytes, the UART's FIFO
 
@@ -45,18 +45,18 @@ CHUNK: Final = 16  # bytes, the UART's FIFO
 def stopwatch(count: int, cpus: int) -> bytes:
     """Each vCPU makes ``count`` of every access, timing each by TSC; the first says all of it on the serial line.
 
+    After each kind of access they wait for each other: else the one that is ahead would have the next to itself.
     A round trip is a little-endian dword, of the first vCPU's accesses in their order, then of the second's.
     """
     wake = _wake_other() if cpus == 2 else b""
     own = b"\xbe" + _dword(TRIPS[0])  # mov esi, TRIPS[0]
     away = LOAD_AT + len(wake) + len(own)
     code = (wake.replace(_dword(0x1234_5678), _dword(away)) if wake else b"") + own
-    for access in ACCESSES.values():
+    for number, access in enumerate(ACCESSES.values(), 1):
         code += b"\xb9" + _dword(count) + _timed(access)  # mov ecx, count
-    code += b"\xf0\xff\x05" + _dword(FLAGS + 4)  # lock inc dword [finished]
+        code += _meet(number * cpus)
     # The other has nothing to say: cmp esi, TRIPS[1]; jb on; hlt
     code += b"\x81\xfe" + _dword(TRIPS[1]) + b"\x72\x04" + HALT
-    code += b"\x83\x3d" + _dword(FLAGS + 4) + bytes((cpus,)) + b"\x75\xf7"  # wait: cmp dword [finished], cpus; jne wait
     for buffer in TRIPS[:cpus]:
         code += _say(buffer, 4 * count * len(ACCESSES))
     return code + POWER_OFF
@@ -143,6 +143,12 @@ def _timed(access: bytes) -> bytes:
         + b"\x89\x06\x83\xc6\x04"  # mov [esi], eax; add esi, 4
     )
     return loop + bytes((0xE2, -(len(loop) + 2) & 0xFF))  # loop again
+
+
+def _meet(arrivals: int) -> bytes:
+    """Go on when there have been so many, of all vCPUs at all meetings."""
+    arrive = b"\xf0\xff\x05" + _dword(FLAGS + 4)  # lock inc dword [arrivals]
+    return arrive + b"\x83\x3d" + _dword(FLAGS + 4) + bytes((arrivals,)) + b"\x72\xf7"  # wait: cmp; jb wait
 
 
 def _say(buffer: int, size: int) -> bytes:
