@@ -67,13 +67,13 @@ class Pair:
     figure: Figure | None = None
 
     def row(self) -> Row:
-        """As a row of the table. Raises ValueError where either side was not measured."""
+        """As a row of the table. Raises ValueError where either side was not measured, or a run has no pair."""
         if not self.kvmpy or not self.peer:
             raise ValueError(f"{self.name}: nothing was measured")
         budget = BUDGETS[self.budget] if self.budget else None
-        ratios = [quotient(*pair) for pair in zip(self.kvmpy, self.peer, strict=False)]
-        if any(map(math.isnan, ratios)):  # a pair that failed is not to be outvoted by those that did not
-            ratios = [math.nan]
+        ratios = [quotient(*pair) for pair in zip(self.kvmpy, self.peer, strict=True)]
+        if any(map(math.isnan, ratios)) or (budget and not all(self.peer)):
+            ratios = [math.nan]  # a pair that failed is not outvoted by the others, and beside nothing nothing is met
         return Row(
             name=self.name,
             kvmpy=median(self.kvmpy),

@@ -10,7 +10,7 @@ import pytest
 
 from bench import results
 from bench.figures import Curves, distribution
-from bench.rows import MISSED, Pair, Row, alternately, quotient, spread
+from bench.rows import MET, MISSED, Pair, Row, alternately, quotient, spread
 
 
 def test_a_ratio_is_the_median_of_the_pairs_and_has_their_spread() -> None:
@@ -54,6 +54,17 @@ def test_a_verdict_that_another_run_might_turn_round_says_so(ours: list[float], 
 def test_what_was_not_measured_is_no_row() -> None:
     with pytest.raises(ValueError, match="start: nothing was measured"):
         Pair("start", [], [1.0]).row()
+
+
+def test_a_run_without_its_pair_is_no_row() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        Pair("start", [1.0, 2.0], [1.0]).row()
+
+
+def test_a_budget_is_not_met_where_neither_did_anything() -> None:
+    row = Pair("TCP", [0.0, 0.0], [0.0, 0.0], budget="network rate").row()
+    assert (row.verdict, row.note) == (MISSED, "nothing was measured")
+    assert Pair("exits", [0.0], [100.0], budget="network exits").row().verdict == MET
 
 
 def test_a_single_run_has_no_spread() -> None:
