@@ -3,7 +3,7 @@
 Both guests run all the time, each with a network device of either kind, and take turns. iperf3's server is in the guest
 and its client on the host; with -R the guest sends. The host has one processor, which the guest, vhost and iperf3
 share: a rate there is what a packet costs all of them together. Beside the rates are the exits to userspace meanwhile,
-and the processor's time that the VMM took for itself, vhost's thread included.
+and the share of the processor that the VMM had beside its vCPU, vhost's thread included.
 """
 
 from __future__ import annotations
@@ -109,8 +109,12 @@ def begin(host: EmulatedHost, stack: ExitStack, who: str) -> int:
     guest.wait_shell()
     for kind, network in enumerate(PATHS.values()):
         guest.type(f"ip addr add {network}.{number}/24 dev eth{kind}; ip link set eth{kind} up")
+    pid = watch.pid_of(host, guest.pid_file)
+    watch.count_exits(host)
     guest.type("ip link set lo up; iperf3 -s -D", SLOW)
-    return watch.pid_of(host, guest.pid_file)
+    if not watch.exits(host, pid):  # those of its serial line; else that there are none later would say nothing
+        raise RuntimeError(f"{who}: its exits are not counted")
+    return pid
 
 
 def measure(quick: bool) -> list[Row]:

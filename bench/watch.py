@@ -75,39 +75,53 @@ def count_exits(host: EmulatedHost) -> None:
 def exits(host: EmulatedHost, pid: int) -> int:
     """How many a VMM's vCPUs have had since `count_exits`."""
     show = f"cat {EVENTS}/kvm/kvm_userspace_exit/hist; echo threads; ls /proc/{pid}/task"
-    counts, _, threads = host.run(["sh", "-c", show], check=True).stdout.partition("threads\n")
+    counts, _, threads = host.run(["sh", "-ec", show], check=True).stdout.partition("threads\n")
     return sum_exits(counts, frozenset(map(int, threads.split())))
 
 
 def sum_exits(histogram: str, threads: frozenset[int]) -> int:
-    """Those of ``threads`` in a histogram of the tracepoint."""
+    """Those of ``threads`` in a histogram of the tracepoint. Raises ValueError where that has not counted."""
+    if "[active]" not in histogram:
+        raise ValueError("the exits to userspace were not counted")
     return sum(int(count) for thread, count in HIST.findall(histogram) if int(thread) in threads)
 
 
 class Processor(NamedTuple):
-    """Processor time that a VMM has had, in seconds: for itself, and for the guest; and when that was read."""
+    """Processor time that a VMM has had beside its vCPUs, in seconds, and when that was read."""
 
     at: float
     own: float
-    guest: float
 
 
 def processor(host: EmulatedHost, pid: int) -> Processor:
-    """Of the process and of the kernel's threads that work for it, which are called vhost-PID."""
-    find = f"cat /proc/uptime /proc/{pid}/stat; for p in $(pgrep vhost-{pid}); do cat /proc/$p/stat; done"
-    return read_processor(host.run(["sh", "-c", find], check=True).stdout)
+    """Of the process without its vCPUs' threads, and of the kernel's threads that work for it, called vhost-PID.
+
+    To take only the guest's time from a vCPU's would not do: the kernel counts that by ticks, and all of a thread's by
+    its clock, so a guest had more than the thread that it was in.
+    """
+    vhost = f"for p in $(pgrep -x vhost-{pid}); do cat /proc/$p/stat; done"
+    find = f"cat /proc/uptime /proc/{pid}/stat; {vhost}; echo; cat /proc/{pid}/task/*/stat || :"  # one may just end
+    return read_processor(host.run(["sh", "-ec", find], check=True).stdout)
 
 
 def read_processor(text: str) -> Processor:
-    """From /proc/uptime and lines of /proc/PID/stat. User time has the guest's in it."""
-    uptime, *lines = text.splitlines()
-    own = guest = 0
-    for line in lines:
-        fields = line.rpartition(")")[2].split()
-        utime, stime, guest_time = int(fields[11]), int(fields[12]), int(fields[40])
-        own += utime + stime - guest_time
-        guest += guest_time
-    return Processor(float(uptime.split()[0]), own / TICKS, guest / TICKS)
+    """From /proc/uptime, lines of /proc/PID/stat, and after an empty line those of the VMM's threads.
+
+    Raises ValueError where none of these has run a guest.
+    """
+    whole, _, threads = text.partition("\n\n")
+    uptime, *processes = whole.splitlines()
+    vcpus = [ticks for ticks, guest in map(_ticks, threads.splitlines()) if guest]
+    if not vcpus:
+        raise ValueError("no thread of the VMM has run a guest")
+    own = sum(ticks for ticks, _ in map(_ticks, processes)) - sum(vcpus)
+    return Processor(float(uptime.split()[0]), own / TICKS)
+
+
+def _ticks(stat: str) -> tuple[int, int]:
+    """What a process or a thread has had, and what of it a guest."""
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12]), int(fields[40])
 
 
 def pid_of(host: EmulatedHost, pid_file: str) -> int:

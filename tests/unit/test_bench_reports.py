@@ -92,8 +92,23 @@ def test_exits_are_those_of_the_vmm_s_threads() -> None:
     assert watch.sum_exits(text("hist.txt"), frozenset({146})) == 0
 
 
-def test_the_vmm_s_processor_time_has_vhost_s_in_it_and_not_the_guest_s() -> None:
-    assert watch.read_processor(text("stat.txt")) == (70.47, 32.16, 7.49)
+def test_a_histogram_that_did_not_count_is_no_count() -> None:
+    with pytest.raises(ValueError, match="not counted"):
+        watch.sum_exits(text("hist.txt").replace("[active]", "[paused]"), frozenset({147}))
+    with pytest.raises(ValueError, match="not counted"):
+        watch.sum_exits("", frozenset({147}))
+
+
+def test_the_vmm_s_processor_time_has_vhost_s_in_it_and_not_the_vcpu_s() -> None:
+    process = text("stat.txt").splitlines()[1]
+    vcpu = process.replace(" 2607 1179 ", " 900 100 ")
+    control = process.replace(" 2607 1179 ", " 700 79 ").replace(" 749 0 ", " 0 0 ")
+    whole = text("stat.txt").rstrip()
+    found = watch.read_processor(f"{whole}\n\n{control}\n{vcpu}\n")
+    assert found.at == 70.47
+    assert found.own == pytest.approx((2607 + 1179 - 1000 + 179) / 100)
+    with pytest.raises(ValueError, match="no thread"):
+        watch.read_processor(f"{whole}\n\n{control}\n")
 
 
 def test_the_guest_s_ram_is_no_memory_of_the_vmm() -> None:
