@@ -2,13 +2,15 @@
 
 The proportional set sizes of all mappings of the process and its helpers, but for the guest's RAM. Both guests have a
 disk and a network device by vhost-net, and are idle in their shells; both kernels are bzImages, for of a vmlinux QEMU
-keeps the whole file mapped. What is shared with other processes counts by its
-share, and the lab's agent shares Python's own pages with kvmpy: the RSS counts those wholly.
+keeps the whole file mapped. What is shared with other processes counts by its share, and the lab's agent shares
+Python's own pages with kvmpy: the RSS counts those wholly.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Final
 
 from bench import watch
@@ -16,20 +18,21 @@ from bench.budgets import MEMORY_MIB
 from bench.linux import MEMORY_MIB as RAM_MIB
 from bench.linux import Disk, KvmpyGuest, LinuxGuest, Machine, Nic, QemuGuest, bridge, shared_host
 from bench.program import main
-from bench.rows import KVMPY, QEMU, Pair, Row
+from bench.rows import KVMPY, QEMU, Pair, Row, alternately
 from scripts.lab.host import EmulatedHost
 from scripts.lab.images import make
 from tests.lab.guest import FROM_DISK, root_disk
 
 NAME: Final = "linux_memory"
 LEFT_OUT: Final = ("memory beside Linux guests",)
+ROUNDS: Final = 3
 UNIT: Final = "MiB"
 BRIDGE: Final = "br-memory"
 WHAT: Final = "beside a Linux guest's RAM"
 
 
-def take(host: EmulatedHost, who: str) -> watch.Memory:
-    """Of one guest, which is gone then."""
+def take(host: EmulatedHost, who: str) -> Mapping[str, float]:
+    """Of one guest, which is gone then: its PSS and RSS."""
     name = f"mem-{who.lower()}"
     with ExitStack() as stack:
         root = stack.enter_context(root_disk(host, make(), name))
@@ -39,22 +42,24 @@ def take(host: EmulatedHost, who: str) -> watch.Memory:
         stack.enter_context(guest)
         guest.wait_shell()
         guest.type("ip link set eth0 up; cat /bin/* >/dev/null; sleep 1")
-        return watch.beside(host, watch.pid_of(host, guest.pid_file), RAM_MIB << 10)
+        return watch.beside(host, watch.pid_of(host, guest.pid_file), RAM_MIB << 10)._asdict()
 
 
 def measure(quick: bool) -> list[Row]:
-    """None of it is quick: two guests are booted for it."""
+    """None of it is quick: guests are booted for it."""
     if quick:
         return []
     with shared_host() as host, bridge(host, BRIDGE):
-        return rows(take(host, KVMPY), take(host, QEMU))
+        return rows(alternately({who: partial(take, host, who) for who in (KVMPY, QEMU)}, ROUNDS))
 
 
-def rows(ours: watch.Memory, theirs: watch.Memory) -> list[Row]:
+def rows(taken: Mapping[str, Mapping[str, list[float]]]) -> list[Row]:
+    ours, theirs = taken[KVMPY], taken[QEMU]
+    allowed = [MEMORY_MIB] * len(ours["pss"])
     return [
-        Pair(f"PSS {WHAT}", [ours.pss], [theirs.pss], UNIT, "memory").row(),
-        Pair(f"PSS {WHAT}, allowed", [ours.pss], [MEMORY_MIB], UNIT, "memory allowance", peer_name="the limit").row(),
-        Pair(f"RSS {WHAT}", [ours.rss], [theirs.rss], UNIT).row(),
+        Pair(f"PSS {WHAT}", ours["pss"], theirs["pss"], UNIT, "memory").row(),
+        Pair(f"PSS {WHAT}, allowed", ours["pss"], allowed, UNIT, "memory allowance", peer_name="the limit").row(),
+        Pair(f"RSS {WHAT}", ours["rss"], theirs["rss"], UNIT).row(),
     ]
 
 

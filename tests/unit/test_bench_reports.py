@@ -125,7 +125,8 @@ def test_exits_through_vhost_have_a_limit_and_a_rate_at_least_that_of_the_peer()
 
 
 def test_memory_beside_ram_is_held_to_the_peer_s_and_to_the_allowance() -> None:
-    rows = linux_memory.rows(watch.Memory(40.0, 50.0), watch.Memory(39.0, 60.0))
+    taken = {KVMPY: {"pss": [40.0, 40.0], "rss": [50.0, 50.0]}, QEMU: {"pss": [39.0, 39.0], "rss": [60.0, 60.0]}}
+    rows = linux_memory.rows(taken)
     assert [row.verdict for row in rows] == ["missed", "met", "-"]
 
 
