@@ -103,7 +103,7 @@ def turn(checkout: Path, programs: Sequence[str]) -> Figures:
 
 
 def report(rev: str, before: Sequence[Figures], after: Sequence[Figures]) -> Iterator[str]:
-    """A line for each row that both have, those that differ marked."""
+    """A line for each row that both have in each turn, those that differ marked; and the names of the others."""
     names = [name for name in after[0] if all(name in each for each in (*before, *after))]
     width = max([len(name) for name in names] + [20])
     yield f"{'':<{width}} {rev[:12]:>12} {'here':>12} {'quotient':>9} {'p':>9} {'larger':>7}"
@@ -116,6 +116,7 @@ def report(rev: str, before: Sequence[Figures], after: Sequence[Figures]) -> Ite
             f"{name:<{width}} {figure(was, unit):>12} {figure(now, unit):>12} {quotient:>9} {found.p:>9.2g}"
             f" {found.superiority:>7.2f}" + ("  differs" if found.p < SIGNIFICANT else "")
         )
+    yield from (f"{name}: not measured in each turn" for name in sorted({*before[0], *after[0]} - {*names}))
 
 
 if __name__ == "__main__":

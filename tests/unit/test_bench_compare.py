@@ -56,9 +56,10 @@ def test_nothing_cannot_be_compared() -> None:
         compare([], [1.0])
 
 
-def test_a_report_marks_what_differs_and_leaves_out_what_one_does_not_have() -> None:
+def test_a_report_marks_what_differs_and_names_what_one_does_not_have() -> None:
     before = [{"start": (0.1 + n / 1000, "s"), "memory": (30.0, "MiB"), "gone": (1.0, "s")} for n in range(5)]
     after = [{"start": (0.2 + n / 1000, "s"), "memory": (30.0, "MiB")} for n in range(5)]
-    _, start, memory = report("v1", before, after)
+    _, start, memory, gone = report("v1", before, after)
     assert start.split() == ["start", "102", "ms", "202", "ms", "1.980", "0.0079", "1.00", "differs"]
     assert memory.split() == ["memory", "30", "MiB", "30", "MiB", "1.000", "1", "0.50"]
+    assert gone == "gone: not measured in each turn"
