@@ -39,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is ended
+    warnings = Warnings()
+    logging.getLogger("bench").addHandler(warnings)
     rows: list[Row] = []
     programs, failed = options.only or PROGRAMS, without_kvm(options.only or PROGRAMS)
     directory = results.RESULTS / ("quick" if options.quick else "part" if options.only else "")
@@ -53,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
             failed[name] = "it has failed, see above"
         print(f"bench: {name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-        known = facts() | what_it_is(options.quick, programs, failed)
+        known = facts() | what_it_is(options.quick, programs, failed, warnings.said)
         results.write(rows, known, directory)
         (directory / PAGE).write_text(page(rows, known), encoding="utf-8")
     if rows:
@@ -72,14 +74,29 @@ def without_kvm(programs: Sequence[str]) -> dict[str, str]:
     return {}
 
 
-def what_it_is(quick: bool, programs: Sequence[str], failed: Mapping[str, str]) -> dict[str, str]:
+class Warnings(logging.Handler):
+    """Keeps what programs have warned of: what they left out, for this machine has not what it takes."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.said: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.said.append(record.getMessage())
+
+
+def what_it_is(
+    quick: bool, programs: Sequence[str], failed: Mapping[str, str], warned: Sequence[str]
+) -> dict[str, str]:
     """What goes with the facts: how much of it was measured."""
-    said = {"run": ", ".join(programs) + " (quick)" * quick}
-    if quick:
-        modules = [import_module(f"bench.{name}") for name in programs]
-        if left_out := [what for module in modules for what in getattr(module, "LEFT_OUT", ())]:
-            said["left out"] = "; ".join(left_out)
-    return said | ({"FAILED": ", ".join(failed)} if failed else {})
+    modules = [import_module(f"bench.{name}") for name in programs] if quick else []
+    left_out = [*(what for module in modules for what in getattr(module, "LEFT_OUT", ())), *warned]
+    said = {
+        "run": ", ".join(programs) + " (quick)" * quick,
+        "left out": "; ".join(left_out),
+        "FAILED": ", ".join(failed),
+    }
+    return {name: text for name, text in said.items() if text}
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -12,6 +12,7 @@ from bench.installed import interpreter
 from kvmpy.errors import HostError
 from kvmpy.host.memory import MIB, available_memory
 from kvmpy.kvm.system import WELCOME, System, virtualization
+from scripts.lab.kernels import LAB
 
 
 def facts() -> dict[str, str]:
@@ -21,6 +22,7 @@ def facts() -> dict[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} of them",
         "memory": f"{available_memory() // MIB} MiB available",
         "KVM": _kvm(),
+        "lab": f"emulated hosts and their guests: Linux {_lab_kernels()}",
         "QEMU": _first_line("qemu-system-x86_64", "--version"),
         "Python": f"{_first_line(interpreter(), '--version')} ({interpreter()})",
         "kvmpy": f"{kvmpy.__version__} ({_revision()})",
@@ -41,6 +43,11 @@ def _kvm() -> str:
         return str(e)
     kind = virtualization() or "no vmx or svm: guests' kernels are interpreted"
     return f"{kind}; without {', '.join(absent)}" if absent else kind
+
+
+def _lab_kernels() -> str:
+    found = (LAB / "kernel").glob("*/boot/vmlinuz-*")
+    return ", ".join(sorted(path.name.partition("-")[2] for path in found)) or "unknown"
 
 
 def _revision() -> str:
