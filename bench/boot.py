@@ -74,7 +74,7 @@ def _rows(image: str, found: Mapping[str, Mapping[str, list[float]]]) -> list[Ro
         for what in SHOWN:
             has_budget = (what, kind) == (TO_INIT, Q35)
             pair = Pair(
-                f"{what}, {image}",
+                f"{what}, {image}" + f", {kind}" * (kind != Q35),
                 found[KVMPY][what],
                 found[kind][what],
                 budget="boot" if has_budget else None,

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, Final
 
 from bench.figures import Stack
-from bench.linux import end_shared_host
+from bench.linux import answer, end_shared_host
 from bench.results import table
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
@@ -33,7 +32,6 @@ from tests.lab import tables
 from tests.lab.guest import QUIET
 from tests.lab.journey import PINGER
 
-STDOUT: Final = 1
 ROUNDS: Final = 3
 TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
 OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
@@ -154,20 +152,9 @@ def turns(model: str, rounds: int, names: Sequence[str]) -> Mapping[str, Mapping
     end_shared_host()
     with EmulatedHost(memory="4G", hardware=hardware(model)) as host:
         known = {name: each for name, each in Yard(host, model).contenders().items() if name in names}
-        program = ["-m", "bench.failover_turns", str(rounds), str(PINGER), json.dumps(known)]
-        shown = bytearray()
-
-        def show(stream: int, data: bytes) -> None:
-            if stream == STDOUT:
-                shown.extend(data)
-            else:
-                print(data.decode(), end="", file=sys.stderr, flush=True)
-
-        process = host.spawn(["python", *program], sink=show)
-        if process.wait(len(known) * (rounds + 2) * TURN_SECONDS):
-            logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
-            raise RuntimeError(f"bench.failover:\n{logs}\n{host.console_tail()}")
-        said: dict[str, list[dict[str, float | None]]] = json.loads(shown)
+        words = ["-m", "bench.failover_turns", str(rounds), str(PINGER), json.dumps(known)]
+        said: dict[str, list[dict[str, float | None]]]
+        said = answer(host, words, len(known) * (rounds + 2) * TURN_SECONDS)
     return {who: {what: [_number(turn[what]) for turn in each] for what in each[0]} for who, each in said.items()}
 
 

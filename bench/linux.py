@@ -7,11 +7,13 @@ a bridge. QEMU's has no device beside these: `-nodefaults`, and none of what its
 from __future__ import annotations
 
 import atexit
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 from bench import watch
 from scripts.lab.host import EmulatedHost
@@ -22,6 +24,7 @@ from tests.lab.guest import QUIET, Guest
 MEMORY_MIB: Final = 256
 Q35, MICROVM = "q35", "microvm"
 HOST_SECONDS: Final = 4 * 3600
+STDOUT: Final = 1
 
 
 @contextmanager
@@ -50,6 +53,22 @@ def _host() -> EmulatedHost:
     atexit.register(host.stop)
     watch.mount(host)
     return host
+
+
+def answer(host: EmulatedHost, words: Sequence[str], seconds: float) -> Any:
+    """What Python says there, as JSON; what it says beside that is shown. Raises RuntimeError where it fails."""
+    said = bytearray()
+
+    def show(stream: int, data: bytes) -> None:
+        if stream == STDOUT:
+            said.extend(data)
+        else:
+            print(data.decode(errors="replace"), end="", file=sys.stderr, flush=True)
+
+    if host.spawn(["python", *words], sink=show).wait(seconds):
+        logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
+        raise RuntimeError(f"{' '.join(words[:2])}:\n{logs}\n{host.console_tail()}")
+    return json.loads(said)
 
 
 @contextmanager

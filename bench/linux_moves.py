@@ -8,11 +8,10 @@ guest share, so a rate is what a byte costs all of them. linux_moves_turns.py sa
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from bench.linux import MEMORY_MIB, Machine, qemu, shared_host
+from bench.linux import MEMORY_MIB, Machine, answer, qemu, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
@@ -20,7 +19,6 @@ from scripts.lab.kernels import CHECKOUT
 
 NAME: Final = "linux_moves"
 LEFT_OUT: Final = ("migration of a Linux guest, more than once",)
-STDOUT: Final = 1
 ROUNDS: Final = 5
 QUICK_ROUNDS: Final = 1
 TURN_SECONDS: Final = 300.0
@@ -65,20 +63,8 @@ def turns(rounds: int) -> Mapping[str, Mapping[str, Sequence[Mapping[str, float]
     """By who and load, each turn's figures."""
     with shared_host() as host:
         known = {who: seats(host, who) for who in (KVMPY, QEMU)}
-        shown = bytearray()
-
-        def show(stream: int, data: bytes) -> None:
-            if stream == STDOUT:
-                shown.extend(data)
-            else:
-                print(data.decode(errors="replace"), end="", file=sys.stderr, flush=True)
-
-        words = ["python", "-m", "bench.linux_moves_turns", str(rounds), json.dumps(known)]
-        process = host.spawn(words, sink=show)
-        if process.wait(4 * (rounds + 1) * TURN_SECONDS):
-            logs = host.run(["sh", "-c", "tail -n 20 /run/*.log"]).stdout
-            raise RuntimeError(f"bench.{NAME}:\n{logs}\n{host.console_tail()}")
-        found: dict[str, dict[str, list[dict[str, float]]]] = json.loads(shown)
+        words = ["-m", "bench.linux_moves_turns", str(rounds), json.dumps(known)]
+        found: dict[str, dict[str, list[dict[str, float]]]] = answer(host, words, 4 * (rounds + 1) * TURN_SECONDS)
         return found
 
 
