@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from types import SimpleNamespace
+from typing import Any, Final, cast
 
 import pytest
 
-from bench import boot, disk, failover, linux_memory, network, watch
+from bench import boot, disk, failover, linux, linux_memory, network, watch
 from bench.figures import Stack
 from bench.rows import KVMPY, QEMU
+from scripts.lab.host import EmulatedHost
+from scripts.lab.process import Sink
 
 SAMPLES: Final = Path(__file__).parent / "bench_samples"
 RAM_KIB: Final = 256 << 10
@@ -146,3 +149,31 @@ def test_a_failover_pair_is_held_to_the_peer_and_to_a_guest_without_one() -> Non
     assert [(row.budget, row.verdict) for row in rows] == [(0.25, "met"), (1.1, "missed"), (1.0, "met"), (None, "-")]
     assert isinstance(rows[2].figure, Stack)
     assert rows[2].figure.bars["kvmpy"] == {"blackout": 0.5, "without the primary": 2.0, "until it has a link": 2.0}
+
+
+class SaysSomething:
+    """A host on which each command says the same."""
+
+    def __init__(self, code: int) -> None:
+        self._code = code
+
+    def spawn(self, words: list[str], sink: Sink) -> SimpleNamespace:
+        for stream, data in ((1, b'{"QEMU": '), (2, b"QEMU is up\n"), (1, b"[1.5]}\n")):
+            sink(stream, data)
+        return SimpleNamespace(wait=lambda seconds: self._code)
+
+    def run(self, words: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(stdout="it fell over")
+
+    def console_tail(self) -> str:
+        return "panic"
+
+
+def test_what_a_program_says_on_a_host_is_its_answer_and_the_rest_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert linux.answer(cast(EmulatedHost, SaysSomething(0)), ["-m", "bench.x"], 1.0) == {"QEMU": [1.5]}
+    assert capsys.readouterr() == ("", "QEMU is up\n")
+
+
+def test_a_program_that_fails_on_a_host_is_an_error_with_what_the_vmms_said() -> None:
+    with pytest.raises(RuntimeError, match=r"bench\.x:\nit fell over\npanic"):
+        linux.answer(cast(EmulatedHost, SaysSomething(1)), ["-m", "bench.x"], 1.0)
