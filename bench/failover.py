@@ -21,22 +21,19 @@ from statistics import median
 from typing import Any, Final
 
 from bench.figures import Stack
-from bench.linux import answer, end_shared_host
+from bench.linux import NATIVE_HOTPLUG, Machine, answer, end_shared_host, qemu
 from bench.results import table
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.hardware import BRIDGE, HARDWARE, NIC_MACS, UPLINK_MAC, Hardware, Nic
 from scripts.lab.host import EmulatedHost
-from scripts.lab.kernels import CHECKOUT
 from scripts.lab.nics import functions, pf
 from tests.lab import tables
-from tests.lab.guest import QUIET
 from tests.lab.journey import PINGER
 
 ROUNDS: Final = 3
 TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
 OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
 PF_MAC: Final = "52:54:00:00:01:30"
-BOOT: Final = CHECKOUT / ".lab/guest/generic"
 DRIVERS: Final = {"igb": "igbvf", "e1000e": "e1000e"}
 FIGURES: Final = ("blackout", "gap", "lost", "wait-unplug", "enslaved", "in service", "back", "in all")
 NAME: Final = "failover"
@@ -50,8 +47,8 @@ memory = "256MiB"
 cpus = 1
 
 [boot]
-kernel = "{kernel}"
-initrd = "{initrd}"
+kernel = "{boot}/{image}"
+initrd = "{boot}/initrd.img"
 cmdline = "{line}"
 
 [console]
@@ -70,9 +67,10 @@ def hardware(model: str) -> Hardware:
     return replace(HARDWARE[model], nics=(Nic("virtio-net-pci", UPLINK_MAC), *passed))
 
 
-def line(model: str, address: str) -> str:
-    """The guest's kernel's."""
-    return f"{QUIET} mode=shell modules=virtio_pci,virtio_net,{DRIVERS[model]} address={address}/24"
+def machine(model: str, address: str) -> Machine:
+    """The guest's, but for its devices."""
+    words = f"modules=virtio_pci,virtio_net,{DRIVERS[model]} address={address}/24"
+    return Machine(NAME, "vmlinuz", words, kernel="generic")
 
 
 class Yard:
@@ -107,10 +105,8 @@ class Yard:
         if number == 0:
             self._host.run(self._steer(0, mac) or ["true"], check=True)
         words = [
-            *("qemu-system-x86_64", "-accel", "kvm", "-M", "q35", "-cpu", "host", "-m", "256", "-nodefaults"),
-            *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off", "-display", "none", "-no-reboot"),
-            *("-kernel", str(BOOT / "vmlinuz"), "-initrd", str(BOOT / "initrd.img")),
-            *("-append", line(self._model, address), "-serial", f"unix:{at}.serial,server=on,wait=off"),
+            *(*qemu(machine(self._model, address)), *NATIVE_HOTPLUG),
+            *("-serial", f"unix:{at}.serial,server=on,wait=off"),
             *("-device", "pcie-root-port,id=rp1,chassis=1,slot=1", "-device", "pcie-root-port,id=rp2,chassis=2,slot=2"),
             *("-netdev", f"tap,id=hostnet,ifname={tap},script=no,downscript=no,vhost=on"),
             *("-device", f"virtio-net-pci,netdev=hostnet,id=net1,mac={mac},bus=rp2,failover=on"),
@@ -138,10 +134,9 @@ class Yard:
         """kvmpy with a standby, and with its ``primary``."""
         standby = tables.nic("net1", f"tap-{name}", BRIDGE, bus="rp2", mac=mac) + "failover = true\n"
         serial, file = f"/run/{name}.serial", f"/run/{name}.toml"
-        boot = {"kernel": BOOT / "vmlinuz", "initrd": BOOT / "initrd.img", "line": line(self._model, address)}
-        self._host.write_file(
-            file, CONFIG.format(serial=serial, **boot) + tables.root_ports("rp1", "rp2") + standby + primary
-        )
+        guest = machine(self._model, address)
+        known = {"boot": guest.boot, "image": guest.image, "line": guest.command_line, "serial": serial}
+        self._host.write_file(file, CONFIG.format(**known) + tables.root_ports("rp1", "rp2") + standby + primary)
         uri = f"unix:/run/{name}.stream"
         seat = {"qmp": f"/run/kvmpy/{name}/qmp.sock", "serial": serial, "uri": uri, "hooks": {}}
         return seat | {"command": ["kvmpy", "run", file, "--name", name], "incoming": ["--incoming", uri]}

@@ -17,13 +17,12 @@ from contextlib import contextmanager
 from statistics import median
 from typing import Any, Final
 
-from bench.linux import shared_host
+from bench.linux import NATIVE_HOTPLUG, Machine, qemu, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
-from scripts.lab.kernels import CHECKOUT
 from tests.lab import tables
-from tests.lab.guest import QUIET, Guest
+from tests.lab.guest import Guest
 from tests.lab.test_hotplug import BRIDGE, DATA, GUEST, HOST, PORTS, TAP, bridge_and_disk, ports, spare_drive
 
 GUEST_LOOP: Final = (
@@ -74,15 +73,11 @@ def kvmpy_guest(host: EmulatedHost) -> Iterator[None]:
 
 @contextmanager
 def qemu_guest(host: EmulatedHost) -> Iterator[None]:
-    """q35 with the same kernel, native hot-plug (acpi-pci-hotplug off), the same back ends."""
+    """q35 with the same kernel, native hot-plug, the same back ends."""
     host.run(["cp", "--sparse=always", DATA, QEMU_DATA], check=True)
-    boot = CHECKOUT / ".lab/guest/cloud"
-    qemu = host.spawn(
+    process = host.spawn(
         [
-            *("qemu-system-x86_64", "-accel", "kvm", "-M", "q35", "-cpu", "host", "-m", "256", "-nodefaults"),
-            *("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off", "-display", "none", "-no-reboot"),
-            *("-kernel", str(boot / "vmlinuz"), "-initrd", str(boot / "initrd.img")),
-            *("-append", f"{QUIET} mode=shell {WORDS}", "-serial", "stdio"),
+            *(*qemu(Machine(NAME, "vmlinuz", WORDS)), *NATIVE_HOTPLUG, "-serial", "stdio"),
             *("-device", "pcie-root-port,id=rp1,chassis=1,slot=1", "-device", "pcie-root-port,id=rp2,chassis=2,slot=2"),
             *("-netdev", f"tap,id=hostnet,ifname={QEMU_TAP},script=no,downscript=no,vhost=on"),
             *("-blockdev", f"driver=raw,node-name=data,file.driver=file,file.filename={QEMU_DATA}"),
@@ -91,13 +86,13 @@ def qemu_guest(host: EmulatedHost) -> Iterator[None]:
         tty=True,
     )
     try:
-        qemu.expect("KVMPY-GUEST UP", 240)
-        qemu.expect("guest# ")
-        qemu.send(f"{GUEST_LOOP}\n")
+        process.expect("KVMPY-GUEST UP", 240)
+        process.expect("guest# ")
+        process.send(f"{GUEST_LOOP}\n")
         yield
     finally:
-        qemu.signal(15)
-        qemu.wait()
+        process.signal(15)
+        process.wait()
         host.run(["rm", "-f", QEMU_DATA], check=True)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Final
 
 from bench import watch
@@ -23,6 +24,8 @@ from tests.lab.guest import QUIET, Guest
 
 MEMORY_MIB: Final = 256
 Q35, MICROVM = "q35", "microvm"
+NATIVE_HOTPLUG: Final = ("-global", "ICH9-LPC.acpi-pci-hotplug-with-bridge-support=off")
+"""Words for QEMU: a guest's slots are its kernel's, as with kvmpy, not ACPI's."""
 HOST_SECONDS: Final = 4 * 3600
 STDOUT: Final = 1
 
@@ -103,13 +106,19 @@ class Disk:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a guest is to have; ``words`` are for its kernel."""
+    """What a guest is to have; ``kernel`` is one of the lab's, and ``words`` are for it."""
 
     name: str
     image: str = "vmlinux"
     words: str = ""
     disks: Sequence[Disk] = ()
     nics: Sequence[Nic] = ()
+    kernel: str = "cloud"
+
+    @property
+    def boot(self) -> Path:
+        """The directory of its kernel and its initrd."""
+        return CHECKOUT / ".lab/guest" / self.kernel
 
     @property
     def command_line(self) -> str:
@@ -129,7 +138,9 @@ class KvmpyGuest(LinuxGuest):
         devices = "".join(tables.disk(disk.name, disk.path) for disk in machine.disks)
         for nic in machine.nics:
             devices += tables.nic(nic.name, f"tk-{nic.name}", nic.bridge, vhost=nic.vhost, mac=nic.mac)
-        super().__init__(host, machine.name, image=machine.image, tables=devices, words=machine.words)
+        super().__init__(
+            host, machine.name, kernel=machine.kernel, image=machine.image, tables=devices, words=machine.words
+        )
         self.pid_file = f"/run/kvmpy/{machine.name}/pid"
 
     def __exit__(self, *_: object) -> None:
@@ -164,7 +175,7 @@ class QemuGuest(LinuxGuest):
 
 def qemu(machine: Machine, kind: str = Q35) -> list[str]:
     """The beginning of QEMU's command line."""
-    boot = CHECKOUT / ".lab/guest/cloud"
+    boot = machine.boot
     return [
         *("qemu-system-x86_64", "-accel", "kvm", "-M", kind, "-cpu", "host", "-m", str(MEMORY_MIB), "-nodefaults"),
         *("-no-user-config", "-display", "none", "-no-reboot"),

@@ -15,7 +15,6 @@ from bench.linux import MEMORY_MIB, Machine, answer, qemu, shared_host
 from bench.program import main
 from bench.rows import KVMPY, QEMU, Pair, Row
 from scripts.lab.host import EmulatedHost
-from scripts.lab.kernels import CHECKOUT
 
 NAME: Final = "linux_moves"
 LEFT_OUT: Final = ("migration of a Linux guest, more than once",)
@@ -46,8 +45,9 @@ def seats(host: EmulatedHost, who: str) -> list[dict[str, Any]]:
 
 def _kvmpy(host: EmulatedHost, name: str) -> dict[str, Any]:
     file, serial, uri = f"/run/{name}.toml", f"/run/{name}.serial", f"unix:/run/{name}.stream"
-    boot, line = CHECKOUT / ".lab/guest/cloud", Machine(name).command_line
-    host.write_file(file, CONFIG.format(memory=MEMORY_MIB, boot=boot, line=line, serial=serial))
+    machine = Machine(name)
+    known = {"memory": MEMORY_MIB, "boot": machine.boot, "line": machine.command_line, "serial": serial}
+    host.write_file(file, CONFIG.format(**known))
     words = {"command": ["kvmpy", "run", file, "--name", name], "incoming": ["--incoming", uri]}
     return words | {"qmp": f"/run/kvmpy/{name}/qmp.sock", "serial": serial, "uri": uri, "hooks": {}}
 

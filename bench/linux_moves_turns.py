@@ -18,7 +18,7 @@ from typing import Any
 from bench.seats import Process
 
 FILLED = 48  # MiB
-# A sixteenth of a MiB at a time, some MiB in a second, which is less than what an emulated host can move.
+# A MiB at a time, some ten in a second, which is less than what an emulated host can move.
 FILL = f"head -c 1048576 /bin/busybox >/tmp/m; n=0; while [ $n -lt {FILLED} ]; do cat /tmp/m; n=$((n+1)); done >/tmp/f"
 WRITE = (
     f"while :; do n=0; while [ $n -lt {FILLED} ]; do"

@@ -52,7 +52,7 @@ def facts_text(facts: Mapping[str, str]) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """As lines of text, a row each, the notes below."""
+    """As lines of text, a row each, with what there is to say of it."""
     width = max([len(row.name) for row in rows] + [24])
     lines = [f"{'':<{width}} {KVMPY:>12} {'peer':>12} {'ratio':>7} {'quartiles':>15} {'budget':>8}  verdict"]
     for row in rows:
