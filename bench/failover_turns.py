@@ -30,7 +30,7 @@ STATION = "station"
 WATCH = "grep -E 'primary slave|Link is Up' /dev/kmsg &"
 PICTURE = "for n in /sys/class/net/e*; do m=$(readlink $n/master); echo ${n##*/} $(cat $n/address) ${m##*/}; done"
 ENSLAVED, RELEASED, LINK = "primary slave:eth2 registered", "primary slave:eth2 unregistered", "Link is Up"
-GONE = ("completed", "failed", "cancelled")
+UNLIMITED = {"max-bandwidth": 1 << 40}  # bytes a second; unless it is told QEMU takes 128 MiB, and kvmpy what there is
 
 
 class Contender:
@@ -68,6 +68,7 @@ class Contender:
         source, there = self._source, self._start(1 - self._here, incoming=True)
         pings: dict[str, float] = {}
         with pinged(self._pinger, self._known["address"], pings):
+            source.qmp("migrate-set-parameters", **UNLIMITED)
             begun = time.time()
             source.become("source")
             source.qmp("migrate", uri=there.seat["uri"])
