@@ -30,7 +30,7 @@ START, TO_INIT, BOTH = "process start to first KVM_RUN", "power-on to /init", "p
 FIRMWARE, KERNEL, INIT = "before the kernel's clock", "kernel", "init"
 PARTS: Final = (START, FIRMWARE, KERNEL, INIT)
 SHOWN: Final = (TO_INIT, BOTH, START)
-QEMU: Final = "qemu-system-x86_64"
+BINARY: Final = "qemu-system-x86_64"
 
 
 def boot(host: EmulatedHost, program: str, begin: Callable[[], Guest]) -> dict[str, float]:
@@ -63,7 +63,7 @@ def measure(quick: bool) -> list[Row]:
             machine = Machine(NAME, IMAGES[name])
             ways = {KVMPY: partial(boot, host, "kvmpy", partial(KvmpyGuest, host, machine))}
             for kind in (Q35,) if quick else (Q35, MICROVM):
-                ways[kind] = partial(boot, host, QEMU, partial(QemuGuest, host, machine, kind))
+                ways[kind] = partial(boot, host, BINARY, partial(QemuGuest, host, machine, kind))
             rows += _rows(name, alternately(ways, QUICK_ROUNDS if quick else ROUNDS))
     return rows
 

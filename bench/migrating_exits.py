@@ -25,6 +25,7 @@ from typing import Final
 from bench.figures import Curves, distribution
 from bench.program import main
 from bench.rows import Pair, Row
+from bench.vmms import Flat
 from kvmpy.cli.run import SWITCH_INTERVAL
 from kvmpy.config.schema import load
 from kvmpy.devices.base import Device
@@ -34,22 +35,12 @@ from kvmpy.migration.control import Migrations
 from kvmpy.migration.parameters import OnNoConvergence
 from kvmpy.migration.status import Status
 from kvmpy.state import State
-from tests.fakes.pvh_kernel import pvh_kernel
 
 PORT: Final = 0x0CC0
 MEMORY: Final = 256  # MiB
 QUANTILES: Final = (("median", 0.5), ("p99", 0.99), ("p99.9", 0.999), ("longest", 1.0))
 LEAST: Final = ("nice", "-n", "19")  # the destination has another host's processors: it is not to take the guest's
 BUDGETED, IDLE = "p99.9", "kvmpy, idle"
-CONFIG: Final = """
-name = "{name}"
-[boot]
-kernel = "kernel"
-[machine]
-memory = "{memory}MiB"
-[console]
-serial = "null"
-"""
 # 16384 pages from 16 MiB on, one after the other.
 GUEST: Final = (
     b"\xbb\x00\x00\x00\x00"  # mov ebx, 0
@@ -101,10 +92,8 @@ class Rig:
 
     def __init__(self, stack: ExitStack, memory: int) -> None:
         self._directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (self._directory / "kernel").write_bytes(pvh_kernel(GUEST))
-        for name in ("here", "there"):
-            (self._directory / f"{name}.toml").write_text(CONFIG.format(name=f"exits-{name}", memory=memory))
-        self.machine = stack.enter_context(Machine(load(self._directory / "here.toml")))
+        self._flat = Flat(self._directory, GUEST, memory=memory)
+        self.machine = stack.enter_context(Machine(load(self._flat.config("exits-here"))))
         self._turns = 0
         self.watch = Stopwatch()
         self.machine.board.pio.map(PORT, 1, self.watch)
@@ -122,7 +111,7 @@ class Rig:
     def migrating(self, stack: ExitStack) -> None:
         """Begin a migration that is cancelled with ``stack``, and wait until pages travel."""
         self._turns += 1
-        config, path = self._directory / "there.toml", self._directory / f"stream{self._turns}"
+        config, path = self._flat.config("exits-there"), self._directory / f"stream{self._turns}"
         there = stack.enter_context(
             subprocess.Popen(
                 [*LEAST, sys.executable, "-m", "kvmpy", "run", str(config), "--incoming", f"unix:{path}"],
