@@ -3,7 +3,8 @@
 A guest that has written to all of its memory halts; then it is moved, slowly enough to be looked at, and the most that
 the source takes meanwhile counts. Guest RAM is the one mapping that is as large as it; all others are summed. A shared
 page counts as its share: where other processes of the same VMM run meanwhile, both come out lower, and kvmpy also
-beside any other Python, this one for example; the RSS counts such pages wholly, and shared libraries that all have.
+beside any other of the same Python, perhaps this one; the RSS counts such pages wholly, and shared libraries that all
+have.
 """
 
 from __future__ import annotations
