@@ -41,7 +41,10 @@ FIGURES: Final = {
 IDLE: Final = "256 MiB idle"
 DIRTIED: Final = "256 MiB, 64 MiB/s dirtied"
 DRAWN: Final = (IDLE, DIRTIED, "8 GiB, 64 MiB/s dirtied")
-LARGE: Final = {" idle": 0, ", 64 MiB/s dirtied": 64}
+SIZES: Final = {256: "256 MiB", 1024: "1 GiB", 4096: "4 GiB", LARGEST: "8 GiB"}
+RATES: Final = {" idle": 0, ", 64 MiB/s dirtied": 64}
+OTHERWISE: Final = (IDLE, DIRTIED, "4 GiB idle")
+"""What is moved by several channels, TLS and zstd, too."""
 LEFT_OUT: Final = (
     "migration: more than one channel, TLS, zstd, guests of more than 256 MiB or that write 16 or 256 MiB/s",
 )
@@ -49,23 +52,25 @@ LEFT_OUT: Final = (
 
 def shapes(quick: bool, credentials: str) -> Mapping[str, Shape]:
     """What is moved, by its name in the table."""
-    found = {IDLE: Shape(), DIRTIED: Shape(dirty=64)}
     if quick:
-        return found
-    found["256 MiB idle, 4 channels"] = Shape(channels=4)
-    found["256 MiB idle, TLS"] = Shape(credentials=credentials)
-    found["256 MiB idle, zstd, 2 channels"] = Shape(channels=2, compression="zstd")
-    for rate in (16, 256):
-        found[f"256 MiB, {rate} MiB/s dirtied"] = Shape(dirty=rate)
-    found["256 MiB, 64 MiB/s dirtied, 4 channels"] = Shape(dirty=64, channels=4)
-    for memory in (1024, 4096, LARGEST):
-        large = {f"{memory // 1024} GiB{what}": Shape(memory, dirty=rate) for what, rate in LARGE.items()}
-        needed = 2 * memory + SPARE
-        if (available := available_memory() // MIB) >= needed:
-            found |= large
-        else:
-            names = " and ".join(large)
+        return {IDLE: Shape(), DIRTIED: Shape(dirty=64)}
+    otherwise = {
+        ", 4 channels": Shape(channels=4),
+        ", TLS": Shape(credentials=credentials),
+        ", zstd, 2 channels": Shape(channels=2, compression="zstd"),
+    }
+    found = {f"256 MiB, {rate} MiB/s dirtied": Shape(dirty=rate) for rate in (16, 256)}
+    for memory, size in SIZES.items():
+        plain = {f"{size}{what}": Shape(memory, dirty=rate) for what, rate in RATES.items()}
+        needed, available = 2 * memory + SPARE, available_memory() // MIB
+        if available < needed:
+            names = " and ".join(plain)
             log.warning("migration: %s are left out: both sides need %d MiB, there are %d", names, needed, available)
+            continue
+        found |= plain
+        for name in [name for name in plain if name in OTHERWISE]:
+            for how, shape in otherwise.items():
+                found[f"{name}{how}"] = shape._replace(memory=memory, dirty=plain[name].dirty)
     return found
 
 
