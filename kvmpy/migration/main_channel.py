@@ -133,7 +133,8 @@ class MainChannel:
         deadline = Deadline(LAST_WORDS)
         try:
             while not isinstance(message := self.next_message(timeout=deadline.left), BAD_NEWS):
-                continue
+                if not deadline.left:  # it may go on for ever, and a guest may stand still
+                    return
         except MigrationError:
             return
         raise _as_error(message) from error

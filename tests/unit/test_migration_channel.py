@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -399,6 +400,24 @@ def test_error_of_a_page_channel_is_explained_by_the_main_channel() -> None:
 @pytest.fixture
 def short_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main_channel, "LAST_WORDS", SHORT)
+
+
+def test_who_says_everything_but_why_it_is_over_is_not_listened_to_for_ever(
+    short_last_words: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chatter = itertools.cycle(frame(Kind.KEEPALIVE, b"{}"))
+
+    def read_some(view: memoryview) -> int:
+        view[:] = bytes(itertools.islice(chatter, len(view)))
+        return len(view)
+
+    with main_pair() as (here, _):
+        monkeypatch.setattr(here.channel, "read_some", read_some)
+        explaining = Thread(lambda: here.explain(StreamError("it has hung up")))
+        try:
+            explaining.over()
+        finally:
+            here.shutdown("the test is over")
 
 
 def test_telling_why_it_is_over_neither_fails_nor_lasts(short_last_words: None) -> None:
