@@ -18,6 +18,7 @@ import pytest
 from kvmpy.errors import CommandError, HostError
 from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
+from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration import main_channel
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
@@ -193,6 +194,38 @@ def test_a_cancel_at_any_message_before_go_leaves_the_guest_here(journey: Journe
     assert source.error == "cancelled"
     assert at in (Kind.HEADER, Kind.ACCEPT) or there.machine.wait(BOUND) is Outcome.HOST_ERROR
     goes_on_as_before(journey, source, there)
+
+
+def test_what_fails_here_once_the_guest_has_gone_is_no_failure_of_the_migration(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = DirtyLog.stop
+
+    def fail(log: DirtyLog) -> None:
+        was_started = log.started
+        stop(log)
+        if was_started:
+            raise HostError("KVM_SET_USER_MEMORY_REGION: ENOMEM")
+
+    source = journey.begin()
+    source.wait_for_count()
+    monkeypatch.setattr(DirtyLog, "stop", fail)
+    journey.move(source)
+    journey.check()
+
+
+def test_what_fails_once_the_guest_runs_does_not_take_it_back(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pairs: Pairs) -> None:
+        raise HostError("no primary can be shown")
+
+    journey.extra += '[[root_port]]\nid = "root1"\n'
+    source = journey.begin()
+    source.wait_for_count()
+    monkeypatch.setattr(Pairs, "runs", fail)
+    journey.move(source)
+    journey.check()
 
 
 def test_a_cancel_that_comes_with_go_is_refused(journey: Journey) -> None:
