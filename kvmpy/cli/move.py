@@ -63,8 +63,8 @@ def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
         return
     before = client("query-migrate-parameters")
     capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
-    set_parameters(client, args)
     try:
+        set_parameters(client, args)
         yield
     finally:
         client("migrate-set-parameters", **{name: before[name] for name in _wanted(args)})

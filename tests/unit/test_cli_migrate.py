@@ -222,6 +222,18 @@ def test_after_a_dry_run_the_machines_parameters_are_as_before(source: Source) -
     ]
 
 
+def test_after_a_dry_run_that_is_refused_halfway_the_machines_parameters_are_as_before(source: Source) -> None:
+    def refuse(_: object) -> None:
+        raise Refusal("There's a migration process in progress")
+
+    source.handlers["query-migrate-parameters"] = lambda _: {"downtime-limit": 300, "multifd-channels": 2}
+    source.handlers["query-migrate-capabilities"] = lambda _: [{"capability": "multifd", "state": True}]
+    source.handlers["migrate-set-capabilities"] = refuse
+    assert main(["migrate", "web1", URI, "--dry-run", "--downtime-limit", "50", "--channels", "4"]) == 1
+    said = [arguments for command, arguments in source.asked if command == "migrate-set-parameters"]
+    assert said[-1] == {"downtime-limit": 300, "multifd-channels": 2}
+
+
 def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed(
     source: Source, tmp_path: Path
 ) -> None:
@@ -273,6 +285,16 @@ def test_no_file_is_overwritten(source: Source, tmp_path: Path, capsys: pytest.C
     (tmp_path / "web1.state").write_text("dear")
     assert main(["save", "web1", str(tmp_path / "web1.state")]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert source.asked == []
+
+
+def test_a_name_that_the_machine_would_take_for_a_place_in_a_file_is_none(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "web1.state").write_text("dear")
+    assert main(["save", "web1", "web1.state,offset=1"]) == 2
+    assert "web1.state,offset=1: ,offset= is" in capsys.readouterr().err
     assert source.asked == []
 
 
