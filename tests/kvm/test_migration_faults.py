@@ -196,6 +196,13 @@ def test_a_cancel_at_any_message_before_go_leaves_the_guest_here(journey: Journe
     goes_on_as_before(journey, source, there)
 
 
+def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey) -> None:
+    source, there = set_out(journey, hooks={Kind.READY: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
+    source.wait(Status.CANCELLED)
+    there.wait(Status.FAILED)
+    assert there.error == "the other side says: cancelled"
+
+
 def test_what_fails_here_once_the_guest_has_gone_is_no_failure_of_the_migration(
     journey: Journey, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -442,6 +442,23 @@ def test_telling_why_it_is_over_does_not_wait_for_a_message_that_is_stuck(short_
             stuck.result()
 
 
+def test_who_was_told_to_stop_tells_why_and_waits_for_nobody() -> None:
+    with main_pair() as (here, there):
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="cancelled"))
+        with pytest.raises(MigrationError, match=r"^the other side says: cancelled$"):
+            there.receive_message(Go)
+    with main_pair() as (here, _):
+        with pytest.raises(StreamError):
+            here.channel.send(bytes(1 << 24), timeout=SHORT)
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="nobody reads it"))
+    with main_pair() as (here, there):
+        there.close()
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="nobody is there"))
+
+
 def test_wait_may_be_for_ever_and_ends_when_it_is_over() -> None:
     with pair(timeout=math.inf) as (here, there):
         waiting = Thread(lambda: here.receive(1))
