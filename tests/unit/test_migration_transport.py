@@ -547,6 +547,21 @@ def test_what_a_command_writes_after_the_stream_is_refused(stop: Stop, tmp_path:
             arrival.main.finish()
 
 
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+def test_what_somebody_has_left_where_a_guest_is_saved_is_not_written_to(
+    tmp_path: Path, stop: Stop, *, link: bool
+) -> None:
+    theirs, left = tmp_path / "theirs", tmp_path / f"saved.part-{os.getpid()}"
+    theirs.write_bytes(b"dear")
+    theirs.chmod(0o644)
+    left.symlink_to(theirs) if link else left.hardlink_to(theirs)
+    with connect(f"file:{tmp_path}/saved", stop=stop) as source:
+        source.main.send_message(Go())
+        source.main.finish()
+    assert theirs.read_bytes() == b"dear"
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
+
+
 def test_saved_guest_is_for_its_owner_alone_and_replaces_an_older_one_only_when_it_is_whole(
     tmp_path: Path, stop: Stop
 ) -> None:
