@@ -246,6 +246,17 @@ def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed
     assert json.loads(told)["error"] == "cut off"
 
 
+@pytest.mark.parametrize("kind", ["html", "svg", "json"])
+@pytest.mark.parametrize("error", ["", "unix:/\udcff: ECONNREFUSED"])
+def test_a_path_that_is_no_text_is_in_the_reports_as_it_is_shown(
+    source: Source, tmp_path: Path, kind: str, error: str
+) -> None:
+    report = tmp_path / f"report.{kind}"
+    source.answers = [ANSWER | ({"status": "failed", "error-desc": error} if error else {})]
+    assert main(["migrate", "web1", "unix:/\udcff", "--report", str(report)]) == bool(error)
+    assert "unix:/" in report.read_text()
+
+
 @pytest.mark.parametrize(
     ("report", "code", "says"),
     [("report.txt", 2, "expected a name that ends in .html"), ("nowhere/report.html", 1, "ENOENT")],
