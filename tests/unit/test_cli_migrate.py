@@ -112,6 +112,17 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+def test_one_that_failed_and_left_the_guest_paused_says_why(
+    source: Source, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpy.cli.move.RETURN_SECONDS", 0.05)
+    source.after = "paused"
+    source.answers = [{"status": "failed", "error-desc": "cut off; and the guest stays paused here: disk0: EAGAIN"}]
+    assert main(["migrate", "web1", URI]) == 1
+    said = capsys.readouterr().err
+    assert "web1: migration failed: cut off; and the guest stays paused here: disk0: EAGAIN; web1: is paused" in said
+
+
 def test_a_reason_that_is_the_only_problem_is_said_once(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     why = "device hostdev0: a passed-through device cannot be migrated"
     source.answers = [{"status": "failed", "error-desc": why, "problems": [why]}]
