@@ -22,6 +22,7 @@ from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration import main_channel
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
+from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.source import UNKNOWN
 from kvmpy.migration.status import Status
@@ -217,6 +218,22 @@ def test_what_fails_here_once_the_guest_has_gone_is_no_failure_of_the_migration(
     source = journey.begin()
     source.wait_for_count()
     monkeypatch.setattr(DirtyLog, "stop", fail)
+    journey.move(source)
+    journey.check()
+
+
+def test_what_fails_there_once_the_guest_runs_is_no_failure_of_the_migration(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = PageReceiver.close
+
+    def fail(pages: PageReceiver) -> None:
+        close(pages)
+        raise HostError("EIO: something is left")
+
+    monkeypatch.setattr(PageReceiver, "close", fail)
+    source = journey.begin()
+    source.wait_for_count()
     journey.move(source)
     journey.check()
 
