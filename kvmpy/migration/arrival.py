@@ -109,8 +109,8 @@ class Incoming:
         if self._listener is None:
             return self._open_only()
         deadline = None if timeout is None else Deadline(timeout)
-        while True:
-            with self._reception(self._listener) as reception:
+        with self._reception(self._listener) as reception:
+            while True:
                 channel, theirs = reception.next(deadline, f"{self.uri}: no source has connected")
                 try:
                     if theirs.channel != MAIN:

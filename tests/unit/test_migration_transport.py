@@ -23,7 +23,7 @@ from kvmpy.migration.messages import Accept, Go, Keepalive, Ready
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.transport import connect
 from kvmpy.migration.uri import Exec, Fd, File, Tcp, Unix
-from kvmpy.migration.wire import OURS, Preamble
+from kvmpy.migration.wire import OURS, PREAMBLE_SIZE, Preamble
 from tests.fakes.loop import BOUND, open_descriptors
 from tests.fakes.migration import SHORT, Relay, Thread, at, connected, listening, soon
 
@@ -305,6 +305,22 @@ def test_strangers_in_the_way_do_not_keep_the_source_out(stop: Stop, monkeypatch
             stack.enter_context(socket.create_connection(("127.0.0.1", incoming.port)))
         with connect(at(incoming), stop=stop, insecure=True), accepting.result():
             pass
+
+
+def test_stranger_who_is_turned_away_takes_nobody_along_who_has_begun_to_say_who_he_is() -> None:
+    with listening("tcp:127.0.0.1:0") as incoming:
+        accepting = Thread(incoming.accept)
+        with socket.create_connection(("127.0.0.1", incoming.port)) as source:
+            source.sendall(OURS.pack()[:20])
+            assert len(source.recv(PREAMBLE_SIZE, socket.MSG_WAITALL)) == PREAMBLE_SIZE  # it is attended to
+            with socket.create_connection(("127.0.0.1", incoming.port)) as stranger:
+                stranger.sendall(OURS._replace(channel=1, token=TOKEN).pack())
+                hear_out(stranger)
+            source.sendall(OURS.pack()[20:])
+            try:
+                accepting.result().close()
+            finally:
+                incoming.shutdown()
 
 
 def test_strangers_do_not_fill_the_log(stop: Stop, caplog: pytest.LogCaptureFixture) -> None:
