@@ -102,7 +102,7 @@ class Bus:
             self._swap(tuple(rest))
 
     def read(self, addr: int, size: int) -> int:
-        """What the guest reads at ``addr``: ``size`` is 1, 2, 4 or 8 bytes."""
+        """What the guest reads at ``addr``: ``size`` is 1 to 8 bytes, the odd ones of an access across a page."""
         if (window := self._find(addr, size)) is None:
             if trace_unclaimed:
                 trace_unclaimed(self.name, "read", addr, size)
@@ -113,13 +113,13 @@ class Bus:
                 value = target.read(offset, size)
             else:
                 step = window.widest
-                value = sum(target.read(offset + at, step) << 8 * at for at in range(0, size, step))
+                value = sum(target.read(offset + at, min(step, size - at)) << 8 * at for at in range(0, size, step))
         if trace_read:
             trace_read(self.name, target.name, offset, size, value)
         return value
 
     def write(self, addr: int, size: int, value: int) -> None:
-        """What the guest writes at ``addr``: ``size`` is 1, 2, 4 or 8 bytes."""
+        """What the guest writes at ``addr``, ``size`` bytes as in `read`."""
         if (window := self._find(addr, size)) is None:
             if trace_unclaimed:
                 trace_unclaimed(self.name, "write", addr, size)
@@ -133,7 +133,8 @@ class Bus:
             else:
                 step = window.widest
                 for at in range(0, size, step):
-                    target.write(offset + at, step, value >> 8 * at & (1 << 8 * step) - 1)
+                    width = min(step, size - at)
+                    target.write(offset + at, width, value >> 8 * at & (1 << 8 * width) - 1)
 
     def _swap(self, windows: tuple[Window, ...]) -> None:
         ordered = tuple(sorted(windows, key=lambda window: window.base))

@@ -40,6 +40,8 @@ def migrate(args: argparse.Namespace) -> int:
 
 def save(args: argparse.Namespace) -> int:
     """Put the machine into a file, and end it."""
+    if ",offset=" in args.file:
+        raise ConfigError(f"{args.file}: ,offset= is of a URI, which kvmpy migrate takes; choose another name")
     if os.path.lexists(args.file):
         raise ConfigError(f"{args.file}: is there already; remove it, or choose another name")
     with Client(find(args.name)) as client:

@@ -63,8 +63,8 @@ def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
         return
     before = client("query-migrate-parameters")
     capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
-    set_parameters(client, args)
     try:
+        set_parameters(client, args)
         yield
     finally:
         client("migrate-set-parameters", **{name: before[name] for name in _wanted(args)})
@@ -182,7 +182,16 @@ def outcome(
                 tell(f"kvmpy: {name}: the destination's process has ended, so the guest is here")
                 if before == "running":
                     client("cont", force=True)
-    wait_until_back(client, name, (before,))
+    return stayed(client, name, answer, before)
+
+
+def stayed(client: Client, name: str, answer: Mapping[str, Any], before: str) -> int:
+    """The migration came to nothing: wait for the guest to be as it was ``before``, and say why."""
+    status, error = answer["status"], answer.get("error-desc") or ""
+    try:
+        wait_until_back(client, name, (before,))
+    except HostError as e:
+        raise HostError(f"{name}: migration {status}: {error or 'no reason was given'}; {e}") from e
     for became in answer.get("primaries") or []:
         tell(f"kvmpy: {name}: {printable(became)}")
     if status == "cancelled":

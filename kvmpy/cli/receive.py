@@ -124,6 +124,8 @@ class Incoming:
                 raise HostProblems(*(_problems(said) or [f"kvmpy run ended with {started.returncode}"]))
             self._find(wanted.name)
         except BaseException:
+            with contextlib.suppress(HostError):
+                self.end()  # what waits by now would wait for ever
             self._clean_up()
             raise
         assert self._running

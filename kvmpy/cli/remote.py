@@ -34,6 +34,7 @@ ANSWER_SECONDS: Final = 60.0
 START_SECONDS: Final = 300.0  # a password may be asked for, and all of the guest's memory taken
 END_SECONDS: Final = 60.0  # of the far end, which waits for a machine it was cut off from
 LINE_MOST: Final = 1 << 20
+SHOWN_MOST: Final = 200
 
 
 class Target(NamedTuple):
@@ -58,7 +59,7 @@ class Remote:
     def __init__(self, uri: str, *, ssh: str = "ssh", kvmpy: str = "kvmpy") -> None:
         self.uri = uri
         self._target = parse(uri)
-        self._ssh, self._kvmpy = shlex.split(ssh), kvmpy
+        self._ssh, self._kvmpy = _words(ssh), kvmpy
         self.directory = f"/tmp/kvmpy-{secrets.token_hex(8)}"  # there; it must not exist, and nobody can guess it
         self._resources = ExitStack()
         self._received = bytearray()
@@ -105,12 +106,22 @@ class Remote:
             self._process.stdin.flush()
         except BrokenPipeError as e:
             raise self._gone() from e
-        answer: Any = json.loads(self._line(seconds))
+        answer = self._understood(self._line(seconds))
         if "error" in answer:
             lines = [f"{self.uri}: {line}" for line in str(answer["error"]).splitlines()]
             raise HostProblems(*lines) if "problems" in answer else HostError("\n".join(lines))
-        assert isinstance(answer, dict)
         return answer
+
+    def _understood(self, line: bytes) -> dict[str, Any]:
+        with suppress(ValueError):
+            answer = json.loads(line)
+            if isinstance(answer, dict):
+                return answer
+        said = line[:SHOWN_MOST].decode(errors="replace")
+        raise HostError(
+            f"{self.uri}: {said!r} is no answer of kvmpy receive's; "
+            "nothing there may print for a command, such as a shell's start-up file"
+        )
 
     def _line(self, seconds: float) -> bytes:
         assert self._process.stdout
@@ -155,6 +166,17 @@ class Remote:
             self._process.kill()
             self._process.wait()
         self._process.stdout.close()
+
+
+def _words(command: str) -> list[str]:
+    """Raises ConfigError."""
+    try:
+        words = shlex.split(command)
+    except ValueError as e:
+        raise ConfigError(f"--ssh: {command}: {e}") from e
+    if not words:
+        raise ConfigError("--ssh: expected a command, such as 'ssh -i FILE'")
+    return words
 
 
 def _ignore_interrupts() -> None:

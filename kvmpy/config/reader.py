@@ -82,6 +82,9 @@ class Reader:
         except msgspec.ValidationError as e:
             self.refuse(path, _reason(e, field.type, value))
             return default
+        except UnicodeEncodeError:  # a monitor's client can send half a surrogate pair, and no file can have one
+            self.refuse(path, "half a surrogate pair is no text")
+            return default
 
     def array(self, kinds: Sequence[type[Table]], value: object, path: Path) -> tuple[Any, ...]:
         if not isinstance(value, list):

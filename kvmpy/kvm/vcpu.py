@@ -163,10 +163,17 @@ class Vcpu:
         self._kvm_run.immediate_exit = 0
 
     def complete(self) -> None:
-        """Finish the access of the last exit without running another instruction. By the vCPU's own thread."""
+        """Finish the access of the last exit without running another instruction. By the vCPU's own thread.
+
+        Of one that KVM asks for in parts, as it does across a page, the parts to come are answered with all ones.
+        """
         self._kvm_run.immediate_exit = 1
-        if result := _run(self._last):
-            raise IoctlError("KVM_RUN", -result)
+        while True:
+            if result := _run(self._last):
+                raise IoctlError("KVM_RUN", -result)
+            if self._last.kind in (INTERRUPTED, RARE):
+                return
+            self.reply_ones()
 
     def _rare(self, reason: int) -> Exit:
         if reason == EXIT_IO:

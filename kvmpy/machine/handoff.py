@@ -256,13 +256,14 @@ class Handoff:
             return  # it has ended, or was not even stopped
         try:
             self._take_back()
+            if self.was_running:
+                machine.tell_paused()
         except HostError:
             machine.become(RunState.PAUSED)
             raise
         if not self.was_running:
             machine.become(RunState.PAUSED)
             return
-        machine.tell_paused()
         machine.become(RunState.RUNNING)
         if (yield from machine.run()):
             machine.emit("RESUME")
@@ -293,6 +294,8 @@ class Handoff:
         self._given = list(devices)
         self._take_back()
         try:
+            if running:
+                machine.tell_paused()
             machine.become(RunState.RUNNING if running else RunState.PAUSED)
             if running:
                 yield from self._run()
@@ -305,7 +308,6 @@ class Handoff:
     def _run(self) -> Steps[None]:
         """What raises has come before the first instruction: nothing may fail after it, or both sides would run."""
         machine = self._machine
-        machine.tell_paused()
         if not (yield from machine.run()):
             raise HostError("a device could not go on here")
         machine.first_run_ns = time.monotonic_ns()

@@ -569,7 +569,10 @@ class Machine:
             return False
         self._gate.open()
         if self._hotplug is not None:
-            self._hotplug.pairs.runs()
+            try:
+                self._hotplug.pairs.runs()
+            except Exception:  # the guest runs: nobody may hear that it does not, or it would run elsewhere, too
+                log.exception("failover pairs: not told that the guest runs")
         return True
 
     def halt(self, seconds: float | None = None) -> Steps[None]:

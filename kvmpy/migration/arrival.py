@@ -89,6 +89,8 @@ class Incoming:
                 tls.check("server")
             self._listener = sockets.listen(where, self._address, stop, Deadline(timeout))
         self._used = False
+        # Whoever has made a mistake hears of it. A command does things, and is not begun before it is waited for.
+        self._opened = self._open() if isinstance(self._address, Fd | File) else None
 
     @property
     def has_page_channels(self) -> bool:
@@ -109,8 +111,8 @@ class Incoming:
         if self._listener is None:
             return self._open_only()
         deadline = None if timeout is None else Deadline(timeout)
-        while True:
-            with self._reception(self._listener) as reception:
+        with self._reception(self._listener) as reception:
+            while True:
                 channel, theirs = reception.next(deadline, f"{self.uri}: no source has connected")
                 try:
                     if theirs.channel != MAIN:
@@ -163,7 +165,9 @@ class Incoming:
         self._stop.set(reason)
 
     def close(self) -> None:
-        """Listen no longer; channels stay. Twice is allowed."""
+        """Listen no longer; channels that were accepted stay. Twice is allowed."""
+        if self._opened is not None:
+            self._opened.close()
         if self._listener is not None and self._listener.fileno() >= 0:
             if isinstance(self._address, Unix):
                 # While it is listened at nobody else takes the name: afterwards it could be another's.
@@ -185,15 +189,7 @@ class Incoming:
         if self._used:
             raise MigrationError(f"{self.uri}: has been read already; start again to read it once more")
         self._used = True
-        match self._address:
-            case Fd(descriptor):
-                channel = open_descriptor(self.uri, descriptor, self._stop, self._take)
-            case Exec(command):
-                channel = CommandChannel(self.uri, self._stop, command, reading=True)
-            case File() as file:
-                channel = SavedFile(self.uri, self._stop, file, reading=True)
-            case other:
-                raise AssertionError(other)
+        channel, self._opened = self._opened or self._open(), None
         channel.timeout = self._timeout
         with ExitStack() as undo:
             undo.callback(channel.close)
@@ -201,3 +197,14 @@ class Incoming:
             arrival = Arrival(self, channel, version_of(channel, theirs))
             undo.pop_all()
         return arrival
+
+    def _open(self) -> Channel:
+        match self._address:
+            case Fd(descriptor):
+                return open_descriptor(self.uri, descriptor, self._stop, self._take)
+            case Exec(command):
+                return CommandChannel(self.uri, self._stop, command, reading=True)
+            case File() as file:
+                return SavedFile(self.uri, self._stop, file, reading=True)
+            case other:
+                raise AssertionError(other)

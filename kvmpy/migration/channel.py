@@ -64,12 +64,15 @@ class Channel:
         pace = _Pace(self.timeout if timeout is None else timeout)
         while left:
             taken = self._step(self.write_some, left[:IOV_MAX], WRITE, pace.deadline)
-            self.sent += taken
             pace.progress(taken)
-            while left and taken >= len(left[0]):
-                taken -= len(left.pop(0))
-            if taken:
-                left[0] = left[0][taken:]
+            self._went(taken, left)
+
+    def send_last(self, *buffers: Buffer) -> None:
+        """What goes of the buffers at once, also after `stop` was set, by whom it may have been. Raises nothing."""
+        left = [view for view in (memoryview(buffer).cast("B") for buffer in buffers) if view]
+        with suppress(OSError):  # there is no room, or nobody
+            while left and (taken := self.write_some(left[:IOV_MAX])):
+                self._went(taken, left)
 
     def receive(self, size: int, timeout: float | None = None) -> bytes:
         """Exactly ``size`` bytes, which the caller has compared with a cap; room is made as they come.
@@ -146,6 +149,14 @@ class Channel:
     def ended(self, missing: int) -> str:
         """What to say where the stream ends too early."""
         return f"{self.name}: the other side has ended the stream after byte {self.received}; {missing} more were due"
+
+    def _went(self, taken: int, left: list[memoryview]) -> None:
+        """So many bytes of what is left to be sent have gone."""
+        self.sent += taken
+        while left and taken >= len(left[0]):
+            taken -= len(left.pop(0))
+        if taken:
+            left[0] = left[0][taken:]
 
     def _cut(self) -> None:
         self.stop.set(self._down or "")

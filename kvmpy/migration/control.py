@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = Log(__name__)
 
+NOT_GIVEN_BACK: Final = "migration: the guest has moved, and not all is given back that it took: %s"
 BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
 
 
@@ -195,6 +196,9 @@ class Migrations:
 
     def _send(self, outgoing: Outgoing, fds: Offer) -> None:
         failure = self._carry_out(outgoing)
+        if failure is not None and outgoing.phase is Source.GONE:
+            log.warning(NOT_GIVEN_BACK, printable(failure.said))
+            failure = None
         fds.close()
         if failure is None:
             log.info("migration: the guest runs at the destination")
@@ -238,15 +242,25 @@ class Migrations:
             with closing(fds), stop, incoming:
                 self._receive(incoming)
         except KvmpyError as e:
-            self._refused(e)
+            self._ended(e)
         except Exception as e:
             log.exception("migration failed")
-            self._refused(MigrationError(f"kvmpy's own mistake: {e!r}"))
+            self._ended(MigrationError(f"kvmpy's own mistake: {e!r}"))
         else:
-            self.progress.become(Status.COMPLETED)
-            if self._machine.state is RunState.RUNNING:
-                with suppress(CommandError):  # it has ended already
-                    self._machine.announce(self.parameters.announcement)
+            self._arrived()
+
+    def _ended(self, error: KvmpyError) -> None:
+        if self.progress.first_run_ns:  # the guest is here, and nowhere else
+            log.warning(NOT_GIVEN_BACK, printable(str(error)))
+            self._arrived()
+        else:
+            self._refused(error)
+
+    def _arrived(self) -> None:
+        self.progress.become(Status.COMPLETED)
+        if self._machine.state is RunState.RUNNING:
+            with suppress(CommandError):  # it has ended already
+                self._machine.announce(self.parameters.announcement)
 
     def _receive(self, incoming: Incoming) -> None:
         """Wait for the machine that is to come, and take it in; who only asks is answered."""

@@ -118,10 +118,13 @@ class MainChannel:
         return message
 
     def fail(self, message: Reasoned | Refuse) -> None:
-        """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long."""
+        """Tell the other side why it is over, if it still listens: nothing is raised, and nobody waited for long.
+
+        Where it is over because we were told so, nobody at all.
+        """
         if self.channel.can_answer or isinstance(message, Cancel):
             with suppress(MigrationError):
-                self._send(message, timeout=LAST_WORDS)
+                self._send(message, timeout=LAST_WORDS, is_last=self.channel.stop.reason is not None)
 
     def explain(self, error: MigrationError) -> None:
         """Raise what the other side said before it hung up, where ``error`` is that it did; else it explains itself.
@@ -133,7 +136,8 @@ class MainChannel:
         deadline = Deadline(LAST_WORDS)
         try:
             while not isinstance(message := self.next_message(timeout=deadline.left), BAD_NEWS):
-                continue
+                if not deadline.left:  # it may go on for ever, and a guest may stand still
+                    return
         except MigrationError:
             return
         raise _as_error(message) from error
@@ -149,7 +153,7 @@ class MainChannel:
     def close(self) -> None:
         self.channel.close()
 
-    def _send(self, *messages: Message | Frame, timeout: float | None = None) -> None:
+    def _send(self, *messages: Message | Frame, timeout: float | None = None, is_last: bool = False) -> None:
         frames: list[bytes] = []
         for message in messages:
             kind, payload = message if isinstance(message, Frame) else Frame.of(message, self.version)
@@ -157,7 +161,10 @@ class MainChannel:
         if not self._sending.acquire(timeout=-1 if timeout is None else timeout):
             raise StreamError(f"{self.channel.name}: another message is still being sent")
         try:
-            self.channel.send(*frames, timeout=timeout)
+            if is_last:
+                self.channel.send_last(*frames)
+            else:
+                self.channel.send(*frames, timeout=timeout)
             self.said = time.monotonic()
         finally:
             self._sending.release()

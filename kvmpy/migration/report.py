@@ -286,8 +286,10 @@ def _with_pairs(line: Timeline, here: Events, there: Events | None, said: Destin
 
 
 def _rounded(told: Any) -> Any:
-    """Milliseconds to the microsecond: what is behind that is noise."""
+    """Milliseconds to the microsecond: what is behind that is noise. Of bytes that are no text, how they are shown."""
     match told:
+        case str():
+            return told.encode("utf-8", "backslashreplace").decode()
         case float():
             return round(told, 3)
         case dict():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from typing import Final
 
 from kvmpy.errors import MigrationError, StreamError, errno_name, refusal
@@ -38,8 +39,12 @@ class SavedFile(FileChannel):
             f"{self._path}.part-{os.getpid()}" if not reading and self._whole and _is_new(self._path) else ""
         )
         flags = os.O_RDONLY if reading else os.O_WRONLY | os.O_CREAT
-        flags |= (os.O_TRUNC if self._temporary else 0) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        # Whoever else may write there must not choose what we write to, nor who may read it.
+        flags |= (os.O_EXCL if self._temporary else 0) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         try:
+            if self._temporary:
+                with suppress(FileNotFoundError):  # it is of a process that had our number, and died
+                    os.unlink(self._temporary)
             fd = os.open(self._temporary or file.path, flags, MODE)
             try:
                 if file.offset is not None:

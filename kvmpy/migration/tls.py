@@ -60,19 +60,19 @@ class TlsCredentials:
         self._path("ca-cert.pem")
 
     def connected(self, name: str, stop: Stop, connection: socket.socket, host: str) -> TlsChannel:
-        """The source's side of a connection to ``host``, which it takes over. Raises HostError."""
+        """The source's side of a connection to ``host``, which it takes over. Raises HostError, StreamError."""
         try:
             context = self.check("client")
-            return TlsChannel(name, stop, _wrapped(context, connection, host), hears_first=True)
+            return TlsChannel(name, stop, _wrapped(name, context, connection, host), hears_first=True)
         except BaseException:
             connection.close()
             raise
 
     def accepted(self, name: str, stop: Stop, connection: socket.socket) -> TlsChannel:
-        """The destination's side of a connection, which it takes over. Raises HostError."""
+        """The destination's side of a connection, which it takes over. Raises HostError, StreamError."""
         try:
             context = self.check("server")
-            return TlsChannel(name, stop, _wrapped(context, connection, None), hears_first=False)
+            return TlsChannel(name, stop, _wrapped(name, context, connection, None), hears_first=False)
         except BaseException:
             connection.close()
             raise
@@ -176,11 +176,27 @@ class TlsChannel(SocketChannel):
         return super()._broken(e, events)
 
 
-def _wrapped(context: ssl.SSLContext, connection: socket.socket, host: str | None) -> ssl.SSLSocket:
-    """The TLS side of a connection, that of the server where there is no ``host``."""
-    return context.wrap_socket(
-        connection, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
-    )
+def _wrapped(name: str, context: ssl.SSLContext, connection: socket.socket, host: str | None) -> ssl.SSLSocket:
+    """The TLS side of a connection, that of the server where there is no ``host``. Raises StreamError where whoever
+    has connected is gone already, HostError where no certificate can name such a host.
+    """
+    if host is not None and not _is_name(host):
+        raise HostError(f"tls-hostname: {host!a} is no host's name; give what the certificate there names")
+    try:
+        connection.getpeername()  # of one that has gone ssl would leave the socket open
+        return context.wrap_socket(
+            connection, server_side=host is None, server_hostname=host, do_handshake_on_connect=False
+        )
+    except OSError as e:
+        raise StreamError(f"{name}: {_reason(e)}") from e
+
+
+def _is_name(host: str) -> bool:
+    """Whether ssl can ask for it."""
+    try:
+        return b"\0" not in host.encode("idna")
+    except UnicodeError:
+        return False
 
 
 def _use(what: str, load: Callable[[], object]) -> None:

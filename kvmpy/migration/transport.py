@@ -103,7 +103,7 @@ class Connector:
         self._place = sockets.reached(connection, address)
         if self._tls is None:
             return SocketChannel(name, self._stop, connection)
-        return self._tls.connected(name, self._stop, connection, self._tls_name or address.host)
+        return self._tls.connected(name, self._stop, connection, self._tls_name or address.host or "localhost")
 
     def _introduce(self, channel: Channel, ours: Preamble, deadline: Deadline) -> int:
         """The version that is spoken; where nobody answers, ours."""

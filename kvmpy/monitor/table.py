@@ -157,6 +157,10 @@ def _value(field: FieldInfo, value: Any) -> Any:
         if value is None:  # absent is left out, null is no value
             raise msgspec.ValidationError("Expected a value, got `null`")
         return msgspec.convert(value, field.type, strict=True)
+    except UnicodeEncodeError as e:  # half a surrogate pair, where there should be no string, or one of a few
+        if isinstance(kind, type) and issubclass(kind, Enum):
+            raise CommandError(f"Parameter '{name}' does not accept value '{value}'") from e
+        raise CommandError(f"Invalid parameter type for '{name}', expected: {_json_name(kind)}") from e
     except msgspec.ValidationError as e:
         said = str(e)
         expected, wrong_type, _ = said.partition(", got `")

@@ -29,7 +29,7 @@ from tests.counts import count
 from tests.fakes.failover_host import ADDRESSES, FailoverHost, NicGuest
 from tests.fakes.journey import Journey, Stop
 from tests.fakes.loop import poll
-from tests.fakes.middle import Middle
+from tests.fakes.middle import Harm, Middle
 from tests.fakes.monitor import Client
 from tests.fakes.virtio_rig import Guest
 
@@ -204,12 +204,19 @@ class FailoverJourney:
             self._journey.extra = devices
         return self._at(self._journey.wait_at, parameters, lacking=lacking)
 
-    def middle(self, there: Place, hooks: Mapping[Kind, Callable[[], object]], *, version: int | None = None) -> str:
-        """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind, and lets
-        neither side speak a newer ``version``.
+    def middle(
+        self,
+        there: Place,
+        hooks: Mapping[Kind, Callable[[], object]],
+        *,
+        cuts: Kind | None = None,
+        version: int | None = None,
+    ) -> str:
+        """The URI of somebody between here and ``there``, who calls ``hooks`` at messages of their kind, ``cuts`` the
+        connection at the first of that kind, and lets neither side speak a newer ``version``.
         """
         here = self._journey.socket("middle")
-        middle = Middle(here, there.uri.removeprefix("unix:"), hooks=hooks, version=version)
+        middle = Middle(here, there.uri.removeprefix("unix:"), cuts, Harm.CUT, hooks=hooks, version=version)
         self._stack.callback(middle.close)
         return f"unix:{here}"
 

@@ -26,7 +26,7 @@ from tests.fakes.virtio_driver import INDIRECT, NEXT, WRITE
 from tests.fakes.virtio_pci_driver import Reg
 from tests.fuzz.machine import HIGH_RAM, LOW_RAM, RAM_IN_WINDOW, WINDOWS, FuzzMachine
 
-SIZES: Final = (1, 2, 4, 8)
+SIZES: Final = (1, 2, 3, 4, 5, 6, 7, 8)
 RING_SIZE: Final = 16
 RINGS: Final = 0x20_0000
 QUEUE: Final = 0x2000  # bytes for each queue's rings: table, available, used, indirect tables

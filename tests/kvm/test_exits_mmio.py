@@ -72,3 +72,14 @@ def test_a_pending_load_is_finished_without_running_on(make_guest: MakeGuest) ->
     vcpu.accept()
     assert run(vcpu) == Halted()
     assert vcpu.regs.rax == 0
+
+
+def test_an_access_across_a_page_comes_in_two_and_is_finished_as_one(make_guest: MakeGuest) -> None:
+    across = b"\x48\xbb\xfd\x0f\x00\xd0\x00\x00\x00\x00"  # mov rbx, 0xd0000ffd
+    vcpu = load_64(make_guest, across + b"\x48\x8b\x03" + b"\x31\xc0" + HLT)  # mov rax,[rbx]; xor eax,eax
+    assert run(vcpu) == MmioRead(DEVICE + 0xFFD, 3)
+    vcpu.reply(0x030201)
+    vcpu.complete()
+    assert vcpu.regs.rax == 0xFFFFFFFFFF_030201
+    vcpu.accept()
+    assert run(vcpu) == Halted()

@@ -361,7 +361,7 @@ def test_r41_a_source_that_goes_on_by_force_has_its_primary_again(journey: Failo
 
 def test_r41_also_where_nobody_knows_what_became_of_it(journey: FailoverJourney) -> None:
     source, there = journey.begin(x_timeout=3.0), journey.wait_at()
-    source.ask("migrate", uri=journey.middle(there, {Kind.GO: there.machine.close}))
+    source.ask("migrate", uri=journey.middle(there, {}, cuts=Kind.GO))
     source.begins()
     source.guests[0].let_go()
     source.wait(Status.FAILED)
@@ -369,6 +369,16 @@ def test_r41_also_where_nobody_knows_what_became_of_it(journey: FailoverJourney)
     assert "outcome unknown" in str(source.stop.error)
     assert source.visible() == {"standby0"}
     source.ask("cont", force=True)
+    is_whole(journey, source)
+
+
+def test_r40_a_destination_that_ends_at_the_last_moment_says_so(journey: FailoverJourney) -> None:
+    source, there = journey.begin(), journey.wait_at()
+    source.ask("migrate", uri=journey.middle(there, {Kind.GO: there.machine.close}))
+    source.begins()
+    source.guests[0].let_go()
+    source.wait(Status.FAILED)
+    assert "could not run the guest: the machine has ended" in str(source.stop.error)
     is_whole(journey, source)
 
 

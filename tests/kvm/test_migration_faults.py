@@ -18,9 +18,11 @@ import pytest
 from kvmpy.errors import CommandError, HostError
 from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
+from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration import main_channel
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
+from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.messages import Kind
 from kvmpy.migration.source import UNKNOWN
 from kvmpy.migration.status import Status
@@ -193,6 +195,61 @@ def test_a_cancel_at_any_message_before_go_leaves_the_guest_here(journey: Journe
     assert source.error == "cancelled"
     assert at in (Kind.HEADER, Kind.ACCEPT) or there.machine.wait(BOUND) is Outcome.HOST_ERROR
     goes_on_as_before(journey, source, there)
+
+
+def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey) -> None:
+    source, there = set_out(journey, hooks={Kind.READY: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
+    source.wait(Status.CANCELLED)
+    there.wait(Status.FAILED)
+    assert there.error == "the other side says: cancelled"
+
+
+def test_what_fails_here_once_the_guest_has_gone_is_no_failure_of_the_migration(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = DirtyLog.stop
+
+    def fail(log: DirtyLog) -> None:
+        was_started = log.started
+        stop(log)
+        if was_started:
+            raise HostError("KVM_SET_USER_MEMORY_REGION: ENOMEM")
+
+    source = journey.begin()
+    source.wait_for_count()
+    monkeypatch.setattr(DirtyLog, "stop", fail)
+    journey.move(source)
+    journey.check()
+
+
+def test_what_fails_there_once_the_guest_runs_is_no_failure_of_the_migration(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = PageReceiver.close
+
+    def fail(pages: PageReceiver) -> None:
+        close(pages)
+        raise HostError("EIO: something is left")
+
+    monkeypatch.setattr(PageReceiver, "close", fail)
+    source = journey.begin()
+    source.wait_for_count()
+    journey.move(source)
+    journey.check()
+
+
+def test_what_fails_once_the_guest_runs_does_not_take_it_back(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pairs: Pairs) -> None:
+        raise HostError("no primary can be shown")
+
+    journey.extra += '[[root_port]]\nid = "root1"\n'
+    source = journey.begin()
+    source.wait_for_count()
+    monkeypatch.setattr(Pairs, "runs", fail)
+    journey.move(source)
+    journey.check()
 
 
 def test_a_cancel_that_comes_with_go_is_refused(journey: Journey) -> None:

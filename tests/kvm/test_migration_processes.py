@@ -197,6 +197,11 @@ def test_a_destination_that_is_stopped_while_the_guest_stands_still_does_not_kee
 
 def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Processes, tmp_path: Path) -> None:
     here, there = processes(), processes("--incoming", "defer")
+    for wrong, said in (
+        ("fd:99", "no such descriptor"),
+        (f"file:{tmp_path}/none", "give the file that kvmpy save has"),
+    ):
+        assert said in there.ask("migrate-incoming", uri=wrong)["error"]["desc"]
     there("migrate-incoming", uri=f"unix:{tmp_path / 'in'}")
     assert "already been started" in there.ask("migrate-incoming", uri=f"unix:{tmp_path / 'in2'}")["error"]["desc"]
     assert here("x-migrate-check", uri=f"unix:{tmp_path / 'in'}") == {"problems": [], "warnings": []}

@@ -84,6 +84,18 @@ def test_wide_read_is_split_to_the_targets_width() -> None:
     assert [entry[:3] for entry in target.seen] == [("read", 4, 2), ("read", 6, 2)]
 
 
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_what_is_split_is_neither_longer_nor_shorter_than_the_access(size: int) -> None:
+    bus, target = Bus("mmio"), Recorder()
+    bus.map(0, 8, target, widest=4)
+    value = 0x8877_6655_4433_2211 & (1 << 8 * size) - 1
+    bus.write(8 - size, size, value)
+    assert bus.read(8 - size, size) == sum((8 - size + at) << 8 * at for at in range(size))
+    first = min(4, size)
+    rest = [("write", 8 - size + 4, size - 4, value >> 32)] if size > 4 else []
+    assert target.seen[: 1 + len(rest)] == [("write", 8 - size, first, value & (1 << 8 * first) - 1), *rest]
+
+
 def test_wide_write_is_split_from_the_low_end() -> None:
     bus, target = Bus("pio"), Recorder()
     bus.map(0, 8, target, widest=1)

@@ -112,6 +112,17 @@ def test_one_that_failed_says_why_and_that_the_guest_is_back(
     assert not source.is_asked("quit")
 
 
+def test_one_that_failed_and_left_the_guest_paused_says_why(
+    source: Source, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpy.cli.move.RETURN_SECONDS", 0.05)
+    source.after = "paused"
+    source.answers = [{"status": "failed", "error-desc": "cut off; and the guest stays paused here: disk0: EAGAIN"}]
+    assert main(["migrate", "web1", URI]) == 1
+    said = capsys.readouterr().err
+    assert "web1: migration failed: cut off; and the guest stays paused here: disk0: EAGAIN; web1: is paused" in said
+
+
 def test_a_reason_that_is_the_only_problem_is_said_once(source: Source, capsys: pytest.CaptureFixture[str]) -> None:
     why = "device hostdev0: a passed-through device cannot be migrated"
     source.answers = [{"status": "failed", "error-desc": why, "problems": [why]}]
@@ -222,6 +233,18 @@ def test_after_a_dry_run_the_machines_parameters_are_as_before(source: Source) -
     ]
 
 
+def test_after_a_dry_run_that_is_refused_halfway_the_machines_parameters_are_as_before(source: Source) -> None:
+    def refuse(_: object) -> None:
+        raise Refusal("There's a migration process in progress")
+
+    source.handlers["query-migrate-parameters"] = lambda _: {"downtime-limit": 300, "multifd-channels": 2}
+    source.handlers["query-migrate-capabilities"] = lambda _: [{"capability": "multifd", "state": True}]
+    source.handlers["migrate-set-capabilities"] = refuse
+    assert main(["migrate", "web1", URI, "--dry-run", "--downtime-limit", "50", "--channels", "4"]) == 1
+    said = [arguments for command, arguments in source.asked if command == "migrate-set-parameters"]
+    assert said[-1] == {"downtime-limit": 300, "multifd-channels": 2}
+
+
 def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed(
     source: Source, tmp_path: Path
 ) -> None:
@@ -232,6 +255,17 @@ def test_reports_are_written_in_the_forms_of_their_names_also_of_one_that_failed
     assert html.startswith("<!DOCTYPE html>")
     assert svg.startswith("<svg ")
     assert json.loads(told)["error"] == "cut off"
+
+
+@pytest.mark.parametrize("kind", ["html", "svg", "json"])
+@pytest.mark.parametrize("error", ["", "unix:/\udcff: ECONNREFUSED"])
+def test_a_path_that_is_no_text_is_in_the_reports_as_it_is_shown(
+    source: Source, tmp_path: Path, kind: str, error: str
+) -> None:
+    report = tmp_path / f"report.{kind}"
+    source.answers = [ANSWER | ({"status": "failed", "error-desc": error} if error else {})]
+    assert main(["migrate", "web1", "unix:/\udcff", "--report", str(report)]) == bool(error)
+    assert "unix:/" in report.read_text()
 
 
 @pytest.mark.parametrize(
@@ -273,6 +307,16 @@ def test_no_file_is_overwritten(source: Source, tmp_path: Path, capsys: pytest.C
     (tmp_path / "web1.state").write_text("dear")
     assert main(["save", "web1", str(tmp_path / "web1.state")]) == 2
     assert "is there already" in capsys.readouterr().err
+    assert source.asked == []
+
+
+def test_a_name_that_the_machine_would_take_for_a_place_in_a_file_is_none(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "web1.state").write_text("dear")
+    assert main(["save", "web1", "web1.state,offset=1"]) == 2
+    assert "web1.state,offset=1: ,offset= is" in capsys.readouterr().err
     assert source.asked == []
 
 

@@ -14,10 +14,12 @@ from typing import Any
 import pytest
 
 from kvmpy.cli import receive
+from kvmpy.cli.client import Client
 from kvmpy.cli.main import main
 from kvmpy.cli.receive import Incoming, Wanted
 from kvmpy.config.schema import load
 from kvmpy.errors import HostError, HostProblems
+from kvmpy.host.rundir import Running
 from tests.fakes.qmp import FakeMonitor
 
 
@@ -172,6 +174,25 @@ def test_each_thing_that_a_machine_lacks_is_told_without_what_it_was_only_warned
     with pytest.raises(HostProblems) as caught:
         Incoming().start(Wanted(name="web1", directory=str(tmp_path / "stream")))
     assert caught.value.problems == ("kvmpy: no disk", "kvmpy: no tap")
+
+
+def test_a_machine_that_waits_and_does_not_answer_does_not_stay(
+    destination: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Incoming, "_command", lambda *_: ["true"])
+    asked: list[object] = []
+
+    def client(running: Running) -> Client:
+        asked.append(running)
+        if len(asked) == 1:
+            raise HostError("web1: greeting: no answer in 5 s")
+        return Client(running)
+
+    monkeypatch.setattr(receive, "Client", client)
+    with pytest.raises(HostError, match="no answer in 5 s"):
+        Incoming().start(Wanted(name="web1", directory=str(tmp_path / "stream")))
+    assert destination.process.poll() is not None
+    assert not (tmp_path / "stream").exists()
 
 
 def test_a_directory_that_exists_is_nobodys_to_use(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -269,6 +270,22 @@ def test_a_session_that_ends_is_an_error_with_sshs_exit_code(session: Session) -
     session.answer()
     with Remote("ssh://host2", ssh=session.command) as remote, pytest.raises(HostError, match="ssh with 7"):
         remote.start(name="web1")
+
+
+@pytest.mark.parametrize("said", ["Welcome to host2", "7", '"error"', "[1]"])
+def test_a_far_end_whose_shell_prints_is_an_error_that_shows_what(session: Session, said: str) -> None:
+    (session.directory / "answers").write_text(f"{said}\n")
+    with (
+        Remote("ssh://host2", ssh=session.command) as remote,
+        pytest.raises(HostError, match=rf"^ssh://host2: {re.escape(repr(said))} is no answer of kvmpy receive's"),
+    ):
+        remote.start(name="web1")
+
+
+@pytest.mark.parametrize("ssh", ["", " ", "ssh -o 'x"])
+def test_what_is_no_command_for_ssh_is_told(ssh: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--ssh: "):
+        Remote("ssh://host2", ssh=ssh)
 
 
 def test_a_program_for_ssh_that_is_not_there_is_an_error() -> None:

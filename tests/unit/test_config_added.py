@@ -102,6 +102,13 @@ def test_a_path_that_no_file_can_have_is_refused(config: Config, code: int) -> N
         HostPath(path)
 
 
+def test_half_a_surrogate_pair_is_neither_a_flag_nor_a_number(config: Config) -> None:
+    with pytest.raises(CommandError, match=r"'virtio-blk-pci.num-queues': half a surrogate pair is no text"):
+        read_device(config, {"driver": "virtio-blk-pci", "id": "vd1", "drive": "disk0", "num-queues": "\udc80"})
+    with pytest.raises(CommandError, match=r"Parameter 'vhost': half a surrogate pair is no text"):
+        read_netdev(config, {"type": "tap", "id": "hostnet2", "ifname": "tap2", "vhost": "\udc80"})
+
+
 def test_a_path_of_bytes_that_are_no_utf_8_is_one(config: Config) -> None:
     chardev = f"file:/{os.fsdecode(bytes(range(0x80, 0x100)))}"
     device = read_device(config, {"driver": "virtio-serial-pci", "id": "con1", "bus": "root2", "chardev": chardev})

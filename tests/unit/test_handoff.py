@@ -51,7 +51,7 @@ class Standing:
             SimpleNamespace(devices=self.disks, inventory=SimpleNamespace(plugged={}), ports={}, vcpus=()),
         )
         self.log: list[str] = []
-        self.runs = True
+        self.runs = self.has_clock = True
 
     def change(self, change: Change[T]) -> T | None:
         with pytest.raises(StopIteration) as ended:
@@ -81,7 +81,9 @@ class Standing:
 
     def note_power_on(self) -> None: ...
 
-    def tell_paused(self) -> None: ...
+    def tell_paused(self) -> None:
+        if not self.has_clock:
+            raise HostError("KVM_KVMCLOCK_CTRL: EIO")
 
     def require_alive(self) -> None:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
@@ -144,6 +146,19 @@ def test_a_disk_that_is_not_to_be_had_keeps_the_guest_paused_and_no_other_locked
     machine.disks[1].taken = False
     handoff.allow_resume(force=False)
     assert all(disk.locked for disk in machine.disks)
+
+
+def test_a_guest_that_cannot_be_told_of_the_stop_stays_paused_and_may_go_on_later(
+    machine: Standing, handoff: Handoff
+) -> None:
+    handoff.stop()
+    handoff.give()
+    machine.has_clock = False
+    with pytest.raises(HostError, match="KVM_KVMCLOCK_CTRL"):
+        handoff.keep()
+    assert machine.state is RunState.PAUSED
+    assert all(disk.locked for disk in machine.disks)
+    handoff.allow_resume(force=False)
 
 
 def test_a_reset_that_came_with_the_stop_lets_it_run_on(machine: Standing, handoff: Handoff) -> None:
@@ -226,6 +241,16 @@ def test_an_arrival_that_cannot_run_gives_the_disks_back_first(machine: Standing
         handoff.arrive(running=True)
     assert not any(disk.locked for disk in machine.disks)
     assert "RESUME" not in machine.log
+
+
+def test_an_arrival_that_cannot_run_is_no_machine_that_somebody_could_pause_and_let_go_on(
+    machine: Standing, handoff: Handoff
+) -> None:
+    machine.state, machine.has_clock = RunState.INMIGRATE, False
+    with pytest.raises(HostError, match="KVM_KVMCLOCK_CTRL"):
+        handoff.arrive(running=True)
+    assert machine.state is RunState.INMIGRATE
+    assert not any(disk.locked for disk in machine.disks)
 
 
 def test_a_paused_guest_arrives_with_its_disks_and_does_not_run(machine: Standing, handoff: Handoff) -> None:

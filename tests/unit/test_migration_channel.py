@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -401,6 +402,24 @@ def short_last_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main_channel, "LAST_WORDS", SHORT)
 
 
+def test_who_says_everything_but_why_it_is_over_is_not_listened_to_for_ever(
+    short_last_words: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chatter = itertools.cycle(frame(Kind.KEEPALIVE, b"{}"))
+
+    def read_some(view: memoryview) -> int:
+        view[:] = bytes(itertools.islice(chatter, len(view)))
+        return len(view)
+
+    with main_pair() as (here, _):
+        monkeypatch.setattr(here.channel, "read_some", read_some)
+        explaining = Thread(lambda: here.explain(StreamError("it has hung up")))
+        try:
+            explaining.over()
+        finally:
+            here.shutdown("the test is over")
+
+
 def test_telling_why_it_is_over_neither_fails_nor_lasts(short_last_words: None) -> None:
     with main_pair() as (here, there):
         there.close()
@@ -421,6 +440,23 @@ def test_telling_why_it_is_over_does_not_wait_for_a_message_that_is_stuck(short_
         here.shutdown("over")
         with pytest.raises(MigrationCancelled):
             stuck.result()
+
+
+def test_who_was_told_to_stop_tells_why_and_waits_for_nobody() -> None:
+    with main_pair() as (here, there):
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="cancelled"))
+        with pytest.raises(MigrationError, match=r"^the other side says: cancelled$"):
+            there.receive_message(Go)
+    with main_pair() as (here, _):
+        with pytest.raises(StreamError):
+            here.channel.send(bytes(1 << 24), timeout=SHORT)
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="nobody reads it"))
+    with main_pair() as (here, there):
+        there.close()
+        here.channel.stop.set("cancelled")
+        here.fail(Cancel(reason="nobody is there"))
 
 
 def test_wait_may_be_for_ever_and_ends_when_it_is_over() -> None:

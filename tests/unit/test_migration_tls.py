@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import ssl
+import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -244,6 +245,38 @@ def test_who_stops_in_the_handshake_keeps_nobody_out_and_is_turned_away(
             with pytest.raises(MigrationCancelled):
                 accepting.result()
     assert re.search(r"has not said who it is within 0.5 seconds", caplog.text)
+
+
+@pytest.mark.parametrize("said", [b"", b"\x16\x03\x01"], ids=["silent", "with bytes on the way"])
+def test_who_has_gone_before_it_is_attended_to_keeps_nobody_out(
+    said: bytes, good: str, stop: Stop, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = open_descriptors()
+    with listening(URI, TlsCredentials(good)) as incoming:
+        with socket.create_connection(("localhost", incoming.port)) as scanner:
+            scanner.sendall(said)
+            scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, as of a scan
+        accepting = Thread(incoming.accept)
+        with connect(at(incoming), TlsCredentials(good), stop=stop), accepting.result():
+            pass
+    assert len(caplog.messages) == 1
+    assert "turned away: tcp:localhost:0 from one that has left: " in caplog.text
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("name", [".example", "a" * 64, "a..b", "a\0b", "\udcff"])
+def test_name_that_no_host_has_is_told(name: str, good: str, stop: Stop) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"tcp:localhost:{silent.getsockname()[1]}"
+        with pytest.raises(HostError, match=r"^tls-hostname: '.*' is no host's name; give what the certificate"):
+            connect(uri, TlsCredentials(good), stop=stop, tls_hostname=name)
+
+
+def test_source_that_names_no_host_reaches_its_own(good: str, stop: Stop) -> None:
+    with listening(URI, TlsCredentials(good)) as incoming:
+        accepting = Thread(incoming.accept)
+        with connect(f"tcp::{incoming.port}", TlsCredentials(good), stop=stop), accepting.result():
+            pass
 
 
 @pytest.mark.parametrize("cancelled", [True, False])

@@ -23,7 +23,7 @@ from kvmpy.migration.messages import Accept, Go, Keepalive, Ready
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.transport import connect
 from kvmpy.migration.uri import Exec, Fd, File, Tcp, Unix
-from kvmpy.migration.wire import OURS, Preamble
+from kvmpy.migration.wire import OURS, PREAMBLE_SIZE, Preamble
 from tests.fakes.loop import BOUND, open_descriptors
 from tests.fakes.migration import SHORT, Relay, Thread, at, connected, listening, soon
 
@@ -307,6 +307,22 @@ def test_strangers_in_the_way_do_not_keep_the_source_out(stop: Stop, monkeypatch
             pass
 
 
+def test_stranger_who_is_turned_away_takes_nobody_along_who_has_begun_to_say_who_he_is() -> None:
+    with listening("tcp:127.0.0.1:0") as incoming:
+        accepting = Thread(incoming.accept)
+        with socket.create_connection(("127.0.0.1", incoming.port)) as source:
+            source.sendall(OURS.pack()[:20])
+            assert len(source.recv(PREAMBLE_SIZE, socket.MSG_WAITALL)) == PREAMBLE_SIZE  # it is attended to
+            with socket.create_connection(("127.0.0.1", incoming.port)) as stranger:
+                stranger.sendall(OURS._replace(channel=1, token=TOKEN).pack())
+                hear_out(stranger)
+            source.sendall(OURS.pack()[20:])
+            try:
+                accepting.result().close()
+            finally:
+                incoming.shutdown()
+
+
 def test_strangers_do_not_fill_the_log(stop: Stop, caplog: pytest.LogCaptureFixture) -> None:
     with listening("tcp:127.0.0.1:0") as incoming:
         accepting = Thread(incoming.accept)
@@ -545,6 +561,21 @@ def test_what_a_command_writes_after_the_stream_is_refused(stop: Stop, tmp_path:
     ):
         with Incoming(uri, stop=stop).accept() as arrival, pytest.raises(StreamError, match=said):
             arrival.main.finish()
+
+
+@pytest.mark.parametrize("link", [False, True], ids=["file", "link"])
+def test_what_somebody_has_left_where_a_guest_is_saved_is_not_written_to(
+    tmp_path: Path, stop: Stop, *, link: bool
+) -> None:
+    theirs, left = tmp_path / "theirs", tmp_path / f"saved.part-{os.getpid()}"
+    theirs.write_bytes(b"dear")
+    theirs.chmod(0o644)
+    left.symlink_to(theirs) if link else left.hardlink_to(theirs)
+    with connect(f"file:{tmp_path}/saved", stop=stop) as source:
+        source.main.send_message(Go())
+        source.main.finish()
+    assert theirs.read_bytes() == b"dear"
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o600
 
 
 def test_saved_guest_is_for_its_owner_alone_and_replaces_an_older_one_only_when_it_is_whole(

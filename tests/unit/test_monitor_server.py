@@ -419,6 +419,12 @@ def test_a_cable_is_pulled_by_the_devices_name(connect: Connect, machine: FakeMa
             {"initial": 1, "max": 2, "rounds": 3, "step": 1, "interfaces": ["a", 1]},
             "Invalid parameter type for 'interfaces[1]', expected: string",
         ),
+        ("set_link", {"name": "x", "up": "\udc80"}, "Invalid parameter type for 'up', expected: boolean"),
+        (
+            "migrate-set-parameters",
+            {"multifd-compression": "\udc80"},
+            "Parameter 'multifd-compression' does not accept value '\udc80'",
+        ),
         ("qmp_capabilities", {"enable": [None]}, "Invalid parameter type for 'enable[0]', expected: string"),
         ("trace", {"name": "x" * 201}, "Parameter 'name' expects string of length <= 200"),
     ],
