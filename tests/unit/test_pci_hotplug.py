@@ -650,6 +650,21 @@ def test_a_guest_is_told_of_a_surprise_and_can_have_the_card_again(rig: Rig) -> 
     assert (rig.guest.found, rig.released) == (True, ["card"])
 
 
+def test_a_press_for_a_card_that_was_torn_out_is_not_for_the_next_one() -> None:
+    rig = Rig(power_controller=False)
+    rig.port.insert(rig.card)
+    rig.guest.pass_(5)
+    rig.guest.scan()
+    rig.guest.bind()  # and at work at once: it has missed how the card came, and takes it for another one
+    rig.port.request()
+    rig.guest.pass_(0)
+    rig.port.tear_out()
+    rig.port.insert(Card("next"))
+    rig.guest.pass_(60)
+    assert (rig.presses, rig.released, rig.guest.found) == ([1_700_000_005.0], ["card"], True)
+    rig.close()
+
+
 def test_r53_a_reset_completes_a_request(rig: Rig) -> None:
     rig.plugged()
     rig.port.request()

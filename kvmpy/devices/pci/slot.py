@@ -15,7 +15,8 @@ control and what the operator wants, and tells its port (`Hands`) what to do. It
   told of the slot meanwhile. Power that goes off in an empty slot has no indicator to follow: pciehp does that as it
   binds.
 - A guest whose card was torn out turns off power and indicator as if it let one go. The next card appears after that,
-  or it would be taken for the one that the guest lets go. After 30 s it appears nevertheless, and stays.
+  or it would be taken for the one that the guest lets go; so would it after a press that the guest has not heard yet.
+  After 30 s it appears nevertheless, and stays.
 
 What is pending here stays on this host: after a migration or a reset nobody has asked for anything. All that a guest
 can notice is in the registers.
@@ -145,7 +146,8 @@ class Slot:
 
     def remove(self) -> None:
         """The card leaves unasked, whatever the guest does with it."""
-        if self.present and not self._is_off(self._control):
+        is_unheard = (self.requested or self.retracted) and self._pressed and not self._answered
+        if self.present and (is_unheard or not self._is_off(self._control)):
             self._torn = True
             self._owed = self._owed or bool(self._control & SlotControl.INTERRUPT_ENABLE)
             self._begun = self._now() if self._paused_at is None else self._paused_at
