@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, Final
 
 import msgspec
@@ -40,6 +41,8 @@ from kvmpy.host import rundir
 STREAM: Final = "stream.sock"
 CONFIG: Final = "config.toml"
 ENDED: Final = "ended"
+HAS_RUN: Final = "shutdown"
+"""The process has ended, too, but its guest has run in it: nobody may run that again from where it was before."""
 INCOMING: Final = "inmigrate"  # the run state of a machine whose guest is still to come
 LINE_MOST: Final = 4 << 20
 ORPHAN_SECONDS: Final = 30.0
@@ -137,6 +140,7 @@ class Incoming:
         while (status := self._status()) == INCOMING and time.monotonic() < end:
             self._pause()
         if status == ENDED:
+            status = HAS_RUN if self._has_run() else ENDED
             self._clean_up()
         return status
 
@@ -210,6 +214,16 @@ class Incoming:
 
     def _has_ended(self) -> bool:
         return bool(select.select([self._process], [], [], 0)[0])
+
+    def _has_run(self) -> bool:
+        """Whether it told of its guest's running before it ended."""
+        if self._listener is None:
+            return False
+        with contextlib.suppress(HostError):  # it has hung up
+            for event in chain(tuple(self._listener.seen), self._listener.events()):
+                if event.get("event") == "RESUME":
+                    return True
+        return False
 
     def _pause(self) -> None:
         select.select([self._process], [], [], POLL_SECONDS)

@@ -118,11 +118,18 @@ class Leaving:
             raise MigrationError(f"{said} (x-prepare-timeout); see its log, or go without (x-primaries best-effort)")
         self._warn(f"{said}: the guest goes on without until it has")
 
-    def hear(self, main: MainChannel, *kinds: type[Message]) -> Message:
-        """The next message that is one of ``kinds``; PREPARED may come before it. Raises MigrationError."""
-        while isinstance(message := main.receive_message(*due(main.version, Prepared, *kinds)), Prepared):
+    def hear(self, main: MainChannel, *kinds: type[Message], limit: float | None = None) -> Message:
+        """The next message that is one of ``kinds``; PREPARED may come before it. Raises MigrationError.
+
+        ``limit`` is seconds, also for one that says all the time that it is at work.
+        """
+        whole = None if limit is None else Deadline(limit)
+        expected = due(main.version, Prepared, *kinds)
+        while True:
+            message = main.receive_message(*expected, limit=None if whole is None else whole.left)
+            if not isinstance(message, Prepared):
+                return message
             self._note(message)
-        return message
 
     @contextmanager
     def _awaited(self, main: MainChannel) -> Iterator[None]:

@@ -357,7 +357,9 @@ class Outgoing:
             self._machine.handoff.give()
         with progress.phase("await READY"):
             if main.can_answer:
-                self._primaries.hear(main, Ready)
+                # To compare RAM takes its time. Nothing else is worth that a guest stands still for longer.
+                limit = None if self.parameters.x_checksum else self.parameters.x_timeout
+                self._primaries.hear(main, Ready, limit=limit)
                 main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):

@@ -24,6 +24,7 @@ class Harm(Enum):
     HANG = "neither goes on, and nothing is said"
     DEAF = "this direction is swallowed, and the other goes on"
     GARBAGE = "it becomes nonsense"
+    CHATTER = "this direction is swallowed, and who sends says all the time that it is at work"
 
 
 class Middle:
@@ -49,6 +50,7 @@ class Middle:
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._hung = self._cut = False
+        self._closing = threading.Event()
         self.seen: list[Kind] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(here)
@@ -57,6 +59,7 @@ class Middle:
         self._start(self._accept)
 
     def close(self) -> None:
+        self._closing.set()
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake who accepts
         self._listener.close()
@@ -122,11 +125,21 @@ class Middle:
                         self._hung = True
                     case Harm.DEAF:
                         deaf = True
+                    case Harm.CHATTER:
+                        deaf = True
+                        self._start(lambda: self._chatter(to))
                     case Harm.GARBAGE:
                         header, payload = os.urandom(FRAME_SIZE), os.urandom(len(payload) + 64)
             self.seen.append(kind)
             if not (self._hung or self._cut or deaf):
                 to.sendall(header + payload)
+
+    def _chatter(self, to: socket.socket) -> None:
+        payload = b"{}"
+        message = FrameHeader.of(Kind.KEEPALIVE, payload).pack() + payload
+        with contextlib.suppress(OSError):
+            while not self._closing.wait(0.01):
+                to.sendall(message)
 
     def _start(self, call: Callable[[], object]) -> None:
         thread = threading.Thread(target=call, name="middle", daemon=True)

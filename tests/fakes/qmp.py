@@ -89,11 +89,14 @@ class FakeMonitor:
                         self._answer(client, message)
             self._clients.remove(client)
 
-    def _end(self) -> None:
-        """Hang up on those that are still there."""
+    def hang_up(self) -> None:
+        """On all that are still there."""
         for client in list(self._clients):
             with contextlib.suppress(OSError):
                 client.shutdown(socket.SHUT_RDWR)
+
+    def _end(self) -> None:
+        self.hang_up()
         for thread in self._threads:
             thread.join()
 

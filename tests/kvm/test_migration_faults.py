@@ -127,6 +127,15 @@ def test_a_guest_that_stands_still_does_not_wait_for_as_long_as_one_that_runs(jo
 
 
 @pytest.mark.usefixtures("curt")
+def test_a_guest_that_stands_still_does_not_wait_for_one_who_is_at_work_for_ever(journey: Journey) -> None:
+    source, there = set_out(journey, Kind.READY, Harm.CHATTER, patience=BOUND, here=HASTE)
+    source.wait(Status.FAILED)
+    assert source.error is not None
+    assert "nothing more from the other side" in source.error
+    goes_on_as_before(journey, source, there)
+
+
+@pytest.mark.usefixtures("curt")
 @pytest.mark.parametrize("harm", [Harm.CUT, Harm.HANG])
 def test_when_go_is_lost_nobody_runs_until_force(journey: Journey, harm: Harm) -> None:
     source, there = set_out(journey, Kind.GO, harm)

@@ -131,7 +131,18 @@ def test_one_whose_guest_will_not_come_is_ended(started: Incoming, destination: 
 
 def test_one_that_ended_by_itself_is_said_to_have(started: Incoming, destination: Destination, tmp_path: Path) -> None:
     destination.end()
+    destination.hang_up()
     assert started.outcome(60) == "ended"
+    assert not (tmp_path / "stream").exists()
+
+
+def test_one_that_ended_once_its_guest_ran_is_not_said_to_have_never_had_it(
+    started: Incoming, destination: Destination, tmp_path: Path
+) -> None:
+    destination.emit("RESUME")
+    destination.end()
+    destination.hang_up()
+    assert started.outcome(60) == "shutdown"
     assert not (tmp_path / "stream").exists()
 
 
