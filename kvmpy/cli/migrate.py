@@ -7,7 +7,7 @@ import os
 
 from kvmpy.cli.client import Client, find
 from kvmpy.cli.main import printable, tell
-from kvmpy.cli.move import CHECK_PATIENCE, cancel, check, move, parameters, set_parameters
+from kvmpy.cli.move import CHECK_PATIENCE, cancel, check, move, parameters
 from kvmpy.errors import ConfigError, MigrationError
 from kvmpy.migration.uri import parse
 
@@ -44,8 +44,7 @@ def save(args: argparse.Namespace) -> int:
         raise ConfigError(f"{args.file}: ,offset= is of a URI, which kvmpy migrate takes; choose another name")
     if os.path.lexists(args.file):
         raise ConfigError(f"{args.file}: is there already; remove it, or choose another name")
-    with Client(find(args.name)) as client:
-        set_parameters(client, args)
+    with Client(find(args.name)) as client, parameters(client, args):
         code = move(client, args, f"file:{os.path.abspath(args.file)}")
     if code == 0:
         tell(f"kvmpy: {args.name}: to go on from there: kvmpy run CONFIG --incoming file:{printable(args.file)}")

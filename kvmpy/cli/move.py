@@ -11,11 +11,11 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from typing import Any, Final
 
-from kvmpy.cli.client import Client
+from kvmpy.cli.client import Client, HungUp
 from kvmpy.cli.main import printable, tell
 from kvmpy.cli.primaries import Ask, arrival, awaited
 from kvmpy.cli.progress import Progress, progress
@@ -46,30 +46,27 @@ class Settled(Enum):
     UNKNOWN = "nobody can say"
 
 
-def set_parameters(client: Client, args: argparse.Namespace) -> None:
-    """Tell the machine what the options say; what they do not say stays as it is there."""
-    if said := _wanted(args):
-        client("migrate-set-parameters", **said)
-    if args.channels is not None:
-        client("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": args.channels > 0}])
-
-
 @contextmanager
 def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
-    """Within, the machine has what the options say; after a dry run as before, which changes nothing."""
-    if not (args.dry_run and _wanted(args)):
-        set_parameters(client, args)
+    """Within, the machine has what the options say; after that what it had, if it has stayed: none but this migration
+    is to do without encryption because this one may.
+    """
+    if not (wanted := _wanted(args)):
         yield
         return
     before = client("query-migrate-parameters")
     capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
     try:
-        set_parameters(client, args)
+        client("migrate-set-parameters", **wanted)
+        if args.channels is not None:
+            multifd = {"capability": "multifd", "state": args.channels > 0}
+            client("migrate-set-capabilities", capabilities=[multifd])
         yield
     finally:
-        client("migrate-set-parameters", **{name: before[name] for name in _wanted(args)})
-        if args.channels is not None:
-            client("migrate-set-capabilities", capabilities=capabilities)
+        with suppress(HungUp):  # it has gone
+            client("migrate-set-parameters", **{name: before[name] for name in wanted})
+            if args.channels is not None:
+                client("migrate-set-capabilities", capabilities=capabilities)
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,17 @@ SOME: Final = {"remaining": 64 << 20, "dirty-sync-count": 2, "dirty-pages-rate":
 ACTIVE: Final[dict[str, Any]] = ANSWER | {"status": "active", "ram": ANSWER["ram"] | SOME, "expected-downtime": 110}
 URI: Final = "tcp:192.0.2.2:4444"
 
+BEFORE = {
+    "max-bandwidth": 0,
+    "downtime-limit": 300,
+    "multifd-channels": 2,
+    "multifd-compression": "none",
+    "tls-creds": "",
+    "x-timeout": 10.0,
+    "x-insecure": False,
+    "x-on-no-convergence": "continue",
+}
+
 
 class Source(FakeMonitor):
     """A machine whose migration goes as ``answers`` say, the last for ever, and that is ``after`` then."""
@@ -35,6 +46,8 @@ class Source(FakeMonitor):
         self.after = "running"
         self.cancelled = False
         self.handlers["migrate_cancel"] = self._cancel
+        self.handlers["query-migrate-parameters"] = lambda _: BEFORE
+        self.handlers["query-migrate-capabilities"] = lambda _: [{"capability": "multifd", "state": False}]
 
     def _migration(self, _: object) -> dict[str, Any]:
         return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
@@ -51,6 +64,9 @@ class Source(FakeMonitor):
 
     def arguments(self, command: str) -> dict[str, Any]:
         return next(arguments for asked, arguments in self.asked if asked == command)
+
+    def last_arguments(self, command: str) -> dict[str, Any]:
+        return [arguments for asked, arguments in self.asked if asked == command][-1]
 
 
 @pytest.fixture
@@ -94,6 +110,15 @@ def test_options_become_parameters_and_what_is_not_said_is_left_alone(source: So
         "x-on-no-convergence": "cancel",
     }
     assert source.arguments("migrate-set-capabilities") == {"capabilities": [{"capability": "multifd", "state": True}]}
+
+
+def test_options_are_for_one_migration(source: Source) -> None:
+    source.answers = [{"status": "failed", "error-desc": "cut off"}]
+    assert main(["migrate", "web1", URI, "--insecure", "--channels", "4"]) == 1
+    assert source.arguments("migrate-set-parameters") == {"multifd-channels": 4, "x-insecure": True}
+    assert source.last_arguments("migrate-set-parameters") == {"multifd-channels": 2, "x-insecure": False}
+    multifd = {"capability": "multifd", "state": False}
+    assert source.last_arguments("migrate-set-capabilities") == {"capabilities": [multifd]}
 
 
 def test_without_options_no_parameter_is_touched(source: Source) -> None:
