@@ -3,7 +3,7 @@
 It has the configuration that the machine has now, hot-plugged devices and all, or `--remote-config`; kernel, initrd,
 disks and bridges must be there under the same names, or be overridden with `--set`. When the migration fails the
 destination is ended and cleaned up after. Where nobody here can know what became of it, the session can: a destination
-whose process has ended is proof that the guest does not run there, and the source goes on.
+whose process has ended without having run the guest is proof that nobody has it, and the source goes on.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def outcome(
             case Settled.UNKNOWN:
                 tell(
                     f"kvmpy: {name}: it stays paused. Look at the destination: if the guest runs there, "
-                    f"kvmpy stop {name}; if its process has ended, kvmpy resume --force {name}"
+                    f"or has run, kvmpy stop {name}; if its process has ended before that, kvmpy resume --force {name}"
                 )
                 return UNKNOWN
             case Settled.ENDED:

@@ -13,7 +13,8 @@ The machine is detached: it outlives us and the session. The end of the input is
 every forwarded connection. Then a machine whose guest is still to come has lost it: it ends by itself, or is ended. One
 that has its guest goes on. However it ends, the directory goes.
 
-The status is how the other side gets to know what nobody there can: "ended" is the process' end, seen by the kernel.
+The status is how the other side gets to know what nobody there can: "ended" is the process' end, seen by the kernel,
+of a machine that has not told of its guest's running; of one that has it is "shutdown".
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ STREAM: Final = "stream.sock"
 CONFIG: Final = "config.toml"
 ENDED: Final = "ended"
 HAS_RUN: Final = "shutdown"
-"""The process has ended, too, but its guest has run in it: nobody may run that again from where it was before."""
+"""The process has ended, too, but its guest has run in it, and its disks are ahead of what its source has."""
 INCOMING: Final = "inmigrate"  # the run state of a machine whose guest is still to come
 LINE_MOST: Final = 4 << 20
 ORPHAN_SECONDS: Final = 30.0
