@@ -37,6 +37,7 @@ class Stands(Protocol):
     state: RunState
     board: Board
     first_run_ns: int | None
+    resumed_ns: int
 
     def change(self, change: Change[T]) -> T | None:
         """Make a change of the run state in its turn, and wait for it."""
@@ -65,8 +66,8 @@ class Stands(Protocol):
     def require_alive(self) -> None:
         """Raises CommandError unless the machine runs or is paused."""
 
-    def emit(self, event: str, **data: Any) -> None:
-        """Tell the listeners of a change that is complete."""
+    def emit(self, event: str, at_ns: int = 0, /, **data: Any) -> None:
+        """Tell the listeners of a change that is complete, now or ``at_ns``."""
 
     def fail(self, error: KvmpyError) -> Steps[None]:
         """End the machine, which could not be what it was to be."""
@@ -266,7 +267,7 @@ class Handoff:
             return
         machine.become(RunState.RUNNING)
         if (yield from machine.run()):
-            machine.emit("RESUME")
+            machine.emit("RESUME", machine.resumed_ns)
 
     def _take_back(self) -> None:
         """Raises HostError, with nothing taken that was not before."""
@@ -303,7 +304,7 @@ class Handoff:
             for device in devices:  # before anybody hears that the source has the guest again
                 device.hand_over()
             raise
-        return time.time_ns()
+        return machine.resumed_ns if running else time.time_ns()
 
     def _run(self) -> Steps[None]:
         """What raises has come before the first instruction: nothing may fail after it, or both sides would run."""
@@ -311,4 +312,4 @@ class Handoff:
         if not (yield from machine.run()):
             raise HostError("a device could not go on here")
         machine.first_run_ns = time.monotonic_ns()
-        machine.emit("RESUME")
+        machine.emit("RESUME", machine.resumed_ns)

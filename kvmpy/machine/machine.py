@@ -56,7 +56,8 @@ if TYPE_CHECKING:
 log = Log(__name__)
 
 T = TypeVar("T")
-Listener = Callable[[str, dict[str, Any]], object]
+Listener = Callable[[str, dict[str, Any], int], object]
+"""Is told an event's name, its data, and when it happened (CLOCK_REALTIME, in ns)."""
 
 # os.O_RDONLY and os.O_WRONLY of standard input and output
 STDIN: Final = (0, 0)
@@ -100,6 +101,7 @@ class Machine:
         self.error: KvmpyError | None = None
         self.listeners: list[Listener] = []
         self.first_run_ns: int | None = None
+        self.resumed_ns = 0  # when a vCPU went last that all had waited (CLOCK_REALTIME)
         self._ended = threading.Event()
         self._unplugged = threading.Event()
         self._lifecycle = threading.Lock()
@@ -368,7 +370,7 @@ class Machine:
             return call()
         finally:
             if not pending and asked == self._asked:  # else none may run on before the guest's request is carried out
-                self._gate.open()
+                self._gate.open(self._threads)
 
     # What the guest asks (kvmpy.devices.base.Power): by vCPU threads, under a device's lock
 
@@ -386,8 +388,9 @@ class Machine:
 
     def report(self, event: str, **data: Any) -> None:
         """Tell the listeners of something that happened to a device. Any thread, also under a device's lock."""
+        at_ns = time.time_ns()
         with contextlib.suppress(RuntimeError):  # the machine is being closed
-            self.control.post(lambda: self.emit(event, **data))
+            self.control.post(lambda: self.emit(event, at_ns, **data))
 
     # The control thread
 
@@ -422,7 +425,7 @@ class Machine:
             self.handoff.allow_resume(force=force)
             self.become(RunState.RUNNING)
             if (yield from self.run()):
-                self.emit("RESUME")
+                self.emit("RESUME", self.resumed_ns)
 
     def _reset_by_operator(self) -> Steps[None]:
         self.require_alive()
@@ -567,7 +570,7 @@ class Machine:
         except HostError as e:
             yield from self._end(Outcome.HOST_ERROR, error=e)
             return False
-        self._gate.open()
+        self.resumed_ns = self._gate.open(self._threads)
         if self._hotplug is not None:
             try:
                 self._hotplug.pairs.runs()
@@ -608,11 +611,12 @@ class Machine:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is not running: its state is {self.state.value}")
 
-    def emit(self, event: str, **data: Any) -> None:
-        """By the control thread: tell the listeners of a change that is complete."""
+    def emit(self, event: str, at_ns: int = 0, /, **data: Any) -> None:
+        """By the control thread: tell the listeners of a change that is complete, now or ``at_ns``."""
+        at_ns = at_ns or time.time_ns()
         for listener in tuple(self.listeners):
             try:
-                listener(event, data)
+                listener(event, data, at_ns)
             except Exception:  # whoever listens does not decide whether the change goes on
                 log.exception("a listener failed at %s", event)
 

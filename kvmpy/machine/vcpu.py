@@ -30,6 +30,7 @@ class Gate:
         self._napping = 0
         self._parked: set[VcpuThread] = set()
         self._changed = threading.Condition()
+        self._left_ns = 0
 
     def close(self, threads: Sequence[VcpuThread]) -> None:
         """Ask every thread to park, without waiting: signal all first, so that they stop together."""
@@ -70,11 +71,18 @@ class Gate:
         with self._changed:
             self._changed.wait_for(lambda: all(t in self._parked or not t.is_alive() for t in threads))
 
-    def open(self) -> None:
-        """Let the parked threads run."""
+    def open(self, threads: Sequence[VcpuThread]) -> int:
+        """Let the parked ones of ``threads`` run. Returns when the first of them went (CLOCK_REALTIME, in ns).
+
+        Waits for that, or it would wait for us: it needs the interpreter to enter its guest. Never by a vCPU thread.
+        """
         with self._changed:
+            self._left_ns = 0
             self.closed = False
             self._changed.notify_all()
+            if any(thread in self._parked and thread.is_alive() for thread in threads):
+                self._changed.wait_for(lambda: self._left_ns or self._ended)
+            return self._left_ns or time.time_ns()
 
     def end(self, threads: Sequence[VcpuThread]) -> None:
         """Have every thread finish for good: the parked now, the others at their next exit."""
@@ -91,6 +99,9 @@ class Gate:
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended or not self.closed)
             self._parked.discard(thread)
+            if not self._left_ns:
+                self._left_ns = time.time_ns()
+                self._changed.notify_all()  # open
             return not self._ended
 
 

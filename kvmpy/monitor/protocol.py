@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from typing import Any, Final, NoReturn
 
 import msgspec
@@ -159,10 +158,9 @@ def greeting(version: object) -> bytes:
     return encode({"QMP": {"version": version, "capabilities": []}}) + EOL
 
 
-def event(name: str, data: dict[str, Any]) -> bytes:
-    """An event, stamped with the wall clock."""
-    now = time.time_ns()
-    stamp = {"seconds": now // 10**9, "microseconds": now % 10**9 // 1000}
+def event(name: str, data: dict[str, Any], at_ns: int) -> bytes:
+    """An event, stamped with when it happened, by the wall clock in ns."""
+    stamp = {"seconds": at_ns // 10**9, "microseconds": at_ns % 10**9 // 1000}
     return encode({"event": name, **({"data": data} if data else {}), "timestamp": stamp}) + EOL
 
 

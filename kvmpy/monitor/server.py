@@ -112,10 +112,10 @@ class MonitorServer:
         if not self._sessions:
             self._sets.close()
 
-    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+    def _on_event(self, name: str, data: dict[str, Any], at_ns: int) -> None:
         if self._sessions:
             from kvmpy.monitor import protocol
 
-            message = protocol.event(name, data)
+            message = protocol.event(name, data, at_ns)
             for session in tuple(self._sessions):
                 session.send_event(message)

@@ -7,6 +7,7 @@ one turn's worth of them, nothing more is read: what a client sends waits in its
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -187,7 +188,7 @@ class Session:
     def _send_traced(self, data: dict[str, Any]) -> bool:
         if self._stream.full:
             return False
-        self._send(protocol.event("TRACE", data))
+        self._send(protocol.event("TRACE", data, time.time_ns()))
         return True
 
     def _send(self, message: bytes) -> None:

@@ -26,7 +26,7 @@ THROTTLED: Final = frozenset(
 )
 SECONDS: Final = 1.0
 
-Send = Callable[[str, dict[str, Any]], object]
+Send = Callable[[str, dict[str, Any], int], object]
 
 
 class Throttle:
@@ -34,23 +34,23 @@ class Throttle:
 
     def __init__(self, timer: Callable[[Callable[[], object]], Timer], send: Send) -> None:
         self._timer, self._send = timer, send
-        self._held: dict[tuple[str, object], dict[str, Any] | None] = {}
+        self._held: dict[tuple[str, object], tuple[dict[str, Any], int] | None] = {}
 
-    def take(self, name: str, data: dict[str, Any]) -> None:
-        """An event has happened."""
+    def take(self, name: str, data: dict[str, Any], at_ns: int) -> None:
+        """An event has happened at ``at_ns`` (CLOCK_REALTIME)."""
         key = name, data.get("device", data.get("device-id"))
         if name not in THROTTLED:
-            self._send(name, data)
+            self._send(name, data, at_ns)
         elif key in self._held:
-            self._held[key] = data
+            self._held[key] = data, at_ns
         else:
-            self._begin(key, data)
+            self._begin(key, data, at_ns)
 
-    def _begin(self, key: tuple[str, object], data: dict[str, Any]) -> None:
-        self._send(key[0], data)
+    def _begin(self, key: tuple[str, object], data: dict[str, Any], at_ns: int) -> None:
+        self._send(key[0], data, at_ns)
         self._held[key] = None
         self._timer(lambda: self._over(key)).arm(SECONDS)
 
     def _over(self, key: tuple[str, object]) -> None:
-        if (data := self._held.pop(key)) is not None:
-            self._begin(key, data)
+        if (held := self._held.pop(key)) is not None:
+            self._begin(key, *held)

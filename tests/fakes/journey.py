@@ -28,7 +28,7 @@ class Stop:
         self.machine = Machine(config, incoming=incoming)
         self.migrations = Migrations(self.machine)
         self.events: list[tuple[str, dict[str, Any]]] = []
-        self.machine.listeners.append(lambda name, data: self.events.append((name, data)))
+        self.machine.listeners.append(lambda name, data, _: self.events.append((name, data)))
         self.migrations.set_parameters(**parameters)
         try:
             self.machine.start()

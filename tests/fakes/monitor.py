@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -70,7 +71,7 @@ class FakeMachine:
 
     def emit(self, name: str, **data: Any) -> None:
         for listener in tuple(self.listeners):
-            listener(name, data)
+            listener(name, data, time.time_ns())
 
     def pause(self) -> None:
         self.asked.append("pause")

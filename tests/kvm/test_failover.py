@@ -53,7 +53,7 @@ class Rig:
     def __init__(self, machine: Machine, host: FailoverHost) -> None:
         self.machine, self.claim, self.kernel = machine, host.claims[ADDRESS], host.kernel
         self.events: Inbox[tuple[str, dict[str, Any]]] = Inbox()
-        machine.listeners.append(lambda event, data: self.events.put((event, data)))
+        machine.listeners.append(lambda event, data, _: self.events.put((event, data)))
         self.boot()
 
     def boot(self) -> None:

@@ -326,7 +326,7 @@ def test_r40_a_destination_that_dies(journey: FailoverJourney) -> None:
     source, there = waiting(journey, **ENDLESS)
     seen: list[str] = []
 
-    def note(event: str, data: dict[str, Any]) -> None:
+    def note(event: str, data: dict[str, Any], at_ns: int) -> None:
         if data.get("status") == "failed":
             (pair,) = source.machine.pairs
             seen.append(pair.state.value)

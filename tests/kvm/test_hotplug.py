@@ -67,7 +67,7 @@ class Rig:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.events: Inbox[tuple[str, dict[str, Any]]] = Inbox()
-        machine.listeners.append(lambda event, data: self.events.put((event, data)))
+        machine.listeners.append(lambda event, data, _: self.events.put((event, data)))
         board = machine.board
         self.guests = {
             name: HotplugGuest(board.mmio, board.memory, port, number)

@@ -6,6 +6,7 @@ import gc
 import os
 import socket
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,7 +113,7 @@ def test_a_paused_machine_stays_paused_over_a_reset(spinning: Machine) -> None:
 
 def test_events_come_in_order_with_their_reasons(spinning: Machine) -> None:
     events: list[tuple[str, object]] = []
-    spinning.listeners.append(lambda name, data: events.append((name, data)))
+    spinning.listeners.append(lambda name, data, _: events.append((name, data)))
     spinning.pause()
     spinning.resume()
     spinning.reset()
@@ -123,6 +124,21 @@ def test_events_come_in_order_with_their_reasons(spinning: Machine) -> None:
         ("RESET", {"guest": False, "reason": "host-qmp-system-reset"}),
         ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"}),
     ]
+
+
+def test_an_event_says_when_it_happened_not_when_it_is_told(spinning: Machine) -> None:
+    told: list[tuple[str, int]] = []
+    spinning.listeners.append(lambda name, _, at_ns: told.append((name, at_ns)))
+    is_late = threading.Event()
+    spinning.control.post(lambda: is_late.wait(60))
+    spinning.report("DEVICE_BROKEN", device="net1", reason="a test")
+    happened = time.time_ns()
+    is_late.set()
+    spinning.pause()
+    paused = time.time_ns()
+    spinning.resume()
+    assert [name for name, _ in told] == ["DEVICE_BROKEN", "STOP", "RESUME"]
+    assert told[0][1] <= happened <= told[1][1] <= paused <= told[2][1] <= time.time_ns()
 
 
 def test_a_guest_that_ignores_the_power_button_is_stopped_in_time(spinning: Machine) -> None:
@@ -175,7 +191,7 @@ def test_nothing_is_told_of_a_change_that_a_device_refuses(
 
     events: list[str] = []
     spinning.pause()
-    spinning.listeners.append(lambda name, data: events.append(name))
+    spinning.listeners.append(lambda name, data, _: events.append(name))
     monkeypatch.setattr(spinning.board.devices[0], "resume", fail)
     if change == "reset":
         monkeypatch.setattr(spinning, "state", RunState.RUNNING)
@@ -297,7 +313,7 @@ def test_a_listener_that_raises_stops_no_change(spinning: Machine, caplog: pytes
 
 
 def test_a_listener_may_make_the_next_change(spinning: Machine) -> None:
-    spinning.listeners.append(lambda name, _: spinning.stop() if name == "RESUME" else None)
+    spinning.listeners.append(lambda name, *_: spinning.stop() if name == "RESUME" else None)
     spinning.pause()
     spinning.resume()
     assert spinning.wait(60) is Outcome.POWER_OFF

@@ -45,6 +45,7 @@ class Standing:
     def __init__(self) -> None:
         self.state = RunState.RUNNING
         self.first_run_ns: int | None = None
+        self.resumed_ns = 0
         self.disks = [Disk("a"), Disk("b")]
         self.board = cast(
             Board,
@@ -89,7 +90,7 @@ class Standing:
         if self.state not in (RunState.RUNNING, RunState.PAUSED):
             raise CommandError(f"the machine is {self.state.value}")
 
-    def emit(self, event: str, **data: Any) -> None:
+    def emit(self, event: str, at_ns: int = 0, /, **data: Any) -> None:
         self.log.append(event)
 
     def fail(self, error: Exception) -> Steps[None]:

@@ -213,7 +213,7 @@ def calls() -> Iterator[tuple[str, ast.Call]]:
         if not any(f"{name}(" in text for name in SENDERS):  # most have none, and each worker of `pytest -n` asks
             continue
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and name_of(node.func) in SENDERS and len(node.args) == 1:
+            if isinstance(node, ast.Call) and name_of(node.func) in SENDERS and node.args:
                 yield f"{path.relative_to(SOURCE)}:{node.lineno}", node
 
 

@@ -105,7 +105,7 @@ class Rig:
         """One vCPU that has had ``exits`` and runs on in the guest."""
         vcpu = FakeVcpu(*exits)
         self.start(vcpu)
-        self.gate.open()
+        self.gate.open(self.threads)
         assert vcpu.in_guest.wait(BOUND)
         return vcpu
 
@@ -141,7 +141,7 @@ def test_no_instruction_runs_before_the_gate_is_opened(rig: Rig) -> None:
     rig.start(vcpu)
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert vcpu.log == []
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert rig.port.seen.wait() == [("write", 0, 1, 1)]
 
 
@@ -154,7 +154,7 @@ def test_closed_gate_stops_a_guest_that_never_exits(rig: Rig) -> None:
 def test_all_threads_are_kicked_before_any_is_waited_for(rig: Rig) -> None:
     vcpus = [FakeVcpu(index=n) for n in range(4)]
     rig.start(*vcpus)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert all(vcpu.in_guest.wait(BOUND) for vcpu in vcpus)
     rig.park()
     assert [vcpu.kicks for vcpu in vcpus] == [1, 1, 1, 1]
@@ -164,9 +164,32 @@ def test_parked_threads_run_on_when_the_gate_opens_again(rig: Rig) -> None:
     vcpu = rig.run()
     rig.park()
     vcpu.give(PioWrite(0x10, 1, (7,)))
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert rig.port.seen.wait() == [("write", 0, 1, 7)]
     assert rig.threads[0] not in rig.gate._parked
+
+
+def test_opening_says_when_the_first_went_and_waits_for_it(rig: Rig) -> None:
+    rig.start(FakeVcpu(), FakeVcpu(index=1))
+    for _ in range(50):
+        rig.park()
+        before = time.time_ns()
+        assert before <= rig.gate.open(rig.threads) <= time.time_ns()
+        assert any(thread not in rig.gate._parked for thread in rig.threads)
+
+
+def test_opening_waits_for_nobody_where_nobody_is_parked(rig: Rig) -> None:
+    rig.run()
+    bounded(lambda: rig.gate.open(rig.threads))
+    never = VcpuThread(cast(Vcpu, FakeVcpu()), rig.gate, rig.pio, rig.mmio, lambda t, w: None)
+    bounded(lambda: rig.gate.open([never]))
+
+
+def test_opening_ends_where_the_threads_end_instead(rig: Rig) -> None:
+    rig.start(FakeVcpu())
+    rig.park()
+    rig.gate.end(rig.threads)
+    bounded(lambda: rig.gate.open(rig.threads))
 
 
 def test_kick_just_before_the_thread_listens_again_is_heard(rig: Rig) -> None:
@@ -175,7 +198,7 @@ def test_kick_just_before_the_thread_listens_again_is_heard(rig: Rig) -> None:
     vcpu.before_accept = each(lambda: rig.gate.close(rig.threads), lambda: accepted.put(None))
     rig.start(vcpu)
     bounded(lambda: rig.gate.wait_parked(rig.threads))
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     accepted.wait(2)
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert vcpu.log == []
@@ -184,7 +207,7 @@ def test_kick_just_before_the_thread_listens_again_is_heard(rig: Rig) -> None:
 def test_no_kick_is_lost_however_often_the_gate_closes_and_opens(rig: Rig) -> None:
     vcpus = [FakeVcpu(index=n) for n in range(3)]
     rig.start(*vcpus)
-    stop_and_go = [rig.gate.open, rig.park] * 200
+    stop_and_go = [lambda: rig.gate.open(rig.threads), rig.park] * 200
     for step in stop_and_go:
         step()
     assert all(thread in rig.gate._parked for thread in rig.threads)
@@ -193,7 +216,7 @@ def test_no_kick_is_lost_however_often_the_gate_closes_and_opens(rig: Rig) -> No
 def test_guest_in_a_storm_of_exits_stops_too(rig: Rig) -> None:
     vcpu = FakeVcpu(*[PioWrite(0x10, 1, (0,))] * 100_000)
     rig.start(vcpu)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     rig.port.seen.wait(10)
     rig.park()
     assert len(rig.port.seen.items) < 100_000
@@ -208,7 +231,7 @@ def test_device_that_closes_the_gate_from_the_vcpus_own_thread_parks_it(rig: Rig
 
     rig.pio.map(0x20, 1, Power())
     rig.start(vcpu)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert rig.port.seen.items == []
 
@@ -268,7 +291,7 @@ def test_device_that_raises_for_ever_fills_no_log(rig: Rig, caplog: pytest.LogCa
 def test_vcpu_that_cannot_go_on_closes_the_gate_and_says_why_once(rig: Rig, fatal: Exit) -> None:
     vcpu = FakeVcpu(fatal, PioWrite(0x10, 1, (1,)))
     rig.start(vcpu)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert rig.fatal.wait() == [("vcpu0", fatal)]
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert rig.gate.closed
@@ -279,7 +302,7 @@ def test_vcpu_that_cannot_go_on_closes_the_gate_and_says_why_once(rig: Rig, fata
 def test_kvm_run_that_fails_is_fatal(rig: Rig) -> None:
     error = IoctlError("KVM_RUN", errno.EFAULT)
     rig.start(FakeVcpu(error))
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert rig.fatal.wait() == [("vcpu0", error)]
     bounded(lambda: rig.gate.wait_parked(rig.threads))
 
@@ -289,7 +312,7 @@ def test_kvm_that_fails_to_complete_a_failed_devices_access_is_fatal_and_the_thr
     vcpu = FakeVcpu(PioWrite(0x10, 1, (1,)))
     vcpu.complete_error = IoctlError("KVM_RUN", errno.EIO)
     rig.start(vcpu)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert rig.fatal.wait() == [("vcpu0", vcpu.complete_error)]
     bounded(lambda: rig.gate.wait_parked(rig.threads))
     assert rig.threads[0].is_alive()
@@ -338,7 +361,7 @@ def held_by(rig: Rig, seconds: float) -> Callable[[], object]:
     rig.port.write = hold  # type: ignore[method-assign]
     vcpu = FakeVcpu(PioWrite(0x10, 1, (1,)), PioWrite(0x10, 1, (2,)))
     rig.start(vcpu)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     rig.port.seen.wait(1)
     wait_until(lambda: "interrupted" in vcpu.log)
     return held[0]
@@ -355,7 +378,7 @@ def test_r49_an_access_ends_and_the_next_instruction_waits(rig: Rig) -> None:
 def test_r49_a_vcpu_that_is_held_back_parks_and_is_held_back_again(rig: Rig) -> None:
     go_on = held_by(rig, BOUND)
     rig.park()
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert len(rig.port.seen.items) == 1
     go_on()
     rig.port.seen.wait(2)
@@ -373,7 +396,7 @@ def test_any_other_thread_is_not_held_back() -> None:
 def test_a_throttle_makes_all_vcpus_nap_again_and_again_until_it_stops(rig: Rig) -> None:
     vcpus = [FakeVcpu(index=n) for n in range(2)]
     rig.start(*vcpus)
-    rig.gate.open()
+    rig.gate.open(rig.threads)
     assert all(vcpu.in_guest.wait(BOUND) for vcpu in vcpus)
     throttle = Throttle(rig.threads)
     throttle.set(50)
