@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest
 # Several at once, each module's tests one after another (tests/conftest.py), and those of a kind of emulated host that
 # takes long to start (tests/lab/conftest.py).
 WORKERS ?= 2
-PARALLEL := $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PARALLEL = $(PYTEST) -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help packages setup images demo demo-boot demo-migration test test-unit test-fuzz test-host test-kvm test-lab fuzz soak bench bench-quick check lint types layers fmt docs clean
