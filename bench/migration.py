@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 COPY, SOCKET = pages.COPY, pages.SOCKET
 ROUNDS, QUICK = 5, 2
-SHORT, SHORT_ROUNDS = 256, 15  # MiB: what takes a tenth of a second takes it more or less, so more turns decide
+SHORT, SHORT_ROUNDS = 256, 11  # MiB: what takes a tenth of a second takes it more or less, so more turns decide
 LARGEST, SPARE = 8192, 1024  # MiB, which both sides have, and which this machine is to have left
 FIGURES: Final = {
     "rate": ("B/s", "migration rate"),
