@@ -179,6 +179,8 @@ def outcome(
                 tell(f"kvmpy: {name}: the destination's process has ended, so the guest is here")
                 if before == "running":
                     client("cont", force=True)
+                else:
+                    tell(f"kvmpy: {name}: kvmpy resume --force {name} lets it go on")
     return stayed(client, name, answer, before)
 
 

@@ -7,7 +7,9 @@ the last session does. How many are kept is bounded: each takes one of the proce
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 
 
 class Allowance:
@@ -15,16 +17,19 @@ class Allowance:
 
     def __init__(self, most: int) -> None:
         self.most, self.kept = most, 0
+        self._lock = threading.Lock()  # a slow command has a thread of its own
 
     def take(self) -> None:
         """Account for one more. Raises ValueError where there are too many."""
-        if self.kept >= self.most:
-            raise ValueError(f"{self.kept} descriptors of clients are kept, and more are not")
-        self.kept += 1
+        with self._lock:
+            if self.kept >= self.most:
+                raise ValueError(f"{self.kept} descriptors of clients are kept, and more are not")
+            self.kept += 1
 
     def give_back(self) -> None:
         """One less."""
-        self.kept -= 1
+        with self._lock:
+            self.kept -= 1
 
 
 class Descriptors:
@@ -52,9 +57,10 @@ class Descriptors:
         return fd
 
     def close(self) -> None:
-        """Close all."""
+        """Close all. A slow command may take one meanwhile, which is its own then."""
         for name in tuple(self._named):
-            os.close(self.take(name))
+            with suppress(KeyError):
+                os.close(self.take(name))
 
 
 class DescriptorSets:

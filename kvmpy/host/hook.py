@@ -13,10 +13,12 @@ monitor is asked for chooses what is run, and it outlives us to say that the gue
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
 import msgspec
@@ -118,6 +120,8 @@ class Hook:
             why = errno_name(e.errno or 0)
         except (HostError, msgspec.DecodeError) as e:
             why = str(e)
+        with suppress(ProcessLookupError):  # or it would take the closed socket for our end, and say so to the program
+            os.kill(self._pid, signal.SIGKILL)
         self._socket.close()
         self._socket = None
         self._reap()

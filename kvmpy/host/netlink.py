@@ -206,6 +206,8 @@ def answer(helper: Helper, line: bytes) -> dict[str, Any]:
         return {"ok": function(helper, **request)}
     except HostError as e:
         return {"error": str(e), "key": e.key if isinstance(e, Refused) else ""}
+    except Exception as e:  # noqa: BLE001  were it to end here, a running guest's network would be taken down
+        return {"error": f"kvmpy's own mistake: {e!r}", "key": ""}
 
 
 def _line(message: dict[str, Any]) -> bytes:

@@ -111,10 +111,18 @@ class HostFunction:
             now = network.set_vf(interface, number).after
             wanted = msgspec.structs.replace(now, mac=mac or NO_MAC)
             before = earlier.change.before if earlier else now
-            self._note(vf=VfRecord(interface, number, VfChange(before=before, after=wanted)))
+            record = VfRecord(interface, number, VfChange(before=before, after=wanted))
+            try:
+                self._note(vf=record)
+            except HostError as e:
+                if mac is not None:
+                    raise
+                log.warning("%s: %s", self.address, e)  # that it is taken away matters more
+                self._record = msgspec.structs.replace(self._record, vf=record)
             network.set_vf(interface, number, mac=wanted.mac)
         except HostError as e:
-            self._note(vf=earlier)
+            with contextlib.suppress(HostError):
+                self._note(vf=earlier)
             raise HostError(f"{self.address}: {e}") from e
 
     @property
@@ -202,26 +210,25 @@ def recover(journal_dir: str, host: Host = HOST) -> None:
 
 def _recover(record: Record, machine: str, host: Host) -> None:
     """Give one function back, but not away from whoever has it by now. Raises HostError."""
-    if record.vf:
-        _put_vf_back(record.vf, machine)
     function = SysfsFunction(record.address, host)
     if not function.exists():
         return
     lock = _lock(function, group_in_use if is_vfio(function.driver) else lambda _: iter(()))
     try:
-        _give_back(function, record)
+        try:
+            if record.vf:
+                _put_vf_back(record.vf, machine)
+        finally:
+            _give_back(function, record)
     finally:
         os.close(lock)
     log.info("%s: given back to %s", function.address, record.driver or "no driver")
 
 
 def _put_vf_back(vf: VfRecord, machine: str) -> None:
-    """Put the settings of a virtual function back; where that fails there is mostly none of that number any more."""
+    """Put the settings of a virtual function back. Raises HostError."""
     with closing(Network(machine)) as network:
-        try:
-            network.put_vf_back(vf.interface, vf.number, vf.change)
-        except HostError as e:
-            log.warning("%s", e)
+        network.put_vf_back(vf.interface, vf.number, vf.change)
 
 
 def _remove_entry(entry: EntryRecord, machine: str) -> None:

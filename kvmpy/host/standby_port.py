@@ -73,16 +73,20 @@ class StandbyPort:
 
     def _arrive(self) -> list[str]:
         """What it takes of the time in which frames go nowhere is one request."""
-        if self._noted is None:
-            self._look()
-        wanted = {*self._uplinks, *self._made}
-        if self._noted is None or not wanted <= self._noted:
-            self._note(wanted)
-        steered = self._network.steer(self.ifname, self.mac, self._uplinks, here=True, learn=True, netns=self._netns)
+        uplinks, problems = self._uplinks, []
+        try:
+            if self._noted is None:
+                self._look()
+            uplinks, wanted = self._uplinks, {*self._uplinks, *self._made}
+            if self._noted is None or not wanted <= self._noted:
+                self._note(wanted)
+        except HostError as e:  # the bridge is told all the same, and NICs nothing that could not be undone
+            uplinks, problems = [], [str(e)]
+        steered = self._network.steer(self.ifname, self.mac, uplinks, here=True, learn=True, netns=self._netns)
         self._made |= set(steered.made)
-        if self._made != self._noted:  # somebody else has an entry there
+        if not problems and self._made != self._noted:  # somebody else has an entry there
             self._note(self._made)
-        return steered.problems
+        return problems + steered.problems
 
     def _leave(self, *, learn: bool) -> list[str]:
         asked = self.ifname, self.mac, sorted(self._made)

@@ -37,6 +37,7 @@ class Stands(Protocol):
     state: RunState
     board: Board
     first_run_ns: int | None
+    parked_ns: int
     resumed_ns: int
 
     def change(self, change: Change[T]) -> T | None:
@@ -88,6 +89,7 @@ class Handoff:
         self._forced: Callable[[], object] = lambda: None
         self._closers: list[Callable[[], object]] = []
         self.was_running = False
+        self.settled_ns = 0  # when the devices, too, stood still: what their state is of (CLOCK_REALTIME)
         self._was_reset = False
         self._cpu: CpuDescription | None = None
         self._given: list[Device[Any]] = []  # whose part of the host is not ours now
@@ -232,11 +234,11 @@ class Handoff:
         machine.require_alive()
         self.was_running, self._was_reset = machine.state is RunState.RUNNING, False
         yield from machine.halt(DISK_PATIENCE)  # also one that was paused: its devices' time is up to date then
-        stopped_ns = time.time_ns()
+        self.settled_ns = time.time_ns()
         machine.become(RunState.FINISH_MIGRATE)
         if self.was_running:
-            machine.emit("STOP")
-        return stopped_ns
+            machine.emit("STOP", machine.parked_ns)
+        return machine.parked_ns
 
     def note_reset(self) -> None:
         """The guest, or an operator, has reset the machine."""

@@ -101,7 +101,8 @@ class Machine:
         self.error: KvmpyError | None = None
         self.listeners: list[Listener] = []
         self.first_run_ns: int | None = None
-        self.resumed_ns = 0  # when a vCPU went last that all had waited (CLOCK_REALTIME)
+        # When the vCPUs stood still last, all of them, and when the first went on (CLOCK_REALTIME)
+        self.parked_ns = self.resumed_ns = 0
         self._ended = threading.Event()
         self._unplugged = threading.Event()
         self._lifecycle = threading.Lock()
@@ -415,7 +416,7 @@ class Machine:
             try:
                 self.tell_paused()
             finally:
-                self.emit("STOP")
+                self.emit("STOP", self.parked_ns)
 
     def _resume(self, *, force: bool) -> Steps[None]:
         self.handoff.require_idle()
@@ -584,6 +585,7 @@ class Machine:
         But for a disk that has not answered in so many ``seconds``.
         """
         self._park()
+        self.parked_ns = time.time_ns()
         if working := [device for device in self.board.devices if not device.begin_pause()]:
             yield Waiting([device.pause for device in working], seconds)
         for device in self.board.devices:

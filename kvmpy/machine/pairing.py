@@ -148,6 +148,9 @@ class Pairing:
         if problem is not None:
             self.problem = str(problem)
             self._tell_failed(self.problem)
+            around = None if self.standby is None else self.standby.around
+            if not driven and around is not None and self.is_here:  # all but that NIC can send to the standby
+                around.tell(Path.STANDBY, self._host_facts())
             return
         self.problem, self.driven, self.rx_gap_ms, self._is_told = "", driven, None, driven
         since = 0.0 if self.steering is None else self.steering.since

@@ -24,6 +24,8 @@ log = Log(__name__)
 
 PATIENCE: Final = 5.0
 """Seconds for which a vCPU is held back at most."""
+AGAIN: Final = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Seconds after which an address is taken away again that could not be: until then the NIC keeps the pair's frames."""
 
 Changed = Callable[[bool, HostError | None], object]
 
@@ -58,6 +60,7 @@ class Steering:
         self._lock = threading.Lock()
         self._driven = self._closed = self._failed = False
         self._working: threading.Thread | None = None
+        self._woken = threading.Event()
         self._waiting: list[Callable[[], object]] = []
 
     def drive(self, driven: bool) -> None:
@@ -66,6 +69,7 @@ class Steering:
             if self._closed or driven is self._driven:
                 return
             self._driven, self._receives, self.since = driven, False, time.monotonic()
+            self._woken.set()
             if self._carry is None:
                 self._done(driven, None)
                 return
@@ -91,11 +95,14 @@ class Steering:
         """Do no more, and wait for what is being done."""
         with self._lock:
             self._closed, working = True, self._working
+            self._woken.set()
         if working is not None:
             working.join()
 
     def _work(self) -> None:
         done: bool | None = None
+        waits = iter(AGAIN)
+        tries = 0
         while True:
             with self._lock:
                 if self._closed or done is self._driven:
@@ -103,9 +110,17 @@ class Steering:
                     self._let_go()
                     return
                 done = self._driven
+                self._woken.clear()
             problem = self._move(done)
+            if problem is None or done:
+                waits, tries = iter(AGAIN), 0
             with self._lock:
-                self._done(done, problem)
+                if not tries:  # that it fails still is told once
+                    self._done(done, problem)
+            if problem is not None and not done and (wait := next(waits, None)) is not None:
+                tries += 1
+                self._woken.wait(wait)
+                done = None
 
     def _move(self, driven: bool) -> HostError | None:
         assert self._carry is not None

@@ -81,7 +81,8 @@ class Gate:
             self.closed = False
             self._changed.notify_all()
             if any(thread in self._parked and thread.is_alive() for thread in threads):
-                self._changed.wait_for(lambda: self._left_ns or self._ended)
+                # Closed again: by one that did not wait here, and at once had something to ask.
+                self._changed.wait_for(lambda: self._left_ns or self._ended or self.closed)
             return self._left_ns or time.time_ns()
 
     def end(self, threads: Sequence[VcpuThread]) -> None:

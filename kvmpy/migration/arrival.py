@@ -42,7 +42,7 @@ class Arrival:
         """Channels 1 to ``count``, once all have come. Raises MigrationError where they do not come in time."""
         if not self._incoming.has_page_channels:
             return []
-        channels = self._incoming.accept_pages(count, token, timeout)
+        channels = self._incoming.accept_pages(count, token, timeout, self.main)
         self._channels += channels
         return channels
 
@@ -121,12 +121,14 @@ class Incoming:
                 except StreamError as e:
                     self._turn_away(channel, e)
 
-    def accept_pages(self, count: int, token: bytes, timeout: float | None = None) -> list[Channel]:
-        """Channels 1 to ``count`` of the source that knows ``token``."""
+    def accept_pages(
+        self, count: int, token: bytes, timeout: float | None = None, main: MainChannel | None = None
+    ) -> list[Channel]:
+        """Channels 1 to ``count`` of the source that knows ``token``, and has that main channel."""
         assert self._listener is not None
         found: dict[int, Channel] = {}
         deadline = Deadline(self._timeout if timeout is None else timeout)
-        with ExitStack() as undo, self._reception(self._listener) as reception:
+        with ExitStack() as undo, self._reception(self._listener, main) as reception:
             while len(found) < count:
                 late = f"{self.uri}: only {len(found)} of {count} page channels have come"
                 channel, theirs = reception.next(deadline, late)
@@ -181,8 +183,8 @@ class Incoming:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _reception(self, listener: socket.socket) -> Reception:
-        return Reception(listener, self._stop, self._timeout, self._greeted, self._turn_away)
+    def _reception(self, listener: socket.socket, main: MainChannel | None = None) -> Reception:
+        return Reception(listener, self._stop, self._timeout, self._greeted, self._turn_away, main)
 
     def _open_only(self) -> Arrival:
         """What can be opened only once."""

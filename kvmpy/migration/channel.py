@@ -121,6 +121,12 @@ class Channel:
         """What to wait for, after a None of the call that these events are for."""
         return events
 
+    def settle(self) -> None:
+        """What was sent stays, whatever happens to this host: before the last message, so it can be called off.
+
+        May take long, and ends when the Stop is set. Raises MigrationError, HostError.
+        """
+
     def finish(self) -> None:
         """After the last byte: see to it that it has got where it can stay. Raises StreamError where it has not."""
 

@@ -29,7 +29,7 @@ from kvmpy.migration.source import Outgoing
 from kvmpy.migration.status import Status
 from kvmpy.migration.stop import Stop
 from kvmpy.migration.transport import Connector, connect
-from kvmpy.migration.uri import parse
+from kvmpy.migration.uri import Address, Exec, File, parse
 
 if TYPE_CHECKING:
     from kvmpy.migration.tls import TlsCredentials
@@ -61,7 +61,7 @@ class Migrations:
         self._incoming_stop: Stop | None = None
         self.parameters = Parameters(tls_creds=str(machine.config.migration.tls_creds or ""))
         self.capabilities = dict(CAPABILITIES)
-        self.progress = self._new_progress()
+        self.progress = self._arriving = self._new_progress()
         machine.handoff.at_close(self.close)
 
     # What an operator asks
@@ -109,8 +109,11 @@ class Migrations:
         Waits for the destination, so not by the control thread.
         """
         with closing(fds):
+            if isinstance(self._parse(uri), Exec | File):  # which would be begun, and written to
+                return Findings(self._machine.handoff.blockers(), [])
+            progress = Progress(self._machine.board.memory.size)
             try:
-                return self._outgoing_to(uri, fds, Progress(self._machine.board.memory.size)).check()
+                return self._outgoing_to(uri, fds, progress, asking=True).check()
             except (MigrationError, HostError) as e:
                 raise CommandError(str(e)) from e
 
@@ -142,7 +145,8 @@ class Migrations:
             except (MigrationError, HostError) as e:
                 stop.close()
                 raise CommandError(str(e)) from e
-            self._incoming_stop, self.progress = stop, self._new_progress(other="source")
+            self._incoming_stop = stop
+            self.progress = self._arriving = self._new_progress(other="source")
             try:
                 self._start(lambda: self._take_in(incoming, stop, fds))
             except CommandError:
@@ -250,15 +254,18 @@ class Migrations:
             self._arrived()
 
     def _ended(self, error: KvmpyError) -> None:
-        if self.progress.first_run_ns:  # the guest is here, and nowhere else
+        if self._arriving.first_run_ns:  # the guest is here, and nowhere else
             log.warning(NOT_GIVEN_BACK, printable(str(error)))
             self._arrived()
         else:
             self._refused(error)
 
     def _arrived(self) -> None:
-        self.progress.become(Status.COMPLETED)
-        if self._machine.state is RunState.RUNNING:
+        """The guest may be on its way again: ``progress`` is of that migration then."""
+        is_running = self._machine.state is RunState.RUNNING
+        log.info("migration: the guest is here%s", "" if is_running else ", and does not run now")
+        self._arriving.become(Status.COMPLETED)
+        if is_running:
             with suppress(CommandError):  # it has ended already
                 self._machine.announce(self.parameters.announcement)
 
@@ -267,7 +274,7 @@ class Migrations:
         readiness = get_ready(self._machine)
         while True:
             with incoming.accept() as arrival:
-                self.progress = progress = self._new_progress(other="source")
+                self.progress = self._arriving = progress = self._new_progress(other="source")
                 ingoing = Ingoing(self._machine, readiness, self.parameters, progress)
                 try:
                     header = ingoing.admit(arrival.main)
@@ -285,11 +292,12 @@ class Migrations:
 
     def _refused(self, error: KvmpyError) -> None:
         """Nothing came of it: the machine has nothing to run."""
+        progress = self._arriving
         if isinstance(error, IncompatibleError):
-            self.progress.problems = list(error.problems)
-        if self.progress.status is Status.NONE:
-            self.progress.become(Status.SETUP)
-        self.progress.fail(Status.FAILED, str(error))
+            progress.problems = list(error.problems)
+        if progress.status is Status.NONE:
+            progress.become(Status.SETUP)
+        progress.fail(Status.FAILED, str(error))
         try:
             self._machine.handoff.fail(MigrationError(f"incoming migration: {error}"))
         except CommandError:  # it has ended already
@@ -305,19 +313,19 @@ class Migrations:
             return self.parameters
         return msgspec.structs.replace(self.parameters, multifd_channels=1)
 
-    def _outgoing_to(self, uri: str, fds: Take, progress: Progress) -> Outgoing:
+    def _outgoing_to(self, uri: str, fds: Take, progress: Progress, *, asking: bool = False) -> Outgoing:
         self._parse(uri)
         parameters = self._effective()
         return Outgoing(
             self._machine,
-            lambda stop: self._connect(uri, parameters, stop, fds),
+            lambda stop: self._connect(uri, parameters, stop, fds, asking=asking),
             parameters,
             progress,
             on_pass=self._on_pass,
             on_stall=self._on_stall,
         )
 
-    def _connect(self, uri: str, parameters: Parameters, stop: Stop, fds: Take) -> Connector:
+    def _connect(self, uri: str, parameters: Parameters, stop: Stop, fds: Take, *, asking: bool) -> Connector:
         return connect(
             uri,
             self._credentials(parameters),
@@ -326,6 +334,7 @@ class Migrations:
             fds=fds,
             insecure=parameters.x_insecure,
             tls_hostname=parameters.tls_hostname,
+            asking=asking,
         )
 
     def _credentials(self, parameters: Parameters) -> TlsCredentials | None:
@@ -335,9 +344,9 @@ class Migrations:
 
         return TlsCredentials(parameters.tls_creds)
 
-    def _parse(self, uri: str) -> None:
+    def _parse(self, uri: str) -> Address:
         try:
-            parse(uri)
+            return parse(uri)
         except MigrationError as e:
             raise CommandError(str(e)) from e
 

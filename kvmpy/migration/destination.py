@@ -140,7 +140,7 @@ class Ingoing:
                 main.fail(Failed(reason=str(e)))
                 raise
             self._handover.on(Event.GO)
-            self._run(main, state)
+            self._run(main, state, end.stopped_ns)
         self.progress.said = [Said(each.name, each.start_ns, each.ns) for each in end.phases]
 
     def _accept(self, main: MainChannel, token: bytes, rehearsal_ns: int = 0) -> None:
@@ -171,6 +171,7 @@ class Ingoing:
                 self._machine.board.memory, channels, compression=header.compression.value, on_failure=on_failure
             )
             undo.enter_context(closing(pages))
+            main.channel.stop.then(pages.cancel)
             for channel in channels:  # or its thread would notice the end of it only by and by
                 undo.callback(channel.shutdown, "all has come")
             pages.start()
@@ -299,7 +300,7 @@ class Ingoing:
         if not main.can_answer:
             main.finish()
 
-    def _run(self, main: MainChannel, state: MachineState) -> None:
+    def _run(self, main: MainChannel, state: MachineState, stopped_ns: int) -> None:
         """GO has come: run the guest, or say that it does not run. Raises KvmpyError then."""
         try:
             with self.progress.phase("run"):
@@ -309,7 +310,7 @@ class Ingoing:
             main.fail(Refused(reason=str(e)))
             raise
         self._handover.on(Event.STARTED)
-        self.progress.first_run_ns, self.progress.stopped_ns = first_run_ns, state.stopped_ns
+        self.progress.first_run_ns, self.progress.stopped_ns = first_run_ns, stopped_ns
         if main.can_answer:
             try:
                 main.send_message(Started(first_run_ns=first_run_ns, phases=tuple(self._phases())))

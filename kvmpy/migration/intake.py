@@ -89,11 +89,16 @@ class PageReceiver:
     def wait_round(self, number: int, timeout: float) -> None:
         """Until every channel has brought the END mark of that round.
 
-        Raises MigrationError as soon as one fails that has not, or when ``timeout`` seconds have passed. What a channel
-        does behind that mark is nothing to this round.
+        Raises MigrationError as soon as one fails that has not, or when nothing has come for ``timeout`` seconds: the
+        word that a round is over comes by another way, and overtakes what is on these. What a channel does behind that
+        mark is nothing to this round.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._cancelled or self._verdict(number) is not None, timeout)
+            before = self.received
+            while not self._changed.wait_for(lambda: self._cancelled or self._verdict(number) is not None, timeout):
+                if self.received == before:
+                    break
+                before = self.received
             if self._cancelled:
                 raise MigrationCancelled("cancelled")
             verdict = self._verdict(number)
@@ -101,7 +106,7 @@ class PageReceiver:
                 raise verdict
             if verdict is None:
                 late = ", ".join(lane.name for lane in self._lanes if lane.round < number)
-                raise MigrationError(f"round {number} of the pages has not arrived in {timeout:g} s: {late}")
+                raise MigrationError(f"round {number} of the pages does not arrive; nothing in {timeout:g} s: {late}")
 
     def receive_inline(self, channel: PageChannel) -> int:
         """Receive one round from ``channel`` here and now, its END mark included, and nothing behind it; its number.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 import socket
 from collections.abc import Callable
 from typing import Final, NamedTuple, Self
@@ -9,6 +10,7 @@ from typing import Final, NamedTuple, Self
 from kvmpy.errors import MigrationError, StreamError, refusal
 from kvmpy.migration.channel import READ, WRITE, Channel
 from kvmpy.migration.greeting import Steps, introduce
+from kvmpy.migration.main_channel import MainChannel
 from kvmpy.migration.stop import Deadline, Stop
 from kvmpy.migration.wire import OURS, Preamble
 
@@ -34,16 +36,20 @@ class Reception:
         timeout: float,
         greet: Callable[[socket.socket], Channel],
         turn_away: Callable[[Channel | None, MigrationError], object],
+        main: MainChannel | None = None,
     ) -> None:
+        """``main`` is that of those who are waited for: when its other side hangs up, they do not come."""
         self._listener, self._stop, self._timeout = listener, stop, timeout
-        self._greet, self._turn_away = greet, turn_away
+        self._greet, self._turn_away, self._main = greet, turn_away, main
         self._guests: dict[int, Guest] = {}
 
     def next(self, deadline: Deadline | None, late: str) -> tuple[Channel, Preamble]:
-        """The next who has introduced itself. Raises StreamError, "``late`` within n seconds"."""
+        """The next who has introduced itself. Raises StreamError, "``late`` within n seconds", MigrationError."""
         while True:
             for fd in self._stop.wait_any(self._waits(), self._first_limit(deadline)):
-                if fd == self._listener.fileno():
+                if self._main is not None and fd == self._main.channel.fd:
+                    self._hung_up(self._main)
+                elif fd == self._listener.fileno():
                     self._accept()
                 elif (met := self._step(fd)) is not None:
                     return met
@@ -55,7 +61,14 @@ class Reception:
         waits = {fd: guest.events for fd, guest in self._guests.items()}
         if len(waits) < GUESTS_MAX:
             waits[self._listener.fileno()] = READ
+        if self._main is not None:
+            waits[self._main.channel.fd] = select.POLLRDHUP  # what it says may come before the last of them
         return waits
+
+    def _hung_up(self, main: MainChannel) -> None:
+        gone = StreamError(f"{main.channel.name}: the other side has hung up before its page channels came")
+        main.explain(gone)
+        raise gone
 
     def _first_limit(self, deadline: Deadline | None) -> Deadline | None:
         limits = [guest.limit for guest in self._guests.values()] + ([deadline] if deadline else [])

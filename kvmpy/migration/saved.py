@@ -8,9 +8,10 @@ import stat
 from contextlib import suppress
 from typing import Final
 
-from kvmpy.errors import MigrationError, StreamError, errno_name, refusal
+from kvmpy.errors import HostError, MigrationError, StreamError, errno_name, refusal
+from kvmpy.migration.aside import aside
 from kvmpy.migration.channel import WRITE, FileChannel
-from kvmpy.migration.stop import Stop
+from kvmpy.migration.stop import LONGEST, Deadline, Stop
 from kvmpy.migration.uri import File
 
 # A guest's RAM is in it, with all its secrets.
@@ -58,21 +59,45 @@ class SavedFile(FileChannel):
         super().__init__(name, stop, fd)
         self.is_kept = stat.S_ISREG(os.fstat(fd).st_mode)
 
+    def settle(self) -> None:
+        self._sync(Deadline(LONGEST))
+
     def finish(self) -> None:
         """Raises StreamError where it is not on the disk for sure, or, when it was read, where it goes on."""
         if self._reading:
             if self._whole and self.next_byte():
                 raise StreamError(f"{self.name}: goes on after the end of the stream, at byte {self.received - 1}")
             return
+        self._sync(Deadline(self.timeout))  # the last message
         try:
-            _sync(self.fd)
             if self._temporary:
                 os.rename(self._temporary, self._path)
                 self._temporary = ""
                 _sync_directory(self._path)
         except OSError as e:
-            said = refusal(e.errno, "it may not be on the disk", ADVICE.get(e.errno or 0, ""))
-            raise StreamError(f"{self.name}: {said}") from e
+            raise self._unsure(e) from e
+
+    def _sync(self, deadline: Deadline) -> None:
+        """Raises StreamError where it is not on the disk, or not in time, and MigrationCancelled."""
+        fd = os.dup(self.fd)  # ours may be closed before the disk has answered
+
+        def sync() -> None:
+            try:
+                _sync(fd)
+            finally:
+                os.close(fd)
+
+        try:
+            aside("sync", sync, self.stop, deadline, f"{self.name}: it is not on the disk")
+        except OSError as e:
+            raise self._unsure(e) from e
+        except HostError:  # no thread for it
+            os.close(fd)
+            raise
+
+    def _unsure(self, e: OSError) -> StreamError:
+        said = refusal(e.errno, "it may not be on the disk", ADVICE.get(e.errno or 0, ""))
+        return StreamError(f"{self.name}: {said}")
 
     def withdraw(self) -> bool:
         if not self._temporary:

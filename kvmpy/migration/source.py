@@ -222,7 +222,8 @@ class Outgoing:
         prepare(main.version, TO_SOURCE)  # while the other side compares
         if not main.can_answer:
             return None
-        answer: Message = main.receive_message(Accept, Refuse)
+        limit = self.parameters.x_timeout if check_only else None  # who only asks can ask again
+        answer: Message = main.receive_message(Accept, Refuse, limit=limit)
         if isinstance(answer, Refuse):
             raise IncompatibleError(*answer.problems)
         assert isinstance(answer, Accept)
@@ -244,13 +245,10 @@ class Outgoing:
             undo.callback(self._log.stop)
             self._log.start()
         self._dirty = DirtyPages(machine.board.memory)
+        pages = PageSender(self._page_channels or [main.channel], compression=self._compression)  # may load a library
         with self._lock:
-            self._pages = PageSender(
-                self._page_channels or [main.channel],
-                max_bandwidth=self.parameters.max_bandwidth,
-                compression=self._compression,
-            )
-        undo.enter_context(self.progress.following(self._pages))
+            self._pages, pages.max_bandwidth = pages, self.parameters.max_bandwidth
+        undo.enter_context(self.progress.following(pages))
         self._stop.check()  # or a cancel that came before there was a sender would be lost on it
 
     def _precopy(self, main: MainChannel) -> None:
@@ -337,7 +335,8 @@ class Outgoing:
             channel.timeout = silence(channel.timeout, self._convergence.on_the_way, self._loading or 0.0)
         with progress.phase("save state"):
             running = self._machine.handoff.was_running
-            states = save_machine(self._machine, MachineState(running=running, stopped_ns=progress.stopped_ns))
+            settled_ns = self._machine.handoff.settled_ns
+            states = save_machine(self._machine, MachineState(running=running, stopped_ns=settled_ns))
         with progress.phase("last pages"):
             assert self._pages is not None
             with self._lock:
@@ -354,13 +353,14 @@ class Outgoing:
         self._on(Event.SENT)
         with progress.phase("disks"):
             self._make_durable()
+            main.channel.settle()
             self._machine.handoff.give()
         with progress.phase("await READY"):
             if main.can_answer:
                 # To compare RAM takes its time. Nothing else is worth that a guest stands still for longer.
                 limit = None if self.parameters.x_checksum else self.parameters.x_timeout
                 self._primaries.hear(main, Ready, limit=limit)
-                main.channel.timeout = self.parameters.x_timeout
+            main.channel.timeout = self.parameters.x_timeout
         self._on(Event.READY)
         with progress.phase("GO"):
             self._go(main)

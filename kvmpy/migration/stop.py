@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import threading
+from collections.abc import Callable
 from time import monotonic
 from typing import Final, Self
 
@@ -36,6 +37,7 @@ class Stop:
     def __init__(self) -> None:
         self._event = EventFd()
         self._lock = threading.Lock()
+        self._calls: list[Callable[[], object]] = []
         self.reason: str | None = None
 
     @property
@@ -49,6 +51,17 @@ class Stop:
                 self.reason = reason
             if self._event.fd >= 0:
                 self._event.signal()
+            calls, self._calls = self._calls, []
+        for call in calls:
+            call()
+
+    def then(self, call: Callable[[], object]) -> None:
+        """Have ``call`` made once it is set, by whoever sets it: for those who wait for something else than ``fd``."""
+        with self._lock:
+            if self.reason is None:
+                self._calls.append(call)
+                return
+        call()
 
     def check(self) -> None:
         """Raises MigrationCancelled once it is set."""
@@ -76,6 +89,7 @@ class Stop:
     def close(self) -> None:
         """Only when nobody waits any more."""
         with self._lock:
+            self._calls.clear()
             self._event.close()
 
     def __enter__(self) -> Self:

@@ -38,11 +38,13 @@ class Connector:
         timeout: float,
         take: Take,
         name: str,
+        *,
+        asking: bool,
     ) -> None:
         """Connects, and hears who is there. Raises MigrationError."""
         self._uri, self._address, self._tls, self._stop = where, address, tls, stop
         self._place = address  # of a name, what has answered once: page channels must come to the same host
-        self._timeout, self._tls_name = timeout, name
+        self._timeout, self._tls_name, self._asking = timeout, name, asking
         self._channels: list[Channel] = []
         deadline = Deadline(timeout)
         with ExitStack() as undo:
@@ -109,7 +111,8 @@ class Connector:
         """The version that is spoken; where nobody answers, ours."""
         channel.timeout = self._timeout
         if not channel.can_answer:
-            channel.send(Preamble(NEWEST, NEWEST).pack())
+            if not self._asking:
+                channel.send(Preamble(NEWEST, NEWEST).pack())
             return NEWEST
         try:
             theirs = drive(introduce(channel, ours), channel, deadline)
@@ -135,8 +138,11 @@ def connect(
     fds: Take = nobody,
     insecure: bool = False,
     tls_hostname: str = "",
+    asking: bool = False,
 ) -> Connector:
     """Connect to the destination at ``where``. Raises MigrationError, in time or when ``stop`` is set.
+
+    ``asking``: only to ask something; who cannot answer is sent nothing.
 
     tcp without TLS is refused unless it is said to be meant, with ``insecure``. ``tls_hostname`` is what the
     destination's certificate must name, where that is not the host in ``where``.
@@ -146,7 +152,7 @@ def connect(
         refuse_plain(where, insecure)
     if isinstance(address, Tcp) and tls is not None:
         tls.check("client")
-    return Connector(where, address, tls, stop, timeout, fds, tls_hostname)
+    return Connector(where, address, tls, stop, timeout, fds, tls_hostname, asking=asking)
 
 
 def refuse_plain(where: str, insecure: bool) -> None:

@@ -39,13 +39,13 @@ class PanicAction(Enum):
 
 
 class Stop(Event, frozen=True, kw_only=True):
-    """The vCPUs and devices stand still."""
+    """The vCPUs and devices stand still; ``timestamp`` is when the last vCPU did."""
 
     NAME = "STOP"
 
 
 class Resume(Event, frozen=True, kw_only=True):
-    """They go on."""
+    """They go on; ``timestamp`` is when the first vCPU went."""
 
     NAME = "RESUME"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -149,9 +150,14 @@ def test_a_machine_that_is_to_pause_waits_for_its_disk_and_serves_others_meanwhi
         poll(lambda: not rig.blk.running)
         assert other.ask({"execute": "query-status"})["return"]["status"] == "running"
         other.send({"execute": "cont", "id": 2})
+        answered = time.time()
         rig.disk.go.set()
         for client, own in ((one, 1), (other, 2)):
-            heard = [message.get("event", message.get("id")) for message in (client.receive() for _ in range(3))]
+            messages = [client.receive() for _ in range(3)]
+            stamps = {message["event"]: message["timestamp"] for message in messages if "event" in message}
+            seconds = {event: stamp["seconds"] + stamp["microseconds"] / 1e6 for event, stamp in stamps.items()}
+            assert seconds["STOP"] < answered < seconds["RESUME"], "the vCPUs stood still before the disk did"
+            heard = [message.get("event", message.get("id")) for message in messages]
             assert sorted(heard, key=str) == [own, "RESUME", "STOP"]
             assert heard.index("STOP") < heard.index("RESUME")
             assert heard.index("STOP") < heard.index(own)

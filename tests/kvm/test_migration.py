@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +19,9 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.migration import control, greeting, reception, transport
 from kvmpy.migration.arrival import Incoming
+from kvmpy.migration.descriptor import NOTHING, Offer
 from kvmpy.migration.destination import Readiness, get_ready
+from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.messages import Sections
 from kvmpy.migration.parameters import Compression, OnNoConvergence
 from kvmpy.migration.sections import MachineState, load_machine, save_devices, save_machine
@@ -386,6 +390,70 @@ def test_a_disk_that_fills_up_at_the_very_end_leaves_the_guest_here(
     journey.check()
 
 
+def test_a_save_is_called_off_though_the_disk_does_not_answer(
+    journey: Journey, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go = threading.Event(), threading.Event()
+    journey.at_end(go.set)
+
+    def hang(_: int) -> None:
+        begun.set()
+        go.wait()
+
+    source = journey.begin()
+    with monkeypatch.context() as patch:
+        patch.setattr("kvmpy.migration.saved._sync", hang)
+        source.migrations.migrate(f"file:{tmp_path / 'saved'}")
+        assert begun.wait(BOUND)
+        source.migrations.cancel()
+        source.wait(Status.CANCELLED)
+    assert source.runs
+    assert not list(tmp_path.glob("saved*"))
+    source.wait_for_count()
+    journey.move(source)
+    journey.check()
+
+
+def test_a_machine_ends_while_pages_come_from_a_command(journey: Journey, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    source = journey.begin(max_bandwidth=100_000)
+    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'fifo'}")
+    source.migrations.migrate(f"exec:cat > {tmp_path / 'fifo'}")
+    poll(lambda: there.migrations.progress.status is Status.ACTIVE)
+    closing = threading.Thread(target=there.machine.close, daemon=True)
+    closing.start()
+    closing.join(BOUND)
+    assert not closing.is_alive(), "it waits until a round is over, which takes minutes"
+    source.migrations.cancel()
+    source.migrations.wait(BOUND)
+    assert source.runs
+
+
+def test_a_guest_may_go_on_before_its_arrival_is_done_with(journey: Journey, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, there, third = journey.begin(), journey.wait_at(), journey.wait_at()
+    go, close = threading.Event(), PageReceiver.close
+
+    def close_late(pages: PageReceiver) -> None:
+        go.wait(BOUND)
+        close(pages)
+
+    monkeypatch.setattr(PageReceiver, "close", close_late)
+    source.migrations.migrate(there.uri)
+    there.wait_for(RunState.RUNNING)
+    arrival = there.migrations._thread
+    assert arrival is not None
+    there.migrations.set_parameters(**ENDLESS)
+    there.migrations.migrate(third.uri)
+    poll(lambda: there.migrations.progress.passes)
+    go.set()
+    arrival.join(BOUND)
+    assert there.migrations.progress.status is Status.ACTIVE, "it is over only when it is"
+    there.migrations.set_parameters(downtime_limit=300)
+    there.wait(Status.COMPLETED)
+    third.wait_for_count()
+    journey.check()
+
+
 def test_what_has_been_sent_is_told_while_a_round_goes_on(journey: Journey) -> None:
     source, there = journey.begin(max_bandwidth=100_000, multifd_channels=1), journey.wait_at()
     source.migrations.migrate(there.uri)
@@ -414,6 +482,29 @@ def test_a_command_can_keep_a_machine_and_bring_it_back(journey: Journey, tmp_pa
     there.wait(Status.COMPLETED)
     there.wait_for_count()
     journey.check()
+
+
+def test_a_command_has_its_time_to_end(journey: Journey, tmp_path: Path) -> None:
+    """The guest has gone by then: it is not cut short as what a guest waits for is."""
+    source = journey.begin()
+    source.wait_for_count()
+    source.migrations.migrate(f"exec:cat > {tmp_path / 'saved'}; sleep 2")
+    source.wait(Status.COMPLETED)
+    there = journey.wait_at(uri=f"exec:cat {tmp_path / 'saved'}")
+    there.wait(Status.COMPLETED)
+    there.wait_for_count()
+    journey.check()
+
+
+@pytest.mark.parametrize("uri", ["exec:cat > {}", "file:{}", "file:{},offset=0", "fd:kept"])
+def test_who_cannot_be_asked_is_not_begun_and_nothing_is_written(journey: Journey, tmp_path: Path, uri: str) -> None:
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"a guest that was saved")
+    source = journey.begin()
+    fds = Offer(os.open(kept, os.O_RDWR)) if uri.startswith("fd:") else NOTHING
+    assert source.migrations.check(uri.format(kept), fds) == ([], [])
+    assert kept.read_bytes() == b"a guest that was saved"
+    assert sorted(tmp_path.glob("kept*")) == [kept]
 
 
 def test_a_command_that_fails_leaves_the_guest_here(journey: Journey) -> None:

@@ -202,15 +202,25 @@ def test_a_cancel_at_any_message_before_go_leaves_the_guest_here(journey: Journe
     source, there = set_out(journey, hooks={at: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
     source.wait(Status.CANCELLED)
     assert source.error == "cancelled"
-    assert at in (Kind.HEADER, Kind.ACCEPT) or there.machine.wait(BOUND) is Outcome.HOST_ERROR
+    assert at is Kind.HEADER or there.machine.wait(BOUND) is Outcome.HOST_ERROR
     goes_on_as_before(journey, source, there)
 
 
-def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey) -> None:
-    source, there = set_out(journey, hooks={Kind.READY: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
+@pytest.mark.parametrize("at", [Kind.ACCEPT, Kind.READY])
+def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey, at: Kind) -> None:
+    source, there = set_out(journey, hooks={at: lambda: journey.stops[0].migrations.cancel()}, patience=BOUND)
     source.wait(Status.CANCELLED)
     there.wait(Status.FAILED)
     assert there.error == "the other side says: cancelled"
+
+
+def test_who_only_asks_does_not_wait_for_ever_for_one_who_is_at_work(journey: Journey) -> None:
+    source, there = journey.begin(x_timeout=HASTE), journey.wait_at()
+    middle = Middle(journey.socket("middle"), there.uri.removeprefix("unix:"), Kind.ACCEPT, Harm.CHATTER)
+    journey.at_end(middle.close)
+    with pytest.raises(CommandError, match="within"):
+        source.migrations.check(f"unix:{journey.socket('middle')}")
+    assert source.runs
 
 
 def test_what_fails_here_once_the_guest_has_gone_is_no_failure_of_the_migration(

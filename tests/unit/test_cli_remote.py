@@ -247,6 +247,17 @@ def test_the_end_of_the_destinations_process_is_proof_and_the_guest_goes_on_here
     assert "the destination's process has ended, so the guest is here" in capsys.readouterr().err
 
 
+def test_a_paused_guest_whose_destination_has_ended_is_said_how_to_let_go_on(
+    source: Source, session: Session, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source.answer = UNHEARD
+    monkeypatch.setattr(source, "_status", lambda: "paused")
+    session.answer(STARTED, {"status": "ended"}, {"status": "ended"})
+    assert migrate(session) == 1
+    assert "cont" not in source.commands()
+    assert "kvmpy resume --force web1 lets it go on" in capsys.readouterr().err
+
+
 def test_a_destination_that_runs_the_guest_after_all_has_it(source: Source, session: Session) -> None:
     source.answer = UNHEARD
     session.answer(STARTED, {"status": "running"}, {"status": "running"})

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from kvmpy.devices.failover import IN_SLOT, PairState
 from kvmpy.devices.pci.config import Command
 from kvmpy.errors import CommandError, HostError
+from kvmpy.machine import steering
 from tests.counts import count
 from tests.fakes.failover_rig import ALONE, PAIRING, FailoverRig
 from tests.fakes.loop import poll
@@ -609,6 +610,19 @@ def test_r49_an_address_that_cannot_be_moved_is_an_event_and_the_pairs_error(plu
     drive(plugged)
     assert plugged.told() == [("FAILOVER_PRIMARY_FAILED", "primary0")]
     assert (plugged.pair().path, plugged.pair().error) == ("standby", "0000:5e:00.0: EBUSY: the PF is being reset")
+
+
+def test_r45_the_standbys_network_is_told_though_the_nic_keeps_the_address(
+    running: FailoverRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steering, "AGAIN", ())
+    drive(running)
+    assert running.switches["standby0"].told[-1] == "not here"
+    running.carry_fails = HostError("0000:5e:00.0: EBUSY: the PF is being reset")
+    drive(running, on=False)
+    assert running.told()[-1] == ("FAILOVER_PRIMARY_FAILED", "primary0")
+    assert running.pair().error == "0000:5e:00.0: EBUSY: the PF is being reset"
+    assert running.switches["standby0"].told[-1] == "here"
 
 
 # Whatever happens

@@ -45,7 +45,7 @@ class Standing:
     def __init__(self) -> None:
         self.state = RunState.RUNNING
         self.first_run_ns: int | None = None
-        self.resumed_ns = 0
+        self.parked_ns = self.resumed_ns = 0
         self.disks = [Disk("a"), Disk("b")]
         self.board = cast(
             Board,

@@ -47,6 +47,26 @@ def said(program: str) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def test_what_runs_it_does_not_outlive_being_given_up(
+    program: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it would take that for our end, and tell the program that a guest which runs is nowhere."""
+    path = program(SAY)
+    hook = Hook(path, "web1")
+    monkeypatch.setattr(module, "RUN_LIMIT", 0.1)
+    monkeypatch.setattr(module, "GRACE", 0.1)
+    monkeypatch.setattr(module, "REAP_LIMIT", 20.0)
+    hook._start()
+    runner = hook._pid
+    os.kill(runner, signal.SIGSTOP)
+    with pytest.raises(HostError, match=r"not done in 0\.2 s"):
+        hook.run("net1", "primary", FACTS)
+    with pytest.raises(ProcessLookupError):
+        os.kill(runner, 0)
+    hook.close()
+    assert said(path) == []
+
+
 def test_it_is_told_all_there_is_and_at_the_end_that_the_guest_is_nowhere(program: Callable[[str], str]) -> None:
     path = program(SAY)
     hook = Hook(path, "web1")

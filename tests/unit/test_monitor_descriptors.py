@@ -201,6 +201,24 @@ def test_sets_outlive_their_session_and_go_with_the_last(
     assert connect().ask({"execute": "query-fdsets"}) == {"return": []}
 
 
+def test_one_that_a_slow_command_takes_while_all_are_closed_is_its_own() -> None:
+    class Raced(dict[str, int]):
+        def __iter__(self) -> Iterator[str]:
+            names = list(super().__iter__())
+            taken.append(named.take("a"))
+            return iter(names)
+
+    allowance, before, taken = Allowance(3), open_descriptors(), list[int]()
+    named = Descriptors(allowance)
+    named._named = Raced()
+    for name in ("a", "b"):
+        named.add(name, os.open(os.devnull, os.O_RDONLY))
+    named.close()
+    os.close(taken.pop())
+    assert open_descriptors() == before
+    assert allowance.kept == 0
+
+
 def test_more_descriptors_than_are_allowed_are_refused_and_closed() -> None:
     allowance, before = Allowance(3), open_descriptors()
     named, sets = Descriptors(allowance), DescriptorSets(allowance)

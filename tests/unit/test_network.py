@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -95,6 +96,16 @@ def helper(monkeypatch: pytest.MonkeyPatch) -> Helper:
 def test_good_request_is_passed_on(helper: Helper) -> None:
     asked = {key: value for key, value in GOOD.items() if key != "do"}
     assert answer(helper, json.dumps(GOOD).encode()) == {"ok": {"asked": asked}}
+
+
+def test_a_mistake_of_the_helpers_own_is_answered_and_the_guests_network_stays(
+    helper: Helper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **request: object) -> dict[str, Any]:
+        raise KeyError("eth0")
+
+    monkeypatch.setitem(netlink.REQUESTS, "attach", (fail, netlink.ATTACH))
+    assert answer(helper, json.dumps(GOOD).encode()) == {"error": "kvmpy's own mistake: KeyError('eth0')", "key": ""}
 
 
 @given(st.binary() | st.sampled_from([b"{}", b"[]", b"null", b"1e999", b'"do"', b'{"do": {}}']))

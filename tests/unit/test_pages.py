@@ -470,8 +470,31 @@ def test_round_that_does_not_come_names_the_channels_that_lack_it() -> None:
         receiver.start()
         ours[0].send(RECORD.pack(1, 0, END))
         wait_until(lambda: receiver.received[2] == RECORD.size)
-        with pytest.raises(MigrationError, match=r"^round 1 of the pages has not arrived in 0.01 s: page channel 1$"):
+        said = r"^round 1 of the pages does not arrive; nothing in 0.01 s: page channel 1$"
+        with pytest.raises(MigrationError, match=said):
             receiver.wait_round(1, 0.01)
+        receiver.close()
+
+
+def test_round_that_takes_long_to_come_is_waited_for_as_long_as_something_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with channel_pairs(1) as (ours, theirs):
+        receiver = PageReceiver(make_memory(), theirs)
+        receiver.start()
+        coming = iter([RECORD.pack(0, 1, ZERO), RECORD.pack(PAGE, 1, ZERO), RECORD.pack(1, 0, END)])
+
+        def wait_for(ready: Callable[[], bool], timeout: float) -> bool:
+            """Time is over with each record."""
+            before = receiver.received[2]
+            ours[0].send(next(coming))
+            wait_until(lambda: receiver.received[2] > before)
+            if receiver.received[2] == 3 * RECORD.size:
+                wait_until(ready)
+            return ready()
+
+        monkeypatch.setattr(receiver._changed, "wait_for", wait_for)
+        receiver.wait_round(1, 1.0)
         receiver.close()
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.errors import HostError
-from kvmpy.host import pci_journal
+from kvmpy.host import pci, pci_journal
 from kvmpy.host.network import Network, VfChange, VfSettings
 from kvmpy.host.passable import obstacles
 from kvmpy.host.pci import HostFunction, recover
@@ -518,6 +518,48 @@ def test_function_that_is_no_virtual_one_takes_no_settings(sysfs: FakeSysfs, run
 @pytest.fixture(autouse=True)
 def _heard(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
+
+
+def test_r49_an_address_is_taken_away_though_that_cannot_be_written_down(
+    sysfs: FakeSysfs, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise HostError("pci.json: ENOSPC")
+
+    network, function = FakeNetwork(), claim(sysfs, run, VF)
+    function.carry(network, MAC)
+    with monkeypatch.context() as patch:
+        patch.setattr(pci_journal, "put", full)
+        function.carry(network, None)
+        assert network.settings == VfSettings(mac=ZEROS)
+        assert "pci.json: ENOSPC" in caplog.text
+        with pytest.raises(HostError, match="ENOSPC"):
+            function.carry(network, MAC)
+    function.close()
+    assert network.settings == VfSettings(mac=ZEROS)
+    assert os.listdir(run) == []
+
+
+def test_settings_that_the_next_start_cannot_put_back_stay_written_down(
+    sysfs: FakeSysfs, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, function = FakeNetwork(), claim(sysfs, run, VF)
+    function.carry(network, MAC)
+    os.close(function._lock)  # as the end of its process does
+    crashed(run)
+
+    def busy(*_: object) -> None:
+        raise HostError("enp94s0f0: virtual function 1: EBUSY")
+
+    monkeypatch.setattr(pci, "Network", lambda machine: network)
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "put_vf_back", busy)
+        recover(run, sysfs.host)
+    assert "EBUSY; left over from process" in caplog.text
+    assert sysfs.state(VF) == ("igbvf", UNSET)
+    recover(run, sysfs.host)
+    assert network.settings == VfSettings(mac=ZEROS)
+    assert os.listdir(run) == []
 
 
 def test_r49_an_address_that_comes_and_goes_is_the_first_again_in_the_end(sysfs: FakeSysfs, run: str) -> None:

@@ -82,6 +82,17 @@ def test_entries_are_written_down_before_they_are_made_and_until_the_end(
     assert os.listdir(run) == []
 
 
+def test_r45_the_bridge_is_told_though_nothing_can_be_written_down(
+    network: FakeNetwork, port: StandbyPort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise HostError("pci.json: ENOSPC")
+
+    monkeypatch.setattr(pci_journal, "put_entry", full)
+    assert port.steer(here=True) == ["pci.json: ENOSPC"]
+    assert (network.asked, network.entries) == ([(True, True)], set()), "nothing that a crash would leave"
+
+
 def test_r45_the_way_back_to_the_standby_is_one_request(network: FakeNetwork, port: StandbyPort) -> None:
     port.steer(here=True)
     port.steer(here=False)

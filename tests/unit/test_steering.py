@@ -108,6 +108,46 @@ def test_r49_a_failure_is_told_and_holds_up_no_vcpu(
     assert held == [True]
 
 
+def test_r49_an_address_that_cannot_be_taken_away_is_tried_again_and_told_once(
+    switch: Switch, steering: Steering, held: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN", (0.0, 0.0, 0.0))
+    told: Inbox[tuple[bool, str | None]] = Inbox()
+    steering.on_change = lambda driven, problem: told.put((driven, None if problem is None else str(problem)))
+    steering.drive(True)
+    told.wait(1)
+    busy = [HostError("EBUSY"), HostError("EBUSY")]
+    refused = switch.carry
+
+    def carry(mac: str | None) -> None:
+        refused(mac)
+        if busy:
+            raise busy.pop()
+
+    steering._carry = carry
+    steering.drive(False)
+    assert told.wait(3) == [(True, None), (False, "EBUSY"), (False, None)]
+    assert switch.asked.items == [MAC, None, None, None]
+
+
+def test_r49_a_guest_that_drives_it_again_does_not_wait_for_the_next_try(
+    switch: Switch, steering: Steering, held: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN", (1000.0,))
+    steering.drive(True)
+    switch.asked.wait(1)
+    switch.refuses = HostError("EBUSY")
+    steering.drive(False)
+    switch.asked.wait(2)
+    switch.refuses = None
+    steering.drive(True)
+    assert switch.asked.wait(3) == [MAC, None, MAC]
+    switch.refuses = HostError("EBUSY")
+    steering.drive(False)
+    switch.asked.wait(4)
+    steering.close()  # which does not wait for it either
+
+
 def test_nothing_is_done_after_it_is_closed(switch: Switch, steering: Steering) -> None:
     steering.close()
     steering.drive(True)

@@ -185,6 +185,22 @@ def test_opening_waits_for_nobody_where_nobody_is_parked(rig: Rig) -> None:
     bounded(lambda: rig.gate.open([never]))
 
 
+def test_opening_ends_where_it_is_closed_again_before_anybody_went(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By another vCPU, say, that was not parked yet, and whose first instruction resets the machine."""
+    rig.start(FakeVcpu())
+    rig.park()
+    notify = rig.gate._changed.notify_all
+
+    def close_and_notify() -> None:
+        rig.gate.closed = True
+        notify()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.gate._changed, "notify_all", close_and_notify)
+        bounded(lambda: rig.gate.open(rig.threads))
+    assert rig.threads[0] in rig.gate._parked
+
+
 def test_opening_ends_where_the_threads_end_instead(rig: Rig) -> None:
     rig.start(FakeVcpu())
     rig.park()

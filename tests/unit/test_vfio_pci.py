@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -387,7 +388,12 @@ def test_a_host_without_vectors_costs_the_guest_its_interrupts_and_no_more(
     rig.enable()
     rig.kernel.most_vectors = 3
     rig.msix(0x8000)
-    assert "its interrupts (MSIX) do not reach the guest: VFIO_DEVICE_SET_IRQS: ENOSPC: the host has 3" in caplog.text
+    said = "its interrupts (MSIX) do not reach the guest: VFIO_DEVICE_SET_IRQS: ENOSPC: the host has 3"
+    assert said in caplog.text
+    for _ in range(100):
+        rig.msix(0)
+        rig.msix(0x8000)
+    assert caplog.text.count(said) == 1, "a guest can do that for ever"
     rig.kernel.most_vectors = 64
     rig.msix(0)
     rig.msix(0x8000)
@@ -566,6 +572,31 @@ def test_one_that_cannot_be_prepared_says_why_and_a_system_reset_tries_again(
     assert (checked.is_ready, len(rig.kernel.maps), checked.problem) == (True, 1, None)
 
 
+def test_a_system_reset_does_not_wait_for_one_that_is_prepared_and_does_not_break_it(
+    rig: NicRig, checked: VfioPci, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pci, "RESET_SECONDS", 0.01)
+    mapping, go_on = threading.Event(), threading.Event()
+    done: Inbox[bool] = Inbox()
+    answer = rig.kernel._vfio_iommu_map_dma
+
+    def slow(argument: Any) -> int:
+        mapping.set()
+        assert go_on.wait(20)
+        answer(argument)
+        return 0
+
+    rig.kernel.answers["VFIO_IOMMU_MAP_DMA"] = slow
+    checked.prepare(lambda: done.put(checked.is_ready))
+    assert mapping.wait(20)
+    assert checked.begin_reset()
+    with checked.lock:
+        checked.reset()
+    assert checked.broken is None
+    go_on.set()
+    assert done.wait() == [True]
+
+
 def test_r43_one_that_the_host_takes_back_while_it_is_prepared_cannot_be_used(rig: NicRig, checked: VfioPci) -> None:
     wanted: list[bool] = []
     checked.on_wanted_back = lambda: wanted.append(True)
@@ -668,6 +699,19 @@ def test_a_system_reset_does_not_wait_for_ever(rig: NicRig, monkeypatch: pytest.
     assert "has not come out of its reset" in rig.function.info()["broken"]
     go_on.set()
     rig.settle()
+
+
+def test_a_write_that_meets_with_an_error_of_the_device_does_not_drive_it(rig: NicRig) -> None:
+    driven: list[bool] = []
+    rig.function.on_driven = driven.append
+    with rig.function.lock:
+        writing = threading.Thread(target=rig.function.config_write, args=(4, 2, 6))
+        writing.start()
+        poll(lambda: sys._current_frames()[writing.ident or 0].f_code.co_name == "config_write")
+        rig.function._break("a test")
+        driven.clear()
+    writing.join(20)
+    assert driven == []
 
 
 def test_an_error_of_the_device_stops_it_and_is_told(rig: NicRig) -> None:

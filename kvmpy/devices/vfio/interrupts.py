@@ -17,6 +17,7 @@ from kvmpy.devices.pci.function import IntxPin
 from kvmpy.devices.vfio.device import VfioDevice
 from kvmpy.errors import HostError
 from kvmpy.host.eventfd import EventFd
+from kvmpy.host.warnings import Warnings
 from kvmpy.log import Log
 
 log = Log(__name__)
@@ -38,6 +39,7 @@ class Interrupts:
         self._vectors: dict[Kind, Sequence[int]] = {}
         self._wanted: Kind | None = None
         self._enabled = ExitStack()
+        self._warnings = Warnings(log)  # a guest can ask again and again
 
     @property
     def kind(self) -> Kind | None:
@@ -66,7 +68,7 @@ class Interrupts:
                 self._enable(kind, undo)
                 self._enabled = undo.pop_all()
         except HostError as e:
-            log.error("%s: its interrupts (%s) do not reach the guest: %s", self._name, kind.name, e)
+            self._warnings.say(f"{self._name}: its interrupts ({kind.name}) do not reach the guest: {e}")
 
     def _enable(self, kind: Kind, undo: ExitStack) -> None:
         if kind is Kind.INTX:
@@ -87,4 +89,4 @@ class Interrupts:
         try:
             self._device.disable(kind)
         except HostError as e:
-            log.error("%s: its interrupts (%s) cannot be disabled: %s", self._name, kind.name, e)
+            self._warnings.say(f"{self._name}: its interrupts ({kind.name}) cannot be disabled: {e}")

@@ -123,6 +123,7 @@ class VfioPci(PciFunction[VfioPciState]):
         self._passed: int | None = 0  # what the device's command register has of PASSED; None if it did not answer
         self._answers = self.is_closing = False
         self.is_prepared = prepared
+        self._preparing = False
         self._wanted_back = False  # by the host, which waits until it is closed
         self._reset_until: float | None = None  # how long a system reset that has begun waits for ours
         self._used = False  # the guest may have changed it since its last reset
@@ -155,8 +156,9 @@ class VfioPci(PciFunction[VfioPciState]):
         return value
 
     def config_write(self, offset: int, size: int, value: int) -> None:
-        if self._answers:
-            super().config_write(offset, size, value)
+        with self.lock:  # or it could break, and be as at power-on, between these two
+            if self._answers:
+                super().config_write(offset, size, value)
 
     def info(self) -> dict[str, Any]:
         facts = super().info()
@@ -193,7 +195,7 @@ class VfioPci(PciFunction[VfioPciState]):
         if self.is_prepared:
             then()
             return
-        self.is_prepared = True
+        self.is_prepared = self._preparing = True
         self._resetter.start(lambda: self._prepared(then))
 
     @property
@@ -203,6 +205,8 @@ class VfioPci(PciFunction[VfioPciState]):
 
     def begin_reset(self) -> bool:
         with self.lock:
+            if self._preparing:  # the guest has never had it
+                return True
             if self._reset_until is None:
                 self._quiesce()
                 self.broken = None
@@ -217,6 +221,8 @@ class VfioPci(PciFunction[VfioPciState]):
     def reset(self) -> None:
         """A system reset: the device's too, no longer than RESET_SECONDS. No vCPU runs."""
         self.begin_reset()
+        if self._preparing:
+            return
         self.await_reset()
         self._reset_until = None
         if not self._resetter.is_over:
@@ -396,6 +402,8 @@ class VfioPci(PciFunction[VfioPciState]):
         self.device.reset()
 
     def _prepared(self, then: Callable[[], object]) -> None:
+        with self.lock:
+            self._preparing = False
         if not self.is_closing:
             self._after_bus_reset()
         then()
