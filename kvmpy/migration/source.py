@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Final
 
 from kvmpy import __version__
-from kvmpy.errors import HostError, IncompatibleError, MigrationError, StreamError
+from kvmpy.errors import HostError, IncompatibleError, MigrationCancelled, MigrationError, StreamError
 from kvmpy.log import Log
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
@@ -186,16 +186,23 @@ class Outgoing:
             raise IncompatibleError(*problems)
         with progress.phase("connect"):
             connector = undo.enter_context(self._open(self._stop))
-        with progress.phase("compare"):
-            token = self._introduce(connector, check_only=False)
-        with progress.phase("page channels"):
-            if token is None:
-                return connector.main, []
-            try:
-                return connector.main, connector.open_page_channels(self._channels(connector), token)
-            except MigrationError as e:
-                connector.main.explain(e)
-                raise
+        try:
+            with progress.phase("compare"):
+                token = self._introduce(connector, check_only=False)
+            with progress.phase("page channels"):
+                return connector.main, self._open_page_channels(connector, token)
+        except MigrationCancelled as e:
+            connector.main.fail(Cancel(reason=str(e)))
+            raise
+
+    def _open_page_channels(self, connector: Connector, token: bytes | None) -> list[Channel]:
+        if token is None:
+            return []
+        try:
+            return connector.open_page_channels(self._channels(connector), token)
+        except MigrationError as e:
+            connector.main.explain(e)
+            raise
 
     def _channels(self, connector: Connector) -> int:
         return self.parameters.multifd_channels if connector.has_page_channels else 0

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,8 @@ from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
 from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.runstate import Outcome, RunState
-from kvmpy.migration import main_channel
+from kvmpy.migration import destination, main_channel
+from kvmpy.migration.description import Findings
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.intake import PageReceiver
 from kvmpy.migration.messages import Kind
@@ -214,12 +216,21 @@ def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey, 
     assert there.error == "the other side says: cancelled"
 
 
-def test_who_only_asks_does_not_wait_for_ever_for_one_who_is_at_work(journey: Journey) -> None:
-    source, there = journey.begin(x_timeout=HASTE), journey.wait_at()
-    middle = Middle(journey.socket("middle"), there.uri.removeprefix("unix:"), Kind.ACCEPT, Harm.CHATTER)
-    journey.at_end(middle.close)
-    with pytest.raises(CommandError, match="within"):
-        source.migrations.check(f"unix:{journey.socket('middle')}")
+def test_who_only_asks_does_not_wait_for_ever_for_one_who_is_at_work(
+    journey: Journey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go, compare = threading.Event(), destination.compare
+
+    def slow(*descriptions: Any, **options: bool) -> Findings:
+        if options:  # else it compares itself with itself, to get ready
+            go.wait()
+        return compare(*descriptions, **options)
+
+    monkeypatch.setattr(destination, "compare", slow)
+    source, there = journey.begin(x_timeout=HASTE), journey.wait_at(x_timeout=HASTE)
+    journey.at_end(go.set)
+    with pytest.raises(CommandError, match=r"nothing has come for|within"):
+        source.migrations.check(there.uri)
     assert source.runs
 
 
