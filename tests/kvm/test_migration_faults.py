@@ -21,7 +21,7 @@ from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
 from kvmpy.machine.pairs import Pairs
 from kvmpy.machine.runstate import Outcome, RunState
-from kvmpy.migration import destination, main_channel
+from kvmpy.migration import description, destination, main_channel
 from kvmpy.migration.description import Findings
 from kvmpy.migration.dirty import DirtyLog, DirtyPages
 from kvmpy.migration.intake import PageReceiver
@@ -219,9 +219,9 @@ def test_a_destination_whose_source_is_told_to_cancel_says_so(journey: Journey, 
 def test_who_only_asks_does_not_wait_for_ever_for_one_who_is_at_work(
     journey: Journey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    go, compare = threading.Event(), destination.compare
+    go, compare = threading.Event(), description.compare
 
-    def slow(*descriptions: Any, **options: bool) -> Findings:
+    def slow(*descriptions: Any, **options: Any) -> Findings:
         if options:  # else it compares itself with itself, to get ready
             go.wait()
         return compare(*descriptions, **options)
