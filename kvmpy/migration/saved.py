@@ -60,7 +60,7 @@ class SavedFile(FileChannel):
         self.is_kept = stat.S_ISREG(os.fstat(fd).st_mode)
 
     def settle(self) -> None:
-        self._sync(Deadline(LONGEST))
+        self._secure(Deadline(LONGEST))
 
     def finish(self) -> None:
         """Raises StreamError where it is not on the disk for sure, or, when it was read, where it goes on."""
@@ -68,7 +68,7 @@ class SavedFile(FileChannel):
             if self._whole and self.next_byte():
                 raise StreamError(f"{self.name}: goes on after the end of the stream, at byte {self.received - 1}")
             return
-        self._sync(Deadline(self.timeout))  # the last message
+        self._secure(Deadline(self.timeout))  # the last message
         try:
             if self._temporary:
                 os.rename(self._temporary, self._path)
@@ -77,7 +77,7 @@ class SavedFile(FileChannel):
         except OSError as e:
             raise self._unsure(e) from e
 
-    def _sync(self, deadline: Deadline) -> None:
+    def _secure(self, deadline: Deadline) -> None:
         """Raises StreamError where it is not on the disk, or not in time, and MigrationCancelled."""
         fd = os.dup(self.fd)  # ours may be closed before the disk has answered
 
