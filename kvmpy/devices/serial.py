@@ -121,8 +121,8 @@ class Serial16550(Device[SerialState]):
     """One COM port. ``sink`` gets what the guest sends, ``room`` says whether it takes a byte now; neither may block.
 
     ``on_room`` is called, under the lock, once the guest has emptied a receive FIFO that had refused bytes: it may only
-    post. Host side, any thread: `receive`, `drained`. After a migration call both once the guest runs: what the other
-    host was waiting for is not known here.
+    post. Host side, any thread: `receive`, `drained`. Input waits with the host until `resume`, and while paused: what
+    a fresh device had taken would be lost when another machine's state is loaded, and a saved one is not to change.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Serial16550(Device[SerialState]):
     ) -> None:
         super().__init__(name, SerialState())
         self._irq, self._sink, self._room = irq, sink, room
-        self._refused = False
+        self._refused = self._runs = False
         self.on_room: Callable[[], object] | None = None
         self.line_status = Latch(Reg.LSR, 1)
         self._follow()
@@ -139,7 +139,8 @@ class Serial16550(Device[SerialState]):
         """Take what fits of the host's input and return how many bytes that was; the rest stays with the caller."""
         with self.lock:
             s = self.state
-            taken = b"" if s.mcr & Mcr.LOOP else data[: max(self._fifo_size - len(s.rx), 0)]
+            takes = self._runs and not s.mcr & Mcr.LOOP
+            taken = data[: max(self._fifo_size - len(s.rx), 0)] if takes else b""
             s.rx += taken
             self._refused = len(taken) < len(data)
             self._follow()
@@ -218,6 +219,16 @@ class Serial16550(Device[SerialState]):
 
     def post_load(self) -> None:
         self._follow()
+
+    def pause(self) -> None:
+        with self.lock:
+            self._runs = False
+
+    def resume(self) -> None:
+        with self.lock:
+            self._runs = True
+            self.drained()  # what waits may have waited for another host, of which nobody here will say so
+            self._offer_room()
 
     @property
     def _fifo_size(self) -> int:
@@ -312,7 +323,7 @@ class Serial16550(Device[SerialState]):
         self._irq.set(level=wired and self._cause() is not Iir.NONE)
 
     def _offer_room(self) -> None:
-        if self._refused and not self.state.rx and not self.state.mcr & Mcr.LOOP:
+        if self._runs and self._refused and not self.state.rx and not self.state.mcr & Mcr.LOOP:
             self._refused = False
             if self.on_room is not None:
                 self.on_room()

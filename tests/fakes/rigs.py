@@ -23,6 +23,7 @@ from tests.fakes.rig import Parts, Rig
 
 def _serial(parts: Parts) -> Rig:
     serial = Serial16550("com1", parts.line, parts.screen.take, room=parts.screen.room)
+    serial.resume()
     rig = parts.rig(serial, 8, widest=1)
 
     def drain(count: int) -> None:

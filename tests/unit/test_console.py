@@ -134,6 +134,7 @@ def test_serial_port_behind_a_slow_backend_loses_nothing_that_its_driver_waits_f
 ) -> None:
     monkeypatch.setattr("kvmpy.host.stream.BACKLOG", 1000)
     com1 = Serial16550("com1", Line(), console.write, room=console.room)
+    com1.resume()
     drained: Inbox[None] = Inbox()
     console.connect(com1.receive, each(com1.drained, lambda: drained.put(None)))
     backend = attach_pipe(console)

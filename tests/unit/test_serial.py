@@ -10,6 +10,7 @@ from tests.fakes.host import Line, Screen
 def make(room_left: int | None = None) -> tuple[Serial16550, Driver8250, Line, Screen]:
     line, screen = Line(), Screen(room_left)
     com1 = Serial16550("com1", line, screen.take, room=screen.room)
+    com1.resume()
     return com1, Driver8250(com1), line, screen
 
 
@@ -342,3 +343,45 @@ def test_loaded_fifo_that_is_fuller_than_it_may_be_takes_nothing() -> None:
     com1.state = SerialState(rx=bytes(16))
     assert com1.receive(bytes(20)) == 0
     assert len(com1.state.rx) == 16
+
+
+def test_what_waited_for_another_host_is_sent_once_the_guest_goes_on_here() -> None:
+    source, driver, _, _ = opened(room_left=0)
+    driver.outb(IER, 0x02)
+    driver.outb(TX, ord("a"))
+    com1, driver, line, screen = make()
+    com1.pause()
+    com1.state = source.state
+    com1.post_load()
+    assert driver.inb(LSR) == 0x00
+    com1.resume()
+    assert screen.text == b"a"
+    assert driver.inb(LSR) == 0x60
+    assert line.high()
+
+
+def test_input_waits_with_the_host_until_the_guest_is_there() -> None:
+    com1, driver, _, _ = make()
+    com1.pause()
+    offers: list[str] = []
+    com1.on_room = lambda: offers.append("room")
+    assert com1.receive(b"ab") == 0
+    com1.reset()
+    com1.state, com1.state.rx = SerialState(), b"c"
+    com1.post_load()
+    com1.resume()
+    assert offers == []  # the other host's input comes first
+    assert driver.inb(RX) == ord("c")
+    assert offers == ["room"]
+    assert com1.receive(b"ab") == 1
+
+
+def test_input_that_came_while_it_was_paused_is_offered_when_it_goes_on() -> None:
+    com1, _, _, _ = make()
+    offers: list[str] = []
+    com1.on_room = lambda: offers.append("room")
+    com1.pause()
+    assert com1.receive(b"a") == 0
+    assert com1.state.rx == b""
+    com1.resume()
+    assert offers == ["room"]
