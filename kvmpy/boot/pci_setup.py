@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 
@@ -33,6 +33,19 @@ CLOSED: Final = {Space.IO: (0xF000, 0xFFF), Space.MEM32: (0xFFF0_0000, 0xF_FFFF)
 NOTHING: Final[Mapping[int, Sequence[tuple[Space, int]]]] = MappingProxyType({})
 
 
+class Placeable(Protocol):
+    """What needs addresses, in bytes."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def alignment(self) -> int: ...
+
+
+P = TypeVar("P", bound=Placeable)
+
+
 class BridgeWindow(msgspec.Struct, frozen=True):
     """What a bridge forwards: ``contents`` are placed relative to its base."""
 
@@ -53,7 +66,32 @@ class BridgeWindow(msgspec.Struct, frozen=True):
             item.place(address + offset)
 
 
-Expected = Mapping[int, Sequence[tuple[Space, int]]]
+Sizes = Sequence[tuple[Space, int]]
+Expected = Mapping[int, Sizes]
+
+
+class Behind(msgspec.Struct, frozen=True):
+    """What a port with a hot-pluggable slot has behind it: the BARs of what is in it, and of what is to come (R27)."""
+
+    port: str
+    bars: Sizes
+    expected: Sizes
+
+    def window(self, space: Space) -> Extent:
+        """What the port would forward."""
+        bars = _packed(_extents(self.bars, space), 0)
+        return Extent(f"{self.port}: the window for what is behind it", *_window_size(bars, self.expected, space))
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """Addresses that somebody needs, in bytes."""
+
+    whose: str
+    size: int
+    alignment: int
+
+    def __str__(self) -> str:
+        return self.whose
 
 
 def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int], expected: Expected = NOTHING) -> None:
@@ -71,16 +109,21 @@ def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int], expec
         if function.is_bridge:
             for space in Space:
                 _forward(function, space, *CLOSED[space])
-    for space, window in ((Space.IO, windows.io), (Space.MEM32, windows.mem32), (Space.MEM64, windows.mem64)):
-        for address, item in _packed(_contents(functions, space), window.start):
-            if address + item.size > window.stop:
-                raise HostError(
-                    f"{item}, {item.size:#x} bytes, does not fit the {space.value} window, "
-                    f"{window.start:#x} to {window.stop - 1:#x}; give the machine fewer devices or root ports"
-                )
+    for space, window in _windows(windows):
+        for address, item in _fitting(_contents(functions, space), space, window):
             item.place(address)
     for function in walk(functions):
         _enable(function, irqs)
+
+
+def require_room(windows: PciWindows, on_root: Sizes, behind: Sequence[Behind]) -> None:
+    """Whether `set_up` would find a place for all BARs of such a machine, whose bus is left as it is.
+
+    Raises HostError naming what does not fit.
+    """
+    for space, window in _windows(windows):
+        needed = [*_extents(on_root, space), *(port.window(space) for port in behind)]
+        _fitting([extent for extent in needed if extent.size], space, window)
 
 
 def space(kind: BarKind) -> Space:
@@ -102,25 +145,46 @@ def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeW
 
 def _window(bridge: Function, space: Space) -> BridgeWindow:
     contents = _packed(_contents(bridge.below, space), 0)
-    at_least = max(FOR_HOT_PLUG[space], _room(bridge.expected, space)) if bridge.hot_pluggable else 0
+    size, alignment = _window_size(contents, bridge.expected if bridge.hot_pluggable else None, space)
+    return BridgeWindow(bridge, space, contents, size, alignment)
+
+
+def _window_size(contents: Sequence[tuple[int, Placeable]], expected: Sizes | None, space: Space) -> tuple[int, int]:
+    """Of a bridge with ``contents``, and its alignment; ``expected`` is None where nothing can be plugged in."""
+    at_least = 0 if expected is None else max(FOR_HOT_PLUG[space], _room(expected, space))
     granularity = GRANULARITY[space]
     end = max((offset + item.size for offset, item in contents), default=0)
-    return BridgeWindow(
-        bridge,
-        space,
-        contents,
-        size=_aligned(max(end, at_least), granularity),
-        alignment=max(granularity, at_least, *(item.alignment for _, item in contents)),
-    )
+    size = _aligned(max(end, at_least), granularity)
+    return size, max(granularity, at_least, *(item.alignment for _, item in contents))
 
 
-def _room(expected: Sequence[tuple[Space, int]], space: Space) -> int:
+def _room(expected: Sizes, space: Space) -> int:
     """A power of two in which those BARs find their places, and aligned to it the largest of them does."""
     needed = sum(size for where, size in expected if where is space)
     return 1 << (needed - 1).bit_length() if needed else 0
 
 
-def _packed(items: Sequence[Bar | BridgeWindow], start: int) -> Sequence[tuple[int, Bar | BridgeWindow]]:
+def _extents(bars: Sizes, space: Space) -> list[Extent]:
+    return [Extent("a BAR", size, size) for where, size in bars if where is space]
+
+
+def _windows(windows: PciWindows) -> Sequence[tuple[Space, range]]:
+    return (Space.IO, windows.io), (Space.MEM32, windows.mem32), (Space.MEM64, windows.mem64)
+
+
+def _fitting(items: Sequence[P], space: Space, window: range) -> Sequence[tuple[int, P]]:
+    """Each with its address in ``window``. Raises HostError naming the one that has none there."""
+    placed = _packed(items, window.start)
+    for address, item in placed:
+        if address + item.size > window.stop:
+            raise HostError(
+                f"{item}, {item.size:#x} bytes, does not fit the {space.value} window, "
+                f"{window.start:#x} to {window.stop - 1:#x}; give the machine fewer devices or root ports"
+            )
+    return placed
+
+
+def _packed(items: Sequence[P], start: int) -> Sequence[tuple[int, P]]:
     """Each of ``items`` with its address, from ``start`` on."""
     placed = []
     for item in sorted(items, key=lambda item: (item.alignment, item.size), reverse=True):

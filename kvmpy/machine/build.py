@@ -36,7 +36,7 @@ from kvmpy.kvm.vfio import VfioGroups
 from kvmpy.kvm.vm import MemorySlots, Vm
 from kvmpy.machine import layout, processor
 from kvmpy.machine.check import huge_page, located, mmio64, placed
-from kvmpy.machine.inventory import Inventory
+from kvmpy.machine.inventory import Inventory, Plugged
 from kvmpy.machine.plug import Host, Plugger, Report
 from kvmpy.memory import GuestMemory, Ram
 
@@ -93,18 +93,29 @@ class Board(msgspec.Struct, frozen=True):
         with self.pci.lock:
             pci_setup.set_up(self.pci, self.pci_windows, layout.PCI_IRQS, self._expected())
 
+    def require_room(self, more: Plugged) -> None:
+        """Raises HostError where `set_up_pci`, at the guest's next reboot, would have no place for ``more``."""
+        there = (*self.inventory.plugged.values(), more)
+        on_root = [size for plugged in there if plugged.table.bus not in self.ports for size in _sizes(plugged)]
+        behind = []
+        for port in self.ports:
+            found = [plugged for plugged in there if plugged.table.bus == port]
+            bars = [size for plugged in found if plugged.standby is None for size in _sizes(plugged)]
+            expected = [size for plugged in found if plugged.standby is not None for size in _sizes(plugged)]
+            behind.append(pci_setup.Behind(str(port), bars, expected))
+        pci_setup.require_room(self.pci_windows, on_root, behind)
+
     def _expected(self) -> pci_setup.Expected:
-        """The BARs of failover primaries that are in no slot yet."""
+        """The BARs of failover primaries, whether or not they are in their slots yet."""
         places = {
             function.name: device << 3 | number for bus, device, number, function in self.pci.functions() if not bus
         }
         hidden = [plugged for plugged in self.inventory.plugged.values() if plugged.standby is not None]
-        return {
-            places[str(plugged.table.bus)]: [
-                (pci_setup.space(bar.kind), bar.size) for bar in plugged.function.bars.values()
-            ]
-            for plugged in hidden
-        }
+        return {places[str(plugged.table.bus)]: _sizes(plugged) for plugged in hidden}
+
+
+def _sizes(plugged: Plugged) -> pci_setup.Sizes:
+    return [(pci_setup.space(bar.kind), bar.size) for bar in plugged.function.bars.values()]
 
 
 def build(

@@ -207,6 +207,10 @@ class HotPlug:
     def _plug(self, plugged: Plugged) -> None:
         machine = self._machine
         machine.require_changeable()  # a migration may have begun while the host was at work
+        try:
+            machine.board.require_room(plugged)
+        except HostError as e:
+            raise CommandError(f"Device '{plugged.table.id}': a guest that reboots has no room for it: {e}") from e
         port = self._ports[str(plugged.table.bus)]
         self._inventory.add(plugged)
         try:

@@ -16,9 +16,11 @@ import pytest
 
 from kvmpy.config.schema import load
 from kvmpy.devices.pci import slot
+from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.virtio.blk import VirtioBlk
 from kvmpy.errors import CommandError
 from kvmpy.kvm.system import System
+from kvmpy.machine.inventory import Plugged
 from kvmpy.machine.machine import Machine
 from kvmpy.monitor.ports import SpareInfo, root_ports, spare
 from tests.counts import count
@@ -191,6 +193,26 @@ def test_a_device_can_be_removed_with_an_answer_due_and_added_again_at_once(rig:
         for _ in range(4):
             driver.submit(0, [bytes(16)], [512, 1])
         rig.remove("vd1", "root2")
+
+
+def test_a_device_that_would_have_no_room_at_a_reboot_is_refused(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugger = rig.machine.board.plugger
+    make = plugger.make
+
+    def large(table: Any, config: Any) -> Plugged:
+        plugged = make(table, config)
+        plugged.function.add_bar(2, 8 << 30, BarKind.MEM64_PREFETCHABLE, plugged.function)
+        return plugged
+
+    monkeypatch.setattr(plugger, "make", large)
+    before = footprint()
+    said = rig.refused(RNG)
+    assert said.startswith("Device 'rng1': a guest that reboots has no room for it: root1: the window")
+    assert footprint() == before
+    monkeypatch.undo()
+    rig.machine.request_reset()
+    rig.events.wait_until(lambda items: "RESET" in [event for event, _ in items])
+    rig.machine.device_add(RNG)
 
 
 def test_a_device_is_taken_away_by_force(rig: Rig) -> None:

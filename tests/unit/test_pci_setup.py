@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmpy.boot.pci_scan import Space
-from kvmpy.boot.pci_setup import set_up
+from kvmpy.boot.pci_setup import Behind, Sizes, require_room, set_up
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.errors import HostError
@@ -379,3 +380,50 @@ def test_r27_one_that_does_not_fit_is_a_problem_of_the_start() -> None:
     config = FakeConfigSpace({0: FakeFunction(), 1 << 3: bridge(hot_plug=True)})
     with pytest.raises(HostError, match=r"PCI 00:01\.0: the window for what is behind it, 0x400000000 bytes"):
         set_up(config, WINDOWS, IRQS, {1 << 3: [(Space.MEM64, 16 * GIB)]})
+
+
+KINDS = {Space.IO: IO, Space.MEM32: MEM32, Space.MEM64: MEM64_PREFETCHABLE}
+SIZES = st.lists(
+    st.one_of(
+        st.tuples(st.just(Space.IO), st.sampled_from([32, 16 * KIB])),
+        st.tuples(st.just(Space.MEM32), st.sampled_from([4 * KIB, 16 * MIB, 256 * MIB])),
+        st.tuples(st.just(Space.MEM64), st.sampled_from([16 * KIB, GIB, 2 * GIB, 8 * GIB])),
+    ),
+    max_size=3,
+)
+
+
+def with_bars(sizes: Sizes) -> FakeFunction:
+    places = itertools.count(0, 2)
+    return FakeFunction({next(places): (KINDS[space], size) for space, size in sizes})
+
+
+@given(SIZES, st.lists(st.tuples(SIZES, st.booleans()), max_size=4))
+def test_whether_there_is_room_is_known_before(on_root: Sizes, behind: list[tuple[Sizes, bool]]) -> None:
+    ports = {
+        number << 3: bridge([] if is_expected else [with_bars(sizes)], hot_plug=True)
+        for number, (sizes, is_expected) in enumerate(behind, 2)
+    }
+    expected = {number << 3: sizes for number, (sizes, is_expected) in enumerate(behind, 2) if is_expected}
+    config = FakeConfigSpace({0: FakeFunction(), 1 << 3: with_bars(on_root), **ports})
+    asked = [Behind("root1", () if late else sizes, sizes if late else ()) for sizes, late in behind]
+    assert problem(lambda: set_up(config, WINDOWS, IRQS, expected)) == problem(
+        lambda: require_room(WINDOWS, on_root, asked)
+    )
+
+
+def problem(attempt: Callable[[], None]) -> str:
+    """What does not fit where; whose it is they say differently."""
+    try:
+        attempt()
+    except HostError as e:
+        return str(e).partition(", ")[2]
+    return ""
+
+
+def test_what_has_no_room_is_told_by_its_port() -> None:
+    behind = [Behind("root1", [(Space.MEM64, 2 * GIB)], ()), Behind("root2", (), ())]
+    require_room(WINDOWS, [(Space.MEM64, 16 * KIB)], behind)
+    wider = [*behind, Behind("root3", (), [(Space.MEM64, 16 * GIB)])]
+    with pytest.raises(HostError, match=r"^root3: the window for what is behind it, 0x400000000 bytes, does not fit"):
+        require_room(WINDOWS, [(Space.MEM64, 16 * KIB)], wider)
