@@ -160,7 +160,11 @@ class HostFunction:
         for use in uses(function):
             subject = "" if use.what == self.address else f"{use.what} "
             log.warning("%s: is taken from the host, though %s%s", self.address, subject, use.how)
-        self._note(rebound=True, driver=function.driver, override=function.override)
+        # Of one that could not be given back since, the record says what it had before that.
+        driver, override = function.driver or self._record.driver, function.override
+        if self._record.rebound and override == VFIO_PCI:
+            override = self._record.override
+        self._note(rebound=True, driver=driver, override=override)
         try:
             function.set_override(VFIO_PCI)
             function.unbind()

@@ -331,8 +331,8 @@ class Pairing:
     def _insert(self, primary: Plugged) -> None:
         if self.primary is not primary or self.pair.state is not PairState.PLUGGING or not self.is_hidden:
             return  # a reset, a migration or its end has come in between
-        if primary.steering is not None:
-            primary.steering.mac = None if self.standby is None else self.standby.mac
+        if primary.steering is not None and self.standby is not None:  # else it keeps what it had of the last
+            primary.steering.mac = self.standby.mac
         self.port.insert(primary.function)
 
     def _warn(self, text: str) -> None:

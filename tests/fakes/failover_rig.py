@@ -131,7 +131,7 @@ class FailoverRig:
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.addresses: dict[str, list[str | None]] = {}
         self.carry_fails: Exception | None = None
-        self.cards: dict[str, Card] = {}
+        self.cards: dict[str, SteeredCard] = {}
         self.switches: dict[str, FakePort] = {}
         self.program = FakeProgram()
         self._free = iter(range(PORTS + 1, 32))
@@ -149,7 +149,9 @@ class FailoverRig:
                 self.pci.add(plugged.function, next(self._free))
             elif plugged.standby is None:
                 self.ports[table.bus].plug(plugged.function)
-        self.board: Any = SimpleNamespace(inventory=inventory, ports=self.ports, plugger=self, pci=self.pci.root)
+        self.board: Any = SimpleNamespace(
+            inventory=inventory, ports=self.ports, plugger=self, pci=self.pci.root, require_room=lambda more: None
+        )
         self.on_unasked: Callable[[PciFunction[Any]], object] = lambda function: None
         self.hotplug = HotPlug(self)
         for part in inventory.devices:

@@ -202,6 +202,21 @@ def test_r40_one_that_was_away_is_on_its_way_back_when_that_is_said(rig: Failove
     assert rig.told(PLUGGED, DELETED) == [(PLUGGED, "primary0")]
 
 
+def test_one_that_comes_back_where_its_standby_was_unplugged_has_its_address_still(rig: FailoverRig) -> None:
+    address = rig.pair().standby_mac
+    rig.cards["primary0"].steering.drive(True)
+    rig.settle()
+    rig.remove("standby0")
+    rig.pass_()
+    rig.departure.begin()
+    rig.cards["primary0"].steering.drive(False)
+    rig.pass_()
+    assert came_back(rig) == ["primary0 is plugged in again"]
+    rig.cards["primary0"].steering.drive(True)
+    rig.settle()
+    assert rig.addresses["primary0"] == [address, None, address]
+
+
 def test_r39_a_guest_that_answers_when_nobody_waits_any_more_keeps_it(rig: FailoverRig) -> None:
     guest = rig.guests["root2"]
     rig.departure.begin()

@@ -346,6 +346,17 @@ def test_function_whose_driver_is_gone_is_kept_for_the_next_start(
     assert os.listdir(run) == []
 
 
+def test_function_that_could_not_be_given_back_is_when_it_was_claimed_again(sysfs: FakeSysfs, run: str) -> None:
+    function = claim(sysfs, run)
+    (sysfs.drivers / "e1000e").rename(sysfs.sys / "unloaded")
+    function.close()
+    again = claim(sysfs, run)
+    (sysfs.sys / "unloaded").rename(sysfs.drivers / "e1000e")
+    again.close()
+    assert sysfs.state(NIC) == ("e1000e", UNSET)
+    assert os.listdir(run) == []
+
+
 @pytest.mark.parametrize(
     "content",
     [
