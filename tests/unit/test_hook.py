@@ -95,6 +95,20 @@ def test_one_that_fails_says_how_and_the_next_run_is_as_ever(program: Callable[[
     hook.close()
 
 
+def test_parent_that_ignores_its_children_does_not_matter(program: Callable[[str], str]) -> None:
+    path = program(f'{SAY}; [ "$1" != standby ] || exit 3')
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        hook = Hook(path, "web1")
+        hook.run("net1", "primary", FACTS)
+        with pytest.raises(HostError, match="exit code 3"):
+            hook.run("net1", "standby", FACTS)
+        hook.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert [line.split()[0] for line in said(path)] == ["primary", "standby", "none"]
+
+
 def test_one_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     hook = Hook(str(tmp_path / "nothing"), "web1")
     with pytest.raises(HostError, match="ENOENT: cannot be run: it must be an executable file"):
