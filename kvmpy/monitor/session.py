@@ -186,7 +186,7 @@ class Session:
     # Messages
 
     def _send_traced(self, data: dict[str, Any]) -> bool:
-        if self._stream.full:
+        if self._stream.unsent:  # the backlog is for what is not lost: replies and events
             return False
         self._send(protocol.event("TRACE", data, time.time_ns()))
         return True
