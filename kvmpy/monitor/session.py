@@ -69,13 +69,15 @@ class Session:
     def close(self) -> None:
         """Hang up; closing twice is allowed."""
         self._closed = True
-        self._requests.clear()
-        self._stream.close()
-        self.descriptors.close()
-        if self._feed is not None:
-            self._feed.close()
-        with contextlib.suppress(ValueError):
-            self._forget(self)
+        try:
+            self._requests.clear()
+            self._stream.close()
+            self.descriptors.close()
+            if self._feed is not None:
+                self._feed.close()
+        finally:
+            with contextlib.suppress(ValueError):
+                self._forget(self)
 
     def send_event(self, message: bytes) -> None:
         """Tell the client, once it has negotiated."""

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import fields
 
-from kvmpy import __version__
+from kvmpy import __version__, trace
 from kvmpy.errors import CommandError, HostError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
@@ -384,6 +384,24 @@ def test_a_session_hears_the_tracepoints_it_asked_for_and_no_other_does(connect:
     curious.close()
     settle(machine.control)
     assert not point
+
+
+def test_a_session_whose_end_goes_wrong_is_forgotten_all_the_same(
+    connect: Connect, server: MonitorServer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Tracepoint("test.end", "")
+    client = connect()
+    client.ask({"execute": "trace", "arguments": {"name": "test.end"}})
+
+    def fail(_: object) -> None:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "disable", fail)
+        client.close()
+        settle(machine.control)
+    point.clear()
+    assert server._sessions == []
 
 
 def test_a_client_that_traces_more_slowly_than_the_machine_loses_lines_and_not_its_session(
