@@ -116,6 +116,17 @@ def test_one_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     hook.close()
 
 
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (40, "signal 40")])
+def test_one_that_is_killed_says_by_which_signal_though_it_has_no_name(
+    program: Callable[[str], str], number: int, name: str
+) -> None:
+    path = program(f'[ "$1" = none ] || kill -{number} $$')
+    hook = Hook(path, "web1")
+    with pytest.raises(HostError, match=f"killed by {name}"):
+        hook.run("net1", "primary", FACTS)
+    hook.close()
+
+
 def test_one_that_does_not_end_is_killed_with_all_it_started(program: Callable[[str], str], tmp_path: Path) -> None:
     path = program('sleep 1000 & echo $! >"$0.log"; wait')
     runner = Runner(path, "web1", limit=0.5)
