@@ -10,6 +10,8 @@ import sys
 def main() -> int:
     """Run one command; returns the exit code."""
     open_missing_streams()
+    # Who started us may ignore it, and so would we: the kernel would keep from us how the processes we start end.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         from kvmpy.cli.main import main as run_command
 

@@ -21,6 +21,7 @@ that escapes is a bug of ours and shows a traceback.
 from __future__ import annotations
 
 import errno
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -37,6 +38,14 @@ ADVICE: Final = {
 def errno_name(number: int) -> str:
     """The symbol of an errno: 13 is "EACCES"; an unknown one is its number."""
     return errno.errorcode.get(number, str(number))
+
+
+def signal_name(number: int) -> str:
+    """A signal's name: 9 is "SIGKILL", 40, which has none, "signal 40"."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def refusal(number: int | None, what: str, advice: str = "") -> str:

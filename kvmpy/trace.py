@@ -20,6 +20,7 @@ from typing import Final
 Sink = Callable[[str], object]
 
 _all: Final[dict[str, Tracepoint]] = {}
+"""Gone through as a copy: a thread that imports a module declares some at any time."""
 _enabled: Final[list[tuple[str, Sink]]] = []
 _watchers: Final[list[Callable[[], object]]] = []
 _telling: Final = threading.Lock()
@@ -52,7 +53,7 @@ def enable(glob: str, sink: Sink) -> list[str]:
 
     Those declared later obey it too, unless it matched none now.
     """
-    matched = [point for name, point in _all.items() if fnmatch.fnmatchcase(name, glob)]
+    matched = [point for name, point in list(_all.items()) if fnmatch.fnmatchcase(name, glob)]
     if matched and (glob, sink) not in _enabled:
         _enabled.append((glob, sink))
     for point in matched:
@@ -65,7 +66,7 @@ def enable(glob: str, sink: Sink) -> list[str]:
 def disable(sink: Sink) -> None:
     """Stop sending anything to ``sink``."""
     _enabled[:] = [entry for entry in _enabled if entry[1] != sink]  # a bound method is a new object each time
-    for point in _all.values():
+    for point in list(_all.values()):
         while sink in point:
             point.remove(sink)
     _tell()

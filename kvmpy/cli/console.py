@@ -15,7 +15,7 @@ from kvmpy.cli.client import find
 from kvmpy.cli.main import tell
 from kvmpy.errors import HostError, errno_name
 from kvmpy.host import rundir
-from kvmpy.host.terminal import EscapeFilter, RawTerminal, heeded, in_background, reopen
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, blocking_as_before, heeded, in_background, reopen
 
 STDIN, STDOUT = 0, 1
 CHUNK: Final = 4096
@@ -37,17 +37,17 @@ def console(args: argparse.Namespace) -> int:
             raise HostError(f"{path}: {errno_name(e.errno or 0)}: the machine does not answer; is it ending?") from e
         caught = _catch_signals()
         wire.setblocking(False)
-        screen, blocking = reopen(STDOUT, os.O_WRONLY), os.get_blocking(STDOUT)
         if in_background(STDIN):
             tell(f"kvmpy: the console of {args.name} is stopped until it is brought to the foreground (fg)")
-        try:
-            with RawTerminal(STDIN):
-                _say(screen, f"{args.name}: attached; Ctrl-A x leaves, Ctrl-A h helps")
-                left = _shuttle(wire, screen, caught)
-                _say(screen, "" if left else f"{args.name}: the machine has ended")
-        finally:
-            os.close(screen)
-            os.set_blocking(STDOUT, blocking)  # where it cannot be opened afresh
+        with blocking_as_before(STDOUT):
+            screen = reopen(STDOUT, os.O_WRONLY)
+            try:
+                with RawTerminal(STDIN):
+                    _say(screen, f"{args.name}: attached; Ctrl-A x leaves, Ctrl-A h helps")
+                    left = _shuttle(wire, screen, caught)
+                    _say(screen, "" if left else f"{args.name}: the machine has ended")
+            finally:
+                os.close(screen)
     return 0
 
 

@@ -35,4 +35,5 @@ def spawn(module: str, control: int, *arguments: str) -> int:
         ),
         setsid=True,
         setsigmask=BLOCKED,
+        setsigdef=(signal.SIGCHLD,),  # a program that uses us may ignore it, and a companion waits for what it starts
     )

@@ -134,6 +134,6 @@ class Hook:
             try:
                 if os.waitpid(self._pid, os.WNOHANG)[0]:
                     return
-            except ChildProcessError:  # who started us ignores SIGCHLD, so do we, and the kernel has reaped it
+            except ChildProcessError:  # a program that uses us ignores SIGCHLD, and the kernel has reaped it
                 return
             time.sleep(REAP_POLL)

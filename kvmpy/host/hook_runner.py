@@ -20,7 +20,7 @@ import socket
 import sys
 from typing import Any, Final
 
-from kvmpy.errors import errno_name
+from kvmpy.errors import errno_name, signal_name
 from kvmpy.host.companion import BLOCKED, CONTROL
 from kvmpy.host.hook import LONGEST_LINE, NOWHERE, RUN_LIMIT
 
@@ -78,7 +78,7 @@ class Runner:
         if not ended:
             return f"killed, for it had not ended in {self._limit:g} s"
         if code < 0:
-            return f"killed by {signal.Signals(-code).name}"
+            return f"killed by {signal_name(-code)}"
         return f"exit code {code}; what it wrote is on standard error" if code else ""
 
 

@@ -291,7 +291,7 @@ class Network:
         while time.monotonic() < deadline:
             try:
                 pid, status = os.waitpid(self.pid, os.WNOHANG)
-            except ChildProcessError:  # who started us ignores SIGCHLD, so do we, and the kernel has reaped it
+            except ChildProcessError:  # a program that uses us ignores SIGCHLD, and the kernel has reaped it
                 return ""
             if pid:
                 code = os.waitstatus_to_exitcode(status)

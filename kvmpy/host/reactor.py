@@ -80,12 +80,14 @@ class Reactor:
         return ReactorTimer(self, callback)
 
     def start(self) -> None:
-        """Run the loop in a thread of its own, named after the reactor."""
-        self.thread = threading.Thread(target=self.run, name=self.name, daemon=True)
-        self.thread.start()
+        """Run the loop in a thread of its own, named after the reactor. Raises RuntimeError where there is none."""
+        thread = threading.Thread(target=self.run, name=self.name, daemon=True)
+        thread.start()
+        self.thread = thread  # not before, or who is refused one would be waited for
 
     def run(self) -> None:
         """Serve until `stop`."""
+        self.thread = threading.current_thread()
         while not self._ending:
             for fd, events in self._epoll.poll(self._until_next_timer()):
                 if fd == self._wake.fd:

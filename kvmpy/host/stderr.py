@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final, TextIO, cast
 
-from kvmpy.host.terminal import reopen
+from kvmpy.host.terminal import blocking_as_before, reopen
 
 STDERR: Final = 2
 
@@ -82,17 +82,16 @@ class LossyText(io.TextIOBase):
 @contextmanager
 def lossy_stderr() -> Iterator[None]:
     """Within, `sys.stderr` and the logging that goes there drop what they cannot write."""
-    ordinary, blocking = sys.stderr, os.get_blocking(STDERR)
+    ordinary = sys.stderr
     ordinary.flush()
-    lossy = cast(TextIO, LossyText(reopen(STDERR, os.O_WRONLY)))
-    _redirect(ordinary, lossy)
-    try:
-        yield
-    finally:
-        _redirect(lossy, ordinary)
-        lossy.close()
-        # What cannot be opened afresh, such as a socket, is one with the descriptor that others have.
-        os.set_blocking(STDERR, blocking)
+    with blocking_as_before(STDERR):
+        lossy = cast(TextIO, LossyText(reopen(STDERR, os.O_WRONLY)))
+        _redirect(ordinary, lossy)
+        try:
+            yield
+        finally:
+            _redirect(lossy, ordinary)
+            lossy.close()
 
 
 def _redirect(before: TextIO, after: TextIO) -> None:

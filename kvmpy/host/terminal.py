@@ -16,7 +16,7 @@ import os
 import signal
 import stat
 import termios
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Final, Self
 
@@ -29,6 +29,7 @@ def reopen(fd: int, flags: int) -> int:
     """A descriptor for what ``fd`` is that does not block; /dev/null where ``fd`` is closed.
 
     A terminal or pipe is opened afresh. A regular file never blocks, and opened afresh it would begin at its start.
+    What cannot be opened afresh, such as a socket, is made not to block for all that have it: see `blocking_as_before`.
     """
     try:
         kind = os.fstat(fd).st_mode
@@ -41,6 +42,21 @@ def reopen(fd: int, flags: int) -> int:
     if not stat.S_ISREG(kind):
         os.set_blocking(copy, False)
     return copy
+
+
+@contextlib.contextmanager
+def blocking_as_before(*fds: int) -> Iterator[None]:
+    """Afterwards ``fds`` block their other users as they did, whatever `reopen` had to do to them."""
+    before = {}
+    for fd in fds:
+        with contextlib.suppress(OSError):  # it is closed
+            before[fd] = os.get_blocking(fd)
+    try:
+        yield
+    finally:
+        for fd, blocking in before.items():
+            with contextlib.suppress(OSError):
+                os.set_blocking(fd, blocking)
 
 
 def heeded(numbers: Iterable[signal.Signals]) -> list[signal.Signals]:

@@ -30,7 +30,7 @@ from kvmpy.config.schema import Config
 from kvmpy.errors import CommandError, HostError, KvmpyError, Problems, VcpuError
 from kvmpy.host.console import Console
 from kvmpy.host.reactor import Reactor
-from kvmpy.host.terminal import reopen
+from kvmpy.host.terminal import blocking_as_before, reopen
 from kvmpy.kvm import vcpu_state
 from kvmpy.kvm.exits import Exit, TripleFault
 from kvmpy.kvm.tsc import load_tsc
@@ -124,6 +124,8 @@ class Machine:
             self.control = Reactor("control")
             resources.callback(self.control.close)
             self._changes = Changes(self.control)
+            if config.console.serial.kind == "stdio":
+                resources.enter_context(blocking_as_before(STDIN[0], STDOUT[0]))
             self.console = Console(self._io)
             resources.callback(self.console.close)
             self.pty = self._open_console()

@@ -8,7 +8,7 @@ import signal
 from contextlib import suppress
 from typing import Final
 
-from kvmpy.errors import MigrationError, StreamError, refusal
+from kvmpy.errors import MigrationError, StreamError, refusal, signal_name
 from kvmpy.migration.channel import READ, FileChannel
 from kvmpy.migration.stop import Deadline, Stop
 
@@ -82,7 +82,7 @@ class CommandChannel(FileChannel):
         if not self._status:
             return ""
         if self._status < 0:
-            return f"was killed by {signal.Signals(-self._status).name}"
+            return f"was killed by {signal_name(-self._status)}"
         return f"has failed with status {self._status}"
 
     def _reap(self) -> None:

@@ -7,8 +7,8 @@ can go by the next.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 log = Log(__name__)
 
 NOT_GIVEN_BACK: Final = "migration: the guest has moved, and not all is given back that it took: %s"
+ENDED: Final = "the machine has ended"
 BUSY: Final = "the machine is being migrated; wait until that is over, or cancel it (migrate_cancel)"
 
 
@@ -59,6 +60,8 @@ class Migrations:
         self._outgoing: Outgoing | None = None
         self._cancelled = False
         self._incoming_stop: Stop | None = None
+        self._checks: set[Outgoing] = set()
+        self._no_checks = False
         self.parameters = Parameters(tls_creds=str(machine.config.migration.tls_creds or ""))
         self.capabilities = dict(CAPABILITIES)
         self.progress = self._arriving = self._new_progress()
@@ -113,9 +116,17 @@ class Migrations:
                 return Findings(self._machine.handoff.blockers(), [])
             progress = Progress(self._machine.board.memory.size)
             try:
-                return self._outgoing_to(uri, fds, progress, asking=True).check()
+                with self._abandonable(self._outgoing_to(uri, fds, progress, asking=True)) as outgoing:
+                    return outgoing.check()
             except (MigrationError, HostError) as e:
                 raise CommandError(str(e)) from e
+
+    def end_checks(self) -> None:
+        """Nobody waits for an answer any more: each `check` under way fails, and those to come."""
+        with self._lock:
+            self._no_checks = True
+            for outgoing in self._checks:
+                outgoing.abandon(ENDED)
 
     def incoming(self, uri: str, fds: Offer = NOTHING) -> None:
         """Wait at ``uri`` for a machine that comes. Raises CommandError, also where nobody can listen there."""
@@ -181,10 +192,11 @@ class Migrations:
 
     def close(self) -> None:
         """The machine has ended: what goes on does so, too."""
+        self.end_checks()
         if (stop := self._incoming_stop) is not None:
-            stop.set("the machine has ended")
+            stop.set(ENDED)
         if (outgoing := self._outgoing) is not None:
-            outgoing.abandon("the machine has ended")
+            outgoing.abandon(ENDED)
         if (thread := self._thread) is not None:
             thread.join()
 
@@ -307,6 +319,19 @@ class Migrations:
 
     def _abort(self, outgoing: Outgoing, reason: str) -> None:
         outgoing.cancel(f"the machine has ended ({reason})")
+
+    @contextmanager
+    def _abandonable(self, outgoing: Outgoing) -> Iterator[Outgoing]:
+        """Have `end_checks` end it, also one that has come before."""
+        with self._lock:
+            self._checks.add(outgoing)
+            if self._no_checks:
+                outgoing.abandon(ENDED)
+        try:
+            yield outgoing
+        finally:
+            with self._lock:
+                self._checks.discard(outgoing)
 
     def _effective(self) -> Parameters:
         if self.capabilities[Capability.MULTIFD]:

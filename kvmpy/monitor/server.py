@@ -75,6 +75,7 @@ class MonitorServer:
                 done.wait()
         except RuntimeError:  # the loop has ended: nobody is at it any more
             self._hang_up(done)
+        self._migrations.end_checks()  # another host need not ever answer
         self._workers.close()
 
     def _hang_up(self, done: threading.Event) -> None:

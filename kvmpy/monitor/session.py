@@ -69,13 +69,15 @@ class Session:
     def close(self) -> None:
         """Hang up; closing twice is allowed."""
         self._closed = True
-        self._requests.clear()
-        self._stream.close()
-        self.descriptors.close()
-        if self._feed is not None:
-            self._feed.close()
-        with contextlib.suppress(ValueError):
-            self._forget(self)
+        try:
+            self._requests.clear()
+            self._stream.close()
+            self.descriptors.close()
+            if self._feed is not None:
+                self._feed.close()
+        finally:
+            with contextlib.suppress(ValueError):
+                self._forget(self)
 
     def send_event(self, message: bytes) -> None:
         """Tell the client, once it has negotiated."""
@@ -186,7 +188,7 @@ class Session:
     # Messages
 
     def _send_traced(self, data: dict[str, Any]) -> bool:
-        if self._stream.full:
+        if self._stream.unsent:  # the backlog is for what is not lost: replies and events
             return False
         self._send(protocol.event("TRACE", data, time.time_ns()))
         return True

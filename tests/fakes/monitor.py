@@ -57,6 +57,7 @@ class FakeMachine:
         )
         self.handoff = SimpleNamespace(blockers=list, at_close=lambda close: None)
         self.pairs: list[Any] = []
+        self.departure = None
         self.boot = SimpleNamespace(description="Linux 6.1")
         self.config = SimpleNamespace(
             console=SimpleNamespace(serial=Backend("stdio")),

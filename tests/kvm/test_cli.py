@@ -643,6 +643,18 @@ def test_a_second_signal_while_the_first_unwinds_leaves_the_cleanup_alone() -> N
 # Output
 
 
+def test_a_socket_that_others_use_blocks_them_again_afterwards(run: Start) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        process = run(ECHO, stdin=theirs, stdout=theirs)
+        assert ours.recv(1) == b"K"
+        assert not os.get_blocking(theirs.fileno())
+        ours.send(b"Q")
+        assert process.wait(PATIENCE) == 0
+        assert os.get_blocking(theirs.fileno())
+
+
 def test_a_slow_reader_gets_every_byte(run: Start) -> None:
     size = count(90_000, 400_000)  # more than the pipe and kvmpy's own backlog hold
     reader, writer = os.pipe()
@@ -1037,6 +1049,19 @@ def test_a_console_is_left_though_the_guest_reads_nothing(start: Start, run: Sta
     assert process.wait(PATIENCE) == 0
     assert main(["stop", "m"]) == 0
     assert machine.wait(PATIENCE) == 0
+
+
+@pytest.mark.usefixtures("stopped")
+def test_console_leaves_a_socket_that_others_use_blocking_them(start: Start, terminal: Terminal) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.settimeout(PATIENCE)
+        process = start("console", "m", terminal=terminal, stdout=theirs)
+        assert ours.recv(100).startswith(b"\nm: attached")
+        assert not os.get_blocking(theirs.fileno())
+        terminal.type(CTRL_A + b"x")
+        assert process.wait(PATIENCE) == 0
+        assert os.get_blocking(theirs.fileno())
 
 
 def test_a_console_is_left_though_nobody_reads_its_output(start: Start, stopped: Process, terminal: Terminal) -> None:

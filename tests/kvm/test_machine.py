@@ -20,6 +20,7 @@ from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import Outcome, RunState
 from kvmpy.monitor.server import MonitorServer
 from tests.counts import count
+from tests.fakes.loop import BOUND, open_descriptors
 from tests.fakes.pvh_kernel import POWER_OFF, pvh_kernel
 
 SPIN = b"\xeb\xfe"
@@ -213,6 +214,37 @@ def test_a_device_that_raises_costs_the_access_and_not_the_machine(
         assert machine.wait(60) is Outcome.POWER_OFF
         assert machine.threads[0].faults == 1
     assert "a bug" in caplog.text
+
+
+@pytest.mark.parametrize("loop", ["control", "io"])
+def test_a_loop_that_is_refused_its_thread_is_the_hosts_fault_and_all_is_given_back(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, loop: str
+) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == loop:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    before = open_descriptors()
+    machine = Machine(make_config(SPIN, "machine.cpus=2"))
+    server = MonitorServer(machine, str(tmp_path / "qmp.sock"))
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HostError, match="EAGAIN: no thread for each of 2 vCPUs"):
+            machine.start()
+
+    def close() -> None:
+        server.close()
+        machine.close()
+
+    closing = threading.Thread(target=close, daemon=True)
+    closing.start()
+    closing.join(BOUND)
+    assert not closing.is_alive()
+    assert open_descriptors() == before
+    assert not any(thread.is_alive() for thread in machine.threads)
 
 
 def test_more_vcpus_than_kvm_has_is_a_configuration_error(

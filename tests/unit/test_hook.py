@@ -95,9 +95,34 @@ def test_one_that_fails_says_how_and_the_next_run_is_as_ever(program: Callable[[
     hook.close()
 
 
+def test_parent_that_ignores_its_children_does_not_matter(program: Callable[[str], str]) -> None:
+    path = program(f'{SAY}; [ "$1" != standby ] || exit 3')
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        hook = Hook(path, "web1")
+        hook.run("net1", "primary", FACTS)
+        with pytest.raises(HostError, match="exit code 3"):
+            hook.run("net1", "standby", FACTS)
+        hook.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert [line.split()[0] for line in said(path)] == ["primary", "standby", "none"]
+
+
 def test_one_that_cannot_be_run_says_so(tmp_path: Path) -> None:
     hook = Hook(str(tmp_path / "nothing"), "web1")
     with pytest.raises(HostError, match="ENOENT: cannot be run: it must be an executable file"):
+        hook.run("net1", "primary", FACTS)
+    hook.close()
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (40, "signal 40")])
+def test_one_that_is_killed_says_by_which_signal_though_it_has_no_name(
+    program: Callable[[str], str], number: int, name: str
+) -> None:
+    path = program(f'[ "$1" = none ] || kill -{number} $$')
+    hook = Hook(path, "web1")
+    with pytest.raises(HostError, match=f"killed by {name}"):
         hook.run("net1", "primary", FACTS)
     hook.close()
 

@@ -459,7 +459,12 @@ def test_command_that_stops_reading_is_an_error_with_how_it_ended(command: str, 
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("cat >/dev/null; exit 7", "has failed with status 7"), ("cat; kill $$", "killed by SIGTERM")]
+    ("command", "said"),
+    [
+        ("cat >/dev/null; exit 7", "has failed with status 7"),
+        ("cat; kill $$", "killed by SIGTERM"),
+        ("cat; kill -40 $$", "killed by signal 40"),
+    ],
 )
 def test_command_that_fails_after_the_stream_fails_the_migration(command: str, said: str, stop: Stop) -> None:
     with connect(f"exec:{command} >/dev/null", stop=stop) as source:

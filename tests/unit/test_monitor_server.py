@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import fields
 
-from kvmpy import __version__
+from kvmpy import __version__, trace
 from kvmpy.errors import CommandError, HostError
 from kvmpy.machine.machine import Machine
 from kvmpy.machine.runstate import RunState
@@ -24,9 +24,10 @@ from kvmpy.monitor import schema
 from kvmpy.monitor.commands import COMMANDS
 from kvmpy.monitor.server import MonitorServer
 from kvmpy.monitor.session import TURN, Session
+from kvmpy.monitor.trace_feed import MOST_WAITING
 from kvmpy.trace import Tracepoint
 from tests.counts import count
-from tests.fakes.loop import BOUND, open_descriptors, settle
+from tests.fakes.loop import BOUND, Inbox, open_descriptors, settle
 from tests.fakes.monitor import Client, Connect, FakeMachine
 from tests.fakes.pci import Board
 
@@ -383,6 +384,56 @@ def test_a_session_hears_the_tracepoints_it_asked_for_and_no_other_does(connect:
     curious.close()
     settle(machine.control)
     assert not point
+
+
+def test_a_session_whose_end_goes_wrong_is_forgotten_all_the_same(
+    connect: Connect, server: MonitorServer, machine: FakeMachine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Tracepoint("test.end", "")
+    client = connect()
+    client.ask({"execute": "trace", "arguments": {"name": "test.end"}})
+
+    def fail(_: object) -> None:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trace, "disable", fail)
+        client.close()
+        settle(machine.control)
+    point.clear()
+    assert server._sessions == []
+
+
+def test_a_client_that_traces_more_slowly_than_the_machine_loses_lines_and_not_its_session(
+    connect: Connect, server: MonitorServer, machine: FakeMachine
+) -> None:
+    point = Tracepoint("test.flood", "device")
+    slow = connect()
+    slow.ask({"execute": "trace", "arguments": {"name": "test.flood"}})
+    (session,) = server._sessions
+    feed, refused = session._feed, Inbox[None]()
+    assert feed is not None
+    send = feed._send
+
+    def note(data: dict[str, Any]) -> bool:
+        sent = send(data)
+        if not sent:
+            refused.put(None)
+        return sent
+
+    feed._send = note
+    for _ in range(3000):
+        point("x" * 150)
+    refused.wait()
+    for _ in range(MOST_WAITING + 1):
+        point("more")
+    machine.emit("STOP")
+    events = [slow.receive()]
+    while not events[-1].get("data", {}).get("dropped"):
+        events.append(slow.receive())
+    assert [event["event"] for event in events if event["event"] != "TRACE"] == ["STOP"]
+    slow.close()
+    settle(machine.control)
 
 
 def test_each_device_is_shown_with_its_driver_and_its_place(connect: Connect) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from kvmpy.errors import CommandError, HostError
 from kvmpy.machine.machine import Machine
+from kvmpy.monitor.lazy import LazyMigrations
 from kvmpy.monitor.server import MonitorServer
 from kvmpy.monitor.session import Session
-from tests.fakes.loop import BOUND, settle
+from tests.fakes.loop import BOUND, open_descriptors, settle
 from tests.fakes.monitor import Client, Connect, FakeMachine
 
 ADD = {"execute": "device_add", "arguments": {"driver": "virtio-rng-pci", "id": "rng1", "bus": "root1"}}
@@ -142,6 +143,38 @@ def test_close_waits_for_what_is_under_way(machine: FakeMachine, tmp_path: Path)
     closer.join(BOUND)
     assert not closer.is_alive()
     assert machine.asked == [ADDED]
+
+
+def test_close_does_not_wait_for_a_destination_that_says_nothing(
+    connect: Connect, server: MonitorServer, tmp_path: Path
+) -> None:
+    client = connect()
+    client.ask({"execute": "migrate-set-parameters", "arguments": {"x-timeout": 60}})
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.settimeout(BOUND)
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        client.send({"execute": "x-migrate-check", "arguments": {"uri": f"unix:{tmp_path}/silent"}})
+        with silent.accept()[0]:
+            closer = threading.Thread(target=server.close, daemon=True)
+            closer.start()
+            closer.join(BOUND)
+            assert not closer.is_alive()
+
+
+def test_a_check_that_comes_after_the_end_is_refused(machine: FakeMachine, tmp_path: Path) -> None:
+    before = open_descriptors()
+    lazy = LazyMigrations(cast(Machine, machine))
+    made = lazy.make()
+    lazy.end_checks()
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(tmp_path / "silent"))
+        silent.listen()
+        with pytest.raises(CommandError, match="the machine has ended"):
+            made.check(f"unix:{tmp_path}/silent")
+    with pytest.raises(CommandError, match="the machine has ended"):
+        lazy.make()
+    assert open_descriptors() == before
 
 
 def test_no_thread_to_be_had_is_an_error_reply_and_the_session_goes_on(

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmpy.host.terminal import EscapeFilter, RawTerminal, reopen
+from kvmpy.host.terminal import EscapeFilter, RawTerminal, blocking_as_before, reopen
 from tests.counts import count
 from tests.fakes.loop import Inbox
 
@@ -234,9 +234,21 @@ def test_socket_cannot_be_opened_afresh_and_is_made_not_to_block() -> None:
         os.close(copy)
 
 
+def test_socket_blocks_its_other_users_afterwards_if_it_did_before() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.setblocking(False)
+        with blocking_as_before(ours.fileno(), theirs.fileno()):
+            for end in (ours, theirs):
+                os.close(reopen(end.fileno(), os.O_RDWR))
+            assert [is_nonblocking(end.fileno()) for end in (ours, theirs)] == [True, True]
+        assert [is_nonblocking(end.fileno()) for end in (ours, theirs)] == [False, True]
+
+
 def test_closed_descriptor_is_dev_null() -> None:
     free = os.dup(0)
     os.close(free)
-    ours = reopen(free, os.O_RDONLY)
+    with blocking_as_before(free):
+        ours = reopen(free, os.O_RDONLY)
     assert os.read(ours, 1) == b""
     os.close(ours)

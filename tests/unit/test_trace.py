@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterator
 
 import pytest
@@ -97,6 +98,33 @@ def test_disabling_one_listener_leaves_the_other(listener: Listener) -> None:
     trace.disable(other.hear)
     point()
     assert (len(listener.lines), other.lines) == (1, [])
+
+
+def test_tracepoint_declared_meanwhile_by_another_thread_disturbs_nobody(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    point = Tracepoint("test.disturbed", "")
+    declared = dict(trace._all)
+    monkeypatch.setattr(trace, "_all", declared)
+
+    def match(name: str, glob: str) -> bool:
+        declared[f"test.meanwhile.{len(declared)}"] = point
+        return name == glob
+
+    class Sink:
+        def __call__(self, line: str) -> None:
+            raise AssertionError("it hears nothing")
+
+        def __eq__(self, other: object) -> bool:
+            return match("", "other")
+
+        __hash__ = None  # type: ignore[assignment]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fnmatch, "fnmatchcase", match)
+        assert trace.enable("test.disturbed", listener.hear) == ["test.disturbed"]
+    trace.disable(Sink())
+    assert point
 
 
 def test_wrong_number_of_values_is_a_programming_error(listener: Listener) -> None:
