@@ -384,11 +384,12 @@ class VirtioNet(VirtioDevice[NetState]):
 
     def _serve_here(self, index: int) -> None:
         pair = self._pairs[index]
-        features, mtu = self.virtio.driver_features, self._mtu or DEFAULT_MTU
+        usual = HEADER_SIZE + FRAMING + (self._mtu or DEFAULT_MTU)
         pair.receiver.start(
             link_up=self.state.link_up,
             mergeable=self.acked(NetFeature.MRG_RXBUF),
-            largest=LARGEST if features & SEGMENTED else HEADER_SIZE + FRAMING + mtu,
+            usual=usual,
+            largest=LARGEST if self.virtio.driver_features & SEGMENTED else usual,
         )
         pair.sender.start(link_up=self.state.link_up)
         for side, queue in enumerate(pair.queues):
