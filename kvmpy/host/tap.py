@@ -171,6 +171,8 @@ class Tap:
         wanted = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | (tun.IFF_MULTI_QUEUE if queues > 1 else 0)
         try:
             self.created = self._create(wanted)
+            if queues > 1 and not self.created and self._held(wanted):
+                raise self._in_use_elsewhere()
             for index in range(queues):
                 if index == len(self.fds):
                     self._open_queue()
@@ -180,7 +182,7 @@ class Tap:
         except IoctlError as e:
             raise self._refusal(e, queues) from e
         if flags & wanted != wanted or not (self.created or flags & tun.IFF_PERSIST):
-            raise HostError(f"tap {self.name}: {ATTACH_ADVICE[errno.EBUSY]}")
+            raise self._in_use_elsewhere()
 
     def _create(self, flags: int) -> bool:
         """Open the first queue, and create the tap with it unless there is an interface of that name."""
@@ -193,9 +195,28 @@ class Tap:
             return False
         return True
 
-    def _open_queue(self) -> None:
+    def _held(self, flags: int) -> bool:
+        """Whether somebody has a queue of a multi-queue tap, where the kernel refuses nobody.
+
+        The flags of whoever attaches to a tap without queues become the tap's, so one without IFF_VNET_HDR takes that
+        from it; if it is still there, another's queue is too. Where it is not, `_attach` will see whether it can be.
+        """
+        fd = self._open()
         try:
-            self.fds.append(os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            tun.TUNSETIFF(fd, tun.ifreq(self.name, flags=flags & ~tun.IFF_VNET_HDR))
+            return bool(tun.flags_of(tun.TUNGETIFF(fd)) & tun.IFF_VNET_HDR)
+        finally:
+            os.close(fd)  # one that is attached cannot be attached otherwise
+
+    def _in_use_elsewhere(self) -> HostError:
+        return HostError(f"tap {self.name}: {ATTACH_ADVICE[errno.EBUSY]}")
+
+    def _open_queue(self) -> None:
+        self.fds.append(self._open())
+
+    def _open(self) -> int:
+        try:
+            return os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
             number = e.errno or 0
             raise HostError(f"{DEVICE}: {refusal(number, OPEN_ADVICE.get(number, 'cannot open it'))}") from e

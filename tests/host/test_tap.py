@@ -173,6 +173,34 @@ def test_multi_queue_tap_of_another_program_is_refused_and_stays_his(netns: Name
     tap.close()
 
 
+def test_multi_queue_tap_that_stays_is_refused_while_another_program_has_it(
+    netns: Namespace, resources: ExitStack
+) -> None:
+    netns.ip("tuntap", "add", "dev", NAME, "mode", "tap", "multi_queue", "vnet_hdr")
+    tap = Tap.open(NAME, 2, netns=netns.path)
+    assert refusal(netns, queues=2) == f"tap {NAME}: another program is using it; stop that, or choose another ifname"
+    assert "numqueues 2" in netns.ip("-d", "link", "show", NAME)
+    tap.set_up()
+    network = Network(netns, NAME)
+    resources.callback(network.socket.close)
+    os.writev(tap.fds[1], [HEADER, frame(OTHER, b"still here")])
+    assert network.sees() == frame(OTHER, b"still here")
+    tap.set_queues(1)
+    network.send(frame(MAC, b"to the guest"))
+    assert comes(tap.fds[0]) == HEADER + frame(MAC, b"to the guest")
+    tap.close()
+    Tap.open(NAME, 2, netns=netns.path).close()
+
+
+@pytest.mark.parametrize("header", [[], ["vnet_hdr"]], ids=["without headers", "with headers"])
+def test_multi_queue_tap_that_nobody_has_is_attached_whatever_its_header(netns: Namespace, header: list[str]) -> None:
+    netns.ip("tuntap", "add", "dev", NAME, "mode", "tap", "multi_queue", *header)
+    for _ in range(2):
+        tap = Tap.open(NAME, 2, netns=netns.path)
+        assert "vnet_hdr on" in netns.ip("-d", "link", "show", NAME)
+        tap.close()
+
+
 def test_tap_of_one_queue_is_refused_for_several(netns: Namespace) -> None:
     netns.ip("tuntap", "add", "dev", NAME, "mode", "tap")
     assert refusal(netns, queues=2) == (
