@@ -270,6 +270,27 @@ def test_offloads_are_as_ethtool_shows_them(tap: Tap, netns: Namespace) -> None:
     assert shown() == ["off", "off", "off", "off"]
 
 
+def test_host_that_segments_frames_itself_is_no_error(tap: Tap, netns: Namespace) -> None:
+    netns.run(lambda: subprocess.run(["ethtool", "-K", NAME, "sg", "off"], check=True, stdout=subprocess.DEVNULL))
+    tap.set_offload(tap.offloads)
+    assert tap.interface.offloading() == (True, False)
+
+
+def test_offloads_of_a_tap_that_has_another_name_now_are_set(netns: Namespace, resources: ExitStack) -> None:
+    tap = Tap.open(NAME, netns=netns.path)
+    resources.callback(tap.close)
+    netns.ip("link", "set", NAME, "name", "renamed")
+    tap.set_offload(tap.offloads)
+    shown = netns.run(lambda: subprocess.check_output(["ethtool", "-k", "renamed"], text=True))
+    assert "tcp-segmentation-offload: on" in shown
+
+
+def test_offload_that_is_on_and_was_not_asked_for_is_an_error(tap: Tap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap.interface, "offloading", lambda: (True, True))
+    with pytest.raises(HostError, match=r"checksum and TCP offload are \(True, True\) after 0x1 was set"):
+        tap.set_offload(tun.TUN_F_CSUM)
+
+
 def test_kernel_has_all_offloads_or_those_of_old(tap: Tap) -> None:
     assert tap.offloads in OFFLOADS[:2]
 
