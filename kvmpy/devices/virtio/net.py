@@ -285,10 +285,11 @@ class VirtioNet(VirtioDevice[NetState]):
         link_up = self.state.link_up  # the cable is not the driver's
         super().reset()
         self.state.link_up = link_up
-        for pair in self._pairs:
-            pair.receiver.forget()
         with contextlib.suppress(HostError):  # the tap is gone; the next driver will hear of it
             self._set_tap(None)
+        for pair in self._pairs:  # no guest begins with frames for the one before
+            pair.receiver.forget()
+            pair.receiver.drain()
 
     def calls_changed(self) -> None:
         for pair in range(len(self._pairs)):

@@ -43,6 +43,7 @@ LARGEST: Final = HEADER_SIZE + FRAMING + 65535  # with segmentation left to the 
 SLICE: Final = 0.0002  # seconds of work before the other callbacks of the io thread get a turn
 LEAST: Final = 16  # steps that are taken all the same; and in one of them, chains that are collected
 DECAY: Final = 64  # with each frame, less room by this part is kept for a large one
+MOST_DRAINED: Final = 1024  # frames; a tap keeps 1000 unless told otherwise
 MOST_BUFFERS: Final = 512  # collected; with one more chain, of a queue's length, still less than readv's limit of 1024
 
 
@@ -191,6 +192,17 @@ class Receiver:
         if self._held is not None:
             self._drop(len(self._held), "reset, or link down")
             self._held = None
+
+    def drain(self) -> None:
+        """Drop what is in the tap, which lets nothing more in; not for ever, should it do so."""
+        for _ in range(MOST_DRAINED):
+            try:
+                size = os.readv(self._wire.fd, [self._scratch])
+            except OSError:  # empty, or gone
+                return
+            if size <= HEADER_SIZE:
+                return
+            self._drop(size, "reset")
 
     def run(self) -> None:
         """Receive until the tap is empty, the driver's chains are used up, or the time slice is over."""
