@@ -41,6 +41,7 @@ trace_link = Tracepoint("virtio.net.link", "device up")
 
 RING: Final = 256  # QEMU's default
 CONTROL_RING: Final = 64
+COMMANDS: Final = 4  # in a row, each some requests to the tap, before other callbacks of the io thread get a turn
 DEFAULT_MTU: Final = 1500
 CONFIG: Final = struct.Struct(
     "<6sHHH12x"
@@ -302,8 +303,11 @@ class VirtioNet(VirtioDevice[NetState]):
     def on_notify(self, index: int) -> None:
         queue = self.queues[index]
         if index == self._control_index:
-            for chain in queue.chains():
+            for done, chain in enumerate(queue.chains(), 1):
                 queue.push(chain, self._control.run(chain))
+                if done == COMMANDS:
+                    queue.kick.signal()
+                    break
         elif (pair := index // 2) < self.state.pairs:
             (self._pairs[pair].sender if index % 2 else self._pairs[pair].receiver).run()
         self.interrupt(index)
