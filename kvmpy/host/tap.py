@@ -125,16 +125,20 @@ class Tap:
         return offloads
 
     def set_queues(self, count: int) -> None:
-        """Use the first ``count`` queues: frames for the guest are spread over these alone."""
+        """Use the first ``count`` queues: frames for the guest are spread over these alone.
+
+        Raises HostError, with as many in use as before.
+        """
         if not 1 <= count <= len(self.fds):
             raise ValueError(f"tap {self.name}: {count} of {len(self.fds)} queues")
+        before = self._in_use
         with telling(f"tap {self.name}"):
-            while self._in_use < count:
-                tun.TUNSETQUEUE(self.fds[self._in_use], tun.ifreq("", flags=tun.IFF_ATTACH_QUEUE))
-                self._in_use += 1
-            while self._in_use > count:
-                tun.TUNSETQUEUE(self.fds[self._in_use - 1], tun.ifreq("", flags=tun.IFF_DETACH_QUEUE))
-                self._in_use -= 1
+            try:
+                self._attach_first(count)
+            except IoctlError:
+                with contextlib.suppress(IoctlError):
+                    self._attach_first(before)
+                raise
 
     def set_filter(self, addresses: Sequence[bytes] | None, *, all_multicast: bool = False) -> None:
         """Let only frames to these MAC addresses pass towards us, on every queue; None is all frames.
@@ -191,6 +195,14 @@ class Tap:
             raise self._refusal(e, queues) from e
         if flags & wanted != wanted or not (self.created or flags & tun.IFF_PERSIST):
             raise self._in_use_elsewhere()
+
+    def _attach_first(self, count: int) -> None:
+        while self._in_use < count:
+            tun.TUNSETQUEUE(self.fds[self._in_use], tun.ifreq("", flags=tun.IFF_ATTACH_QUEUE))
+            self._in_use += 1
+        while self._in_use > count:
+            tun.TUNSETQUEUE(self.fds[self._in_use - 1], tun.ifreq("", flags=tun.IFF_DETACH_QUEUE))
+            self._in_use -= 1
 
     def _create(self, flags: int) -> bool:
         """Open the first queue, and create the tap with it unless there is an interface of that name."""

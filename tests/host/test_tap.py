@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 import pytest
 
 from kvmpy.abi import tun
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, IoctlError
 from kvmpy.host.tap import OFFLOADS, TSO, USO, Tap, acceptable
 from tests.counts import count
 from tests.fakes.loop import BOUND, open_descriptors
@@ -318,6 +319,29 @@ def test_queues_are_attached_and_detached(netns: Namespace) -> None:
         tap.set_queues(4)
     tap.close()
     assert netns.interfaces() == []
+
+
+@pytest.mark.parametrize(("before", "wanted"), [(1, 4), (4, 1)])
+def test_queues_are_as_before_where_one_cannot_be_had(
+    netns: Namespace, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, before: int, wanted: int
+) -> None:
+    tap = Tap.open(NAME, 4, netns=netns.path)
+    resources.callback(tap.close)
+    tap.set_queues(before)
+    request, calls = tun.TUNSETQUEUE, iter(range(10))
+
+    def refuse_the_second(fd: int, argument: tun.Ifreq) -> None:
+        if next(calls) == 1:
+            raise IoctlError("TUNSETQUEUE", errno.ENOMEM)
+        request(fd, argument)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tun, "TUNSETQUEUE", refuse_the_second)
+        with pytest.raises(HostError, match=f"^tap {NAME}: TUNSETQUEUE: ENOMEM"):
+            tap.set_queues(wanted)
+    assert f"numqueues {before} numdisabled {4 - before}" in netns.ip("-d", "link", "show", NAME)
+    tap.set_queues(wanted)
+    assert f"numqueues {wanted} numdisabled {4 - wanted}" in netns.ip("-d", "link", "show", NAME)
 
 
 def test_what_may_wait_in_the_host_can_be_bounded(tap: Tap) -> None:
