@@ -223,6 +223,7 @@ class VhostNet:
                 for event in worker.errors:
                     self._io.unwatch(event.fd)
                 worker.close()
+        self._memory.unlisten(self)  # last: who is closed has nothing to tell the kernel of each block
 
     def _ring_broken(self, pair: int, index: int) -> None:
         """The kernel says so, in the io thread."""

@@ -83,8 +83,7 @@ class Fdb:
 
     def close(self) -> list[str]:
         """Remove what was made; returns what could not be."""
-        found = [(self._links.get(index), mac, flag) for index, mac, flag in self._made]
-        steps = [partial(self._delete, link, mac, flag) for link, mac, flag in found if link is not None]
+        steps = [partial(self._undo, index, mac, flag) for index, mac, flag in self._made]
         return [str(problem) for step in steps if (problem := attempt(step))]
 
     def _tell_bridge(self, ifname: str, mac: str, *, here: bool, learn: bool) -> None:
@@ -119,6 +118,10 @@ class Fdb:
             self._delete(link, mac, NTF_SELF)
         except LinkError as e:
             raise _refused(link, mac, e) from e
+
+    def _undo(self, index: int, mac: str, flag: int) -> None:
+        if (link := self._links.get(index)) is not None:
+            self._delete(link, mac, flag)
 
     def _delete(self, link: Link, mac: str, flag: int) -> None:
         """In every VLAN, where there are any."""

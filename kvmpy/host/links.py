@@ -248,9 +248,8 @@ class Links:
         while True:
             for kind, flags, data in self._receive():
                 whole = whole and not flags & NLM_F_DUMP_INTR
-                if kind == NLMSG_ERROR:
-                    _raise_error(flags, data)
                 if kind in (NLMSG_ERROR, NLMSG_DONE):
+                    _raise_error(kind, flags, data)
                     return answers, whole
                 answers.append(data)
 
@@ -323,13 +322,17 @@ def _vf(data: bytes, number: int) -> Vf | None:
     return None
 
 
-def _raise_error(flags: int, data: bytes) -> None:
-    """Raises LinkError where an acknowledgement is a refusal. It repeats our header; then come the kernel's words."""
-    (code,) = struct.unpack_from("i", data, HEADER.size)
-    if code == 0:
+def _raise_error(kind: int, flags: int, data: bytes) -> None:
+    """Raises LinkError where an acknowledgement is a refusal, or the end of a dump is not that of all.
+
+    After the error's number an acknowledgement repeats our header; then come the kernel's words.
+    """
+    code = int.from_bytes(data[HEADER.size : HEADER.size + 4], sys.byteorder, signed=True)
+    if code >= 0:
         return
     explained = ""
-    attributes = data[HEADER.size + 4 + HEADER.size :] if flags & NLM_F_ACK_TLVS else b""
+    words = HEADER.size + 4 + (HEADER.size if kind == NLMSG_ERROR else 0)
+    attributes = data[words:] if flags & NLM_F_ACK_TLVS else b""
     while len(attributes) >= ATTRIBUTE.size:
         length, kind = ATTRIBUTE.unpack_from(attributes)
         if kind == NLMSGERR_ATTR_MSG:

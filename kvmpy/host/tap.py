@@ -108,25 +108,37 @@ class Tap:
             self._undo.append(lambda: self.interface.set_up(up=False))
 
     def set_offload(self, offloads: int) -> int:
-        """Let the host hand over frames with these TUN_F_... left undone; returns, verified, which it does."""
+        """Let the host hand over frames with these TUN_F_... left undone; returns the most that it may.
+
+        It may leave less undone (`ethtool -K tap0 sg off`); more would be for a guest that cannot take it.
+        """
         offloads = acceptable(offloads & self.offloads)
         with telling(f"tap {self.name}"):
             tun.TUNSETOFFLOAD(self.fds[0], offloads)
-        if (now := self.interface.offloading()) != (bool(offloads & tun.TUN_F_CSUM), bool(offloads & TSO)):
+        try:
+            now = self.interface.offloading()
+        except HostError:  # renamed, so nobody knows
+            return offloads
+        asked = bool(offloads & tun.TUN_F_CSUM), bool(offloads & TSO)
+        if any(on and not wanted for on, wanted in zip(now, asked, strict=True)):
             raise HostError(f"tap {self.name}: checksum and TCP offload are {now} after {offloads:#x} was set")
         return offloads
 
     def set_queues(self, count: int) -> None:
-        """Use the first ``count`` queues: frames for the guest are spread over these alone."""
+        """Use the first ``count`` queues: frames for the guest are spread over these alone.
+
+        Raises HostError, with as many in use as before.
+        """
         if not 1 <= count <= len(self.fds):
             raise ValueError(f"tap {self.name}: {count} of {len(self.fds)} queues")
+        before = self._in_use
         with telling(f"tap {self.name}"):
-            while self._in_use < count:
-                tun.TUNSETQUEUE(self.fds[self._in_use], tun.ifreq("", flags=tun.IFF_ATTACH_QUEUE))
-                self._in_use += 1
-            while self._in_use > count:
-                tun.TUNSETQUEUE(self.fds[self._in_use - 1], tun.ifreq("", flags=tun.IFF_DETACH_QUEUE))
-                self._in_use -= 1
+            try:
+                self._attach_first(count)
+            except IoctlError:
+                with contextlib.suppress(IoctlError):
+                    self._attach_first(before)
+                raise
 
     def set_filter(self, addresses: Sequence[bytes] | None, *, all_multicast: bool = False) -> None:
         """Let only frames to these MAC addresses pass towards us, on every queue; None is all frames.
@@ -171,6 +183,8 @@ class Tap:
         wanted = tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | (tun.IFF_MULTI_QUEUE if queues > 1 else 0)
         try:
             self.created = self._create(wanted)
+            if queues > 1 and not self.created and self._held(wanted):
+                raise self._in_use_elsewhere()
             for index in range(queues):
                 if index == len(self.fds):
                     self._open_queue()
@@ -180,7 +194,15 @@ class Tap:
         except IoctlError as e:
             raise self._refusal(e, queues) from e
         if flags & wanted != wanted or not (self.created or flags & tun.IFF_PERSIST):
-            raise HostError(f"tap {self.name}: {ATTACH_ADVICE[errno.EBUSY]}")
+            raise self._in_use_elsewhere()
+
+    def _attach_first(self, count: int) -> None:
+        while self._in_use < count:
+            tun.TUNSETQUEUE(self.fds[self._in_use], tun.ifreq("", flags=tun.IFF_ATTACH_QUEUE))
+            self._in_use += 1
+        while self._in_use > count:
+            tun.TUNSETQUEUE(self.fds[self._in_use - 1], tun.ifreq("", flags=tun.IFF_DETACH_QUEUE))
+            self._in_use -= 1
 
     def _create(self, flags: int) -> bool:
         """Open the first queue, and create the tap with it unless there is an interface of that name."""
@@ -193,9 +215,28 @@ class Tap:
             return False
         return True
 
-    def _open_queue(self) -> None:
+    def _held(self, flags: int) -> bool:
+        """Whether somebody has a queue of a multi-queue tap, where the kernel refuses nobody.
+
+        The flags of whoever attaches to a tap without queues become the tap's, so one without IFF_VNET_HDR takes that
+        from it; if it is still there, another's queue is too. Where it is not, `_attach` will see whether it can be.
+        """
+        fd = self._open()
         try:
-            self.fds.append(os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC))
+            tun.TUNSETIFF(fd, tun.ifreq(self.name, flags=flags & ~tun.IFF_VNET_HDR))
+            return bool(tun.flags_of(tun.TUNGETIFF(fd)) & tun.IFF_VNET_HDR)
+        finally:
+            os.close(fd)  # one that is attached cannot be attached otherwise
+
+    def _in_use_elsewhere(self) -> HostError:
+        return HostError(f"tap {self.name}: {ATTACH_ADVICE[errno.EBUSY]}")
+
+    def _open_queue(self) -> None:
+        self.fds.append(self._open())
+
+    def _open(self) -> int:
+        try:
+            return os.open(DEVICE, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as e:
             number = e.errno or 0
             raise HostError(f"{DEVICE}: {refusal(number, OPEN_ADVICE.get(number, 'cannot open it'))}") from e

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 import pytest
 
 from kvmpy.abi import tun
-from kvmpy.errors import HostError
+from kvmpy.errors import HostError, IoctlError
 from kvmpy.host.tap import OFFLOADS, TSO, USO, Tap, acceptable
 from tests.counts import count
 from tests.fakes.loop import BOUND, open_descriptors
@@ -173,6 +174,34 @@ def test_multi_queue_tap_of_another_program_is_refused_and_stays_his(netns: Name
     tap.close()
 
 
+def test_multi_queue_tap_that_stays_is_refused_while_another_program_has_it(
+    netns: Namespace, resources: ExitStack
+) -> None:
+    netns.ip("tuntap", "add", "dev", NAME, "mode", "tap", "multi_queue", "vnet_hdr")
+    tap = Tap.open(NAME, 2, netns=netns.path)
+    assert refusal(netns, queues=2) == f"tap {NAME}: another program is using it; stop that, or choose another ifname"
+    assert "numqueues 2" in netns.ip("-d", "link", "show", NAME)
+    tap.set_up()
+    network = Network(netns, NAME)
+    resources.callback(network.socket.close)
+    os.writev(tap.fds[1], [HEADER, frame(OTHER, b"still here")])
+    assert network.sees() == frame(OTHER, b"still here")
+    tap.set_queues(1)
+    network.send(frame(MAC, b"to the guest"))
+    assert comes(tap.fds[0]) == HEADER + frame(MAC, b"to the guest")
+    tap.close()
+    Tap.open(NAME, 2, netns=netns.path).close()
+
+
+@pytest.mark.parametrize("header", [[], ["vnet_hdr"]], ids=["without headers", "with headers"])
+def test_multi_queue_tap_that_nobody_has_is_attached_whatever_its_header(netns: Namespace, header: list[str]) -> None:
+    netns.ip("tuntap", "add", "dev", NAME, "mode", "tap", "multi_queue", *header)
+    for _ in range(2):
+        tap = Tap.open(NAME, 2, netns=netns.path)
+        assert "vnet_hdr on" in netns.ip("-d", "link", "show", NAME)
+        tap.close()
+
+
 def test_tap_of_one_queue_is_refused_for_several(netns: Namespace) -> None:
     netns.ip("tuntap", "add", "dev", NAME, "mode", "tap")
     assert refusal(netns, queues=2) == (
@@ -242,6 +271,27 @@ def test_offloads_are_as_ethtool_shows_them(tap: Tap, netns: Namespace) -> None:
     assert shown() == ["off", "off", "off", "off"]
 
 
+def test_host_that_segments_frames_itself_is_no_error(tap: Tap, netns: Namespace) -> None:
+    netns.run(lambda: subprocess.run(["ethtool", "-K", NAME, "sg", "off"], check=True, stdout=subprocess.DEVNULL))
+    tap.set_offload(tap.offloads)
+    assert tap.interface.offloading() == (True, False)
+
+
+def test_offloads_of_a_tap_that_has_another_name_now_are_set(netns: Namespace, resources: ExitStack) -> None:
+    tap = Tap.open(NAME, netns=netns.path)
+    resources.callback(tap.close)
+    netns.ip("link", "set", NAME, "name", "renamed")
+    tap.set_offload(tap.offloads)
+    shown = netns.run(lambda: subprocess.check_output(["ethtool", "-k", "renamed"], text=True))
+    assert "tcp-segmentation-offload: on" in shown
+
+
+def test_offload_that_is_on_and_was_not_asked_for_is_an_error(tap: Tap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tap.interface, "offloading", lambda: (True, True))
+    with pytest.raises(HostError, match=r"checksum and TCP offload are \(True, True\) after 0x1 was set"):
+        tap.set_offload(tun.TUN_F_CSUM)
+
+
 def test_kernel_has_all_offloads_or_those_of_old(tap: Tap) -> None:
     assert tap.offloads in OFFLOADS[:2]
 
@@ -269,6 +319,29 @@ def test_queues_are_attached_and_detached(netns: Namespace) -> None:
         tap.set_queues(4)
     tap.close()
     assert netns.interfaces() == []
+
+
+@pytest.mark.parametrize(("before", "wanted"), [(1, 4), (4, 1)])
+def test_queues_are_as_before_where_one_cannot_be_had(
+    netns: Namespace, resources: ExitStack, monkeypatch: pytest.MonkeyPatch, before: int, wanted: int
+) -> None:
+    tap = Tap.open(NAME, 4, netns=netns.path)
+    resources.callback(tap.close)
+    tap.set_queues(before)
+    request, calls = tun.TUNSETQUEUE, iter(range(10))
+
+    def refuse_the_second(fd: int, argument: tun.Ifreq) -> None:
+        if next(calls) == 1:
+            raise IoctlError("TUNSETQUEUE", errno.ENOMEM)
+        request(fd, argument)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tun, "TUNSETQUEUE", refuse_the_second)
+        with pytest.raises(HostError, match=f"^tap {NAME}: TUNSETQUEUE: ENOMEM"):
+            tap.set_queues(wanted)
+    assert f"numqueues {before} numdisabled {4 - before}" in netns.ip("-d", "link", "show", NAME)
+    tap.set_queues(wanted)
+    assert f"numqueues {wanted} numdisabled {4 - wanted}" in netns.ip("-d", "link", "show", NAME)
 
 
 def test_what_may_wait_in_the_host_can_be_bounded(tap: Tap) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from kvmpy.errors import HostError
 from kvmpy.host.fdb import NTF_MASTER, NTF_SELF, NTF_STICKY, RTM_DELNEIGH, RTM_NEWNEIGH, Fdb
 from kvmpy.host.links import Link, LinkError, Links
 from kvmpy.host.netlink import Helper, answer
@@ -34,18 +36,24 @@ STEER = {
 
 
 class FakeLinks(Links):
-    """``links`` by index; ``entries`` are (ifindex, flags, MAC), ``refuses`` errnos of new ones by ifindex."""
+    """``links`` by index; ``entries`` are (ifindex, flags, MAC), ``refuses`` errnos of new ones by ifindex.
+
+    Nothing is to be heard of those in ``lost``.
+    """
 
     def __init__(self, *links: Link) -> None:
         self.links = {link.ifindex: link for link in links}
         self.entries: set[tuple[int, int, str]] = set()
         self.refuses: dict[int, int] = {}
+        self.lost: set[int] = set()
         self.learning: list[tuple[int, bool]] = []
 
     def find(self, name: str) -> Link | None:
         return next((link for link in self.links.values() if link.name == name), None)
 
     def get(self, index: int) -> Link | None:
+        if index in self.lost:
+            raise HostError("netlink: no answer")
         return self.links.get(index)
 
     def ports(self, index: int) -> list[Link]:
@@ -182,6 +190,19 @@ def test_what_was_made_goes_with_the_helper(links: FakeLinks, fdb: Fdb) -> None:
     fdb.steer("tap0", MAC, ["eth0"], here=True, learn=True)
     assert fdb.close() == []
     assert links.entries == set()
+
+
+def test_a_link_that_cannot_be_looked_up_keeps_nobody_from_the_rest(
+    links: FakeLinks, fdb: Fdb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    namespace = cast("NetworkNamespace", SimpleNamespace(close=lambda: None, locked=nullcontext))
+    ports, helper = Namespace(namespace, links, ME), Helper(ME)
+    helper._fdbs, helper._namespaces = {None: fdb}, {None: ports}
+    monkeypatch.setattr(ports, "_take_back", lambda ports, bridges: ["the ports too"])
+    fdb.steer("tap0", MAC, ["eth0"], here=True, learn=True)
+    links.lost.add(TAP)
+    assert helper.close() == ["netlink: no answer", "the ports too"]
+    assert links.entries == {(TAP, NTF_MASTER, MAC)}
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOMEM, errno.EIO])

@@ -452,6 +452,27 @@ def test_closing_takes_back_what_is_lent_and_leaves_nothing_open(kernel: VhostKe
     settle(io)
 
 
+def test_memory_tells_nobody_who_is_closed(kernel: VhostKernel, io: Reactor) -> None:
+    memory = GuestMemory()
+    memory.add(LOW)
+    vhost = VhostNet(memory, io, 1, os.devnull)
+    assert memory._listeners == [vhost]
+    kernel.seen.clear()
+    vhost.close()
+    assert (memory._listeners, memory._followers, kernel.names()) == ([], [], [])
+
+
+def test_memory_tells_nobody_who_could_not_log(kernel: VhostKernel, io: Reactor) -> None:
+    memory = GuestMemory()
+    memory.add(LOW)
+    memory.start_log()
+    kernel.offers &= ~(1 << LOG_ALL)
+    with pytest.raises(HostError, match="does not log what it writes"):
+        VhostNet(memory, io, 1, os.devnull)
+    assert (memory._listeners, memory._followers) == ([], [])
+    memory.stop_log()
+
+
 # Logging what the kernel writes
 
 

@@ -9,6 +9,7 @@ import pytest
 from kvmpy.abi import tun
 from kvmpy.abi.virtio import Feature, Status, feature_mask
 from kvmpy.devices.vhost import VhostNet
+from kvmpy.devices.virtio import net_frames
 from kvmpy.devices.virtio.net import Lender, VirtioNet
 from kvmpy.devices.virtio.net_control import Class
 from kvmpy.devices.virtio.net_state import NetFeature, NetState
@@ -168,6 +169,28 @@ def test_frames_may_come_while_the_machine_is_paused(rig: NetRig) -> None:
     rig.start()
     rig.net.pause()
     assert rig.tap.passes() == (None, False)
+
+
+def test_frames_for_the_guest_before_are_dropped_by_a_reset(pairs: NetRig) -> None:
+    pairs.start(MULTI)
+    for queue in range(len(pairs.tap.fds)):
+        for _ in range(3):
+            pairs.tap.send(FRAME, queue)
+    pairs.guest.device.reset()
+    dropped = pairs.net.info()["userspace"]["rx-dropped"]
+    pairs.start(MULTI)
+    pairs.tap.send(b"for the next" * 10)
+    pairs.lend(BUFFER, count=4)
+    assert (pairs.received(), dropped) == ([b"for the next" * 10], 3 * len(pairs.tap.fds))
+
+
+def test_a_reset_drops_no_more_than_a_tap_keeps(rig: NetRig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(net_frames, "MOST_DRAINED", 2)
+    rig.start()
+    for _ in range(3):
+        rig.tap.send(FRAME)
+    rig.guest.device.reset()
+    assert rig.net.info()["userspace"]["rx-dropped"] == 2
 
 
 def test_tap_that_fails_breaks_the_device_and_a_reset_is_possible(rig: NetRig) -> None:

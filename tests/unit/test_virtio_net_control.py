@@ -43,6 +43,21 @@ def choosy(rig: NetRig, *, unicast: list[bytes], multicast: list[bytes]) -> None
     assert rig.command(Class.MAC, 0, tables(unicast, multicast)) == OK
 
 
+def test_other_callbacks_get_their_turn_while_commands_are_done() -> None:
+    with net_rig(size=32) as rig:
+        rig.start(CONTROLLED)
+        control = rig.guest.queues[2]
+        heads = [control.offer([bytes((Class.RX, 0)), bytes([number % 2])], [1]) for number in range(10)]
+        rig.guest.kick(2, run=False)
+        done = []
+        while rig.loop.once():
+            done.append([head for head, _ in control.used()])
+        assert [head for turn in done for head in turn] == heads
+        assert max(map(len, done)) == 4
+        assert {control.content(head) for head in heads} == {bytes([OK])}
+        assert rig.command(Class.RX, 0, OFF) == OK
+
+
 # The filter
 
 

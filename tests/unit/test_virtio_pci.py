@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from kvmpy.devices.pci.config import Command
 from kvmpy.devices.virtio.pci import VirtioPci, VirtioPciState
 from kvmpy.memory import GuestMemory
 from kvmpy.state import load, save
+from tests.fakes.loop import open_descriptors
 from tests.fakes.pci import WINDOWS, Board
 from tests.fakes.virtio_driver import guest_memory, unmap
 from tests.fakes.virtio_echo import Echo, EchoState
@@ -361,6 +363,24 @@ def test_without_msix_what_vhost_signals_becomes_intx(guest: PciGuest, loop: Man
     loop.run()
     assert guest.intx()
     assert guest.read_isr() == 1
+
+
+def test_an_eventfd_that_cannot_be_watched_is_not_kept(
+    guest: PciGuest, loop: ManualLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(fd: int, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "no room for one more")
+
+    guest.start(msix=False)
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "watch", refuse)
+        with pytest.raises(OSError, match="no room"):
+            guest.function.call_event(0)
+    assert open_descriptors() == before
+    os.eventfd_write(guest.function.call_event(0), 1)
+    loop.run()
+    assert guest.intx()
 
 
 def test_the_device_hears_when_its_eventfds_change(guest: PciGuest, device: Echo) -> None:

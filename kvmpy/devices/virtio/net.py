@@ -41,6 +41,7 @@ trace_link = Tracepoint("virtio.net.link", "device up")
 
 RING: Final = 256  # QEMU's default
 CONTROL_RING: Final = 64
+COMMANDS: Final = 4  # in a row, each some requests to the tap, before other callbacks of the io thread get a turn
 DEFAULT_MTU: Final = 1500
 CONFIG: Final = struct.Struct(
     "<6sHHH12x"
@@ -285,10 +286,11 @@ class VirtioNet(VirtioDevice[NetState]):
         link_up = self.state.link_up  # the cable is not the driver's
         super().reset()
         self.state.link_up = link_up
-        for pair in self._pairs:
-            pair.receiver.forget()
         with contextlib.suppress(HostError):  # the tap is gone; the next driver will hear of it
             self._set_tap(None)
+        for pair in self._pairs:  # no guest begins with frames for the one before
+            pair.receiver.forget()
+            pair.receiver.drain()
 
     def calls_changed(self) -> None:
         for pair in range(len(self._pairs)):
@@ -301,8 +303,11 @@ class VirtioNet(VirtioDevice[NetState]):
     def on_notify(self, index: int) -> None:
         queue = self.queues[index]
         if index == self._control_index:
-            for chain in queue.chains():
+            for done, chain in enumerate(queue.chains(), 1):
                 queue.push(chain, self._control.run(chain))
+                if done == COMMANDS:
+                    queue.kick.signal()
+                    break
         elif (pair := index // 2) < self.state.pairs:
             (self._pairs[pair].sender if index % 2 else self._pairs[pair].receiver).run()
         self.interrupt(index)
@@ -384,11 +389,12 @@ class VirtioNet(VirtioDevice[NetState]):
 
     def _serve_here(self, index: int) -> None:
         pair = self._pairs[index]
-        features, mtu = self.virtio.driver_features, self._mtu or DEFAULT_MTU
+        usual = HEADER_SIZE + FRAMING + (self._mtu or DEFAULT_MTU)
         pair.receiver.start(
             link_up=self.state.link_up,
             mergeable=self.acked(NetFeature.MRG_RXBUF),
-            largest=LARGEST if features & SEGMENTED else HEADER_SIZE + FRAMING + mtu,
+            usual=usual,
+            largest=LARGEST if self.virtio.driver_features & SEGMENTED else usual,
         )
         pair.sender.start(link_up=self.state.link_up)
         for side, queue in enumerate(pair.queues):

@@ -9,14 +9,16 @@ while there is nothing to do about it; a driver kicks only when asked, so after 
 
 Receiving has two questions of its own:
 
-- How large is the next frame? A tap does not say, and cuts off what does not fit. So chains are collected for the
-  largest frame that may come, and stay collected for the next one; behind them lies a scratch buffer, so whatever comes
-  is read whole. What does not fit is kept until the driver has offered enough, or dropped when its whole ring is.
+- How large is the next frame? A tap does not say, and cuts off what does not fit. So chains are collected for a frame
+  like the largest of late, and stay collected for the next one; behind them lies a scratch buffer, so whatever comes is
+  read whole. What does not fit is kept until the driver has offered enough, or dropped when its whole ring is.
 - Nobody waits for the device for long: after a time slice it has itself called again (its kick), and the others first.
+  But not before it has taken a few steps, however slow the host is: the driver is interrupted once for all of them.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections import deque
@@ -39,6 +41,9 @@ NUM_BUFFERS: Final = 10  # where in it the number of chains is that a frame take
 FRAMING: Final = 18  # Ethernet's header, and a VLAN tag
 LARGEST: Final = HEADER_SIZE + FRAMING + 65535  # with segmentation left to the receiver
 SLICE: Final = 0.0002  # seconds of work before the other callbacks of the io thread get a turn
+LEAST: Final = 16  # steps that are taken all the same; and in one of them, chains that are collected
+DECAY: Final = 64  # with each frame, less room by this part is kept for a large one
+MOST_DRAINED: Final = 1024  # frames; a tap keeps 1000 unless told otherwise
 MOST_BUFFERS: Final = 512  # collected; with one more chain, of a queue's length, still less than readv's limit of 1024
 
 
@@ -96,7 +101,7 @@ class Sender:
         queue, deadline = self._queue, time.monotonic() + SLICE
         self._wire.on_writable(None)
         queue.set_notification(enabled=False)
-        while True:
+        for steps in itertools.count(1):
             chain = queue.pop()
             if chain is None:
                 if not queue.set_notification(enabled=True):
@@ -108,7 +113,7 @@ class Sender:
                 queue.rewind(1)
                 self._wire.on_writable(self._wake)
                 return
-            if time.monotonic() > deadline:
+            if steps % LEAST == 0 and time.monotonic() > deadline:
                 queue.kick.signal()
                 return
 
@@ -156,11 +161,16 @@ class Receiver:
         self._room = 0
         self._held: bytes | None = None
         self._link_up = self._mergeable = False
-        self._largest = LARGEST
+        self._usual = self._largest = self._expected = LARGEST
 
-    def start(self, *, link_up: bool, mergeable: bool, largest: int) -> None:
-        """Receive from now on, frames of up to ``largest`` bytes as a rule; with the link down, swallow them."""
-        self._link_up, self._mergeable, self._largest = link_up, mergeable, largest
+    def start(self, *, link_up: bool, mergeable: bool, usual: int, largest: int) -> None:
+        """Receive from now on; with the link down, swallow frames.
+
+        They have up to ``usual`` bytes where the host has cut them, and up to ``largest`` as a rule.
+        """
+        self._link_up, self._mergeable = link_up, mergeable
+        self._usual = self._expected = usual  # a larger one is seen soon enough
+        self._largest = largest
         if not link_up:
             self.forget()
 
@@ -183,20 +193,33 @@ class Receiver:
             self._drop(len(self._held), "reset, or link down")
             self._held = None
 
+    def drain(self) -> None:
+        """Drop what is in the tap, which lets nothing more in; not for ever, should it do so."""
+        for _ in range(MOST_DRAINED):
+            try:
+                size = os.readv(self._wire.fd, [self._scratch])
+            except OSError:  # empty, or gone
+                return
+            if size <= HEADER_SIZE:
+                return
+            self._drop(size, "reset")
+
     def run(self) -> None:
         """Receive until the tap is empty, the driver's chains are used up, or the time slice is over."""
         deadline = time.monotonic() + SLICE
         if self._link_up:
             self._queue.set_notification(enabled=False)
         step = self._receive if self._link_up else self._discard
-        while step(deadline):
-            if time.monotonic() > deadline:
+        for steps in itertools.count(1):
+            if not step():
+                return
+            if steps % LEAST == 0 and time.monotonic() > deadline:
                 self._queue.kick.signal()
                 return
 
-    def _receive(self, deadline: float) -> bool:
+    def _receive(self) -> bool:
         """Move one frame, or take a step towards it; False if that has to wait for the tap or the driver."""
-        if self._collect(deadline):
+        if self._collect():
             return True
         if not self._chains:
             return self._wait_for_driver()
@@ -204,6 +227,10 @@ class Receiver:
             return self._deliver_held(self._held)
         if (size := self._read([*self._buffers, self._scratch])) is None:
             return False
+        if size > self._expected:
+            self._expected = min(size, self._largest)
+        elif self._expected > self._usual:
+            self._expected = max(size, self._expected - self._expected // DECAY, self._usual)
         if size <= self._room:
             self._deliver(size)
             return True
@@ -215,7 +242,7 @@ class Receiver:
             self._drop(size, "larger than the chain")
         return True
 
-    def _discard(self, deadline: float) -> bool:
+    def _discard(self) -> bool:
         if (size := self._read([self._scratch])) is None:
             return False
         self._drop(size, "link down")
@@ -235,24 +262,21 @@ class Receiver:
             return None
         return size
 
-    def _collect(self, deadline: float) -> bool:
-        """Pop chains for the next frame, as far as there are any; True if time was up before.
+    def _collect(self) -> bool:
+        """Pop chains for the next frame, as far as there are any; True if there is more to do than one step's.
 
         Without mergeable buffers a frame goes into one chain, whatever its size.
         """
-        wanted = 1 if not self._mergeable else self._largest if self._held is None else len(self._held)
-        while self._room < wanted and len(self._buffers) < MOST_BUFFERS:
-            chain = self._queue.pop()
-            if chain is None:
-                break
+        wanted = 1 if not self._mergeable else self._expected if self._held is None else len(self._held)
+        for _ in range(LEAST):
+            if self._room >= wanted or len(self._buffers) >= MOST_BUFFERS or (chain := self._queue.pop()) is None:
+                return False
             self._chains.append(chain)
             if not chain.writable_size:
                 raise GuestError(f"{self._queue.name}: a chain with nothing to write")
             self._buffers += chain.writable
             self._room += chain.writable_size
-            if time.monotonic() > deadline:
-                return self._room < wanted
-        return False
+        return True
 
     def _wait_for_driver(self) -> bool:
         """Have the driver kick; True if it has offered more meanwhile."""

@@ -190,8 +190,13 @@ class VirtioPci(PciFunction[VirtioPciState]):
             vector = self.msix.vector(self.device.queues[index].state.vector)
             return -1 if vector is None else vector.fd
         if self._call is None:
-            self._call = EventFd()
-            self.device.io.watch(self._call.fd, readable=self._called)
+            call = EventFd()
+            try:
+                self.device.io.watch(call.fd, readable=self._called)
+            except BaseException:
+                call.close()
+                raise
+            self._call = call
         return self._call.fd
 
     def doorbell(self, index: int, kick: EventFd) -> Closable:
