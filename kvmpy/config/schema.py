@@ -9,6 +9,7 @@ bridge or a PCI function exists is found out by whoever opens it.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from functools import partial
@@ -41,6 +42,8 @@ from kvmpy.errors import ConfigError
 
 MEMORY_MIN: Final = 16 << 20  # a stock kernel and its initrd do not unpack in less
 MEMORY_MAX: Final = 1 << 52  # what an x86-64 page table entry can address
+RESERVED: Final = r"machine|vm|vcpu[0-9]+|com1|i8042|cmos|acpi-pm|reset|pvpanic|debug-port|pci-config-ports|host-bridge"
+"""Ids that parts of every machine have; one more of that name could not be migrated."""
 
 
 class HugePages(Enum):
@@ -293,6 +296,8 @@ def _failover(config: Config) -> Iterator[tuple[Path, Message]]:
         elif isinstance(standby, Device):
             key = "failover_pair_id" if index >= other else "id"
             yield ("device", max(index, other), key), f"'{standby.id}' is not a virtio-net-pci device"
+        elif any(port.id == primary.failover_pair_id for port in config.root_port):
+            yield (*path, "failover_pair_id"), f"'{primary.failover_pair_id}' is a root port, no virtio-net-pci device"
 
 
 def _macs(index: int, primary: VfioPci, other: int, standby: VirtioNetPci) -> Iterator[tuple[Path, Message]]:
@@ -311,6 +316,10 @@ def _repeated(config: Config) -> Iterator[tuple[Path, Message]]:
     for tables in (("root_port", "device"), ("netdev",), ("drive",)):
         for path, entry, earlier, _ in _again(config, tables, "id"):
             yield path, f"duplicate id '{entry.id}': {key_text(earlier)} has it"
+    for name in ("root_port", "device"):
+        for index, entry in enumerate(getattr(config, name)):
+            if re.fullmatch(RESERVED, entry.id):
+                yield (name, index, "id"), f"'{entry.id}' is what a part of every machine is called; choose another"
     for table, keys in (
         ("root_port", ("slot",)),
         ("netdev", ("ifname",)),

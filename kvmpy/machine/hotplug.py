@@ -141,6 +141,7 @@ class HotPlug:
             self._forget_failed()
             config = self._config()
             device = read_device(config, table)
+            self._require_standby(device)
             self._left_circles = True
             try:
                 plugged = self._machine.board.plugger.make(device, config)
@@ -152,6 +153,15 @@ class HotPlug:
                 plugged.resources.close()
                 raise
             self._left_circles = False
+
+    def _require_standby(self, device: Device) -> None:
+        """Not another device with the id of a standby: its primary would be hidden for good. Raises CommandError."""
+        for plugged in self._inventory.plugged.values():
+            if plugged.standby == device.id and not getattr(device, "failover", False):
+                raise CommandError(
+                    f"Device '{plugged.table.id}' waits for its standby '{device.id}': give this one failover=true or "
+                    f"another id, or take '{plugged.table.id}' away first (device_del)"
+                )
 
     def _forget_failed(self) -> None:
         """A device that could not be plugged in is full of cycles, which live on after the error it failed with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kvmpy.config.schema import Config, load
+from kvmpy.config.schema import RESERVED, Config, load
 from kvmpy.errors import CommandError, ConfigError, HostError, HostProblems
 from kvmpy.kvm.system import System
 from kvmpy.machine.machine import Machine
@@ -95,6 +96,12 @@ def test_a_triple_fault_ends_with_the_registers(make_config: MakeConfig) -> None
     assert "vcpu0: triple fault" in str(machine.error)
     kept = "rip 0000000000100000" in getattr(machine.error, "registers", "")
     assert kept is not ("resets its registers" in str(machine.error)), "AMD's KVM resets the vCPU, and we say so"
+
+
+def test_no_device_can_be_called_what_a_part_of_every_machine_is(spinning: Machine) -> None:
+    parts = {str(device.name) for device in spinning.board.devices}
+    assert {"com1", "host-bridge"} < parts
+    assert [name for name in (*parts, "machine", "vm", "vcpu0") if not re.fullmatch(RESERVED, name)] == []
 
 
 def test_pause_stops_and_resume_goes_on(spinning: Machine) -> None:

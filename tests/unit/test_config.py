@@ -669,6 +669,21 @@ def test_r7_whose_primary_a_device_is(read: Read, text: str, override: str, stan
     assert [standby_of(config, device) for device in config.device] == [None, standby]
 
 
+@pytest.mark.parametrize("table", ["device", "root_port"])
+@pytest.mark.parametrize("name", ["vm", "machine", "vcpu0", "vcpu253", "com1", "reset"])
+def test_a_name_of_a_part_of_every_machine_is_no_id(problems: Problems, table: str, name: str) -> None:
+    driver = 'driver = "virtio-rng-pci"\n' if table == "device" else ""
+    assert problems(f'{BOOT}[[{table}]]\nid = "{name}"\n{driver}') == (
+        f"config.toml:4: {table}[0].id: '{name}' is what a part of every machine is called; choose another",
+    )
+
+
+def test_r8_a_standby_is_no_root_port(problems: Problems) -> None:
+    assert problems(PAIR.replace('failover_pair_id = "net1"', 'failover_pair_id = "root1"')) == (
+        "config.toml:20: device[1].failover_pair_id: 'root1' is a root port, no virtio-net-pci device",
+    )
+
+
 def test_a_configuration_made_by_hand_is_validated_alike() -> None:
     config = Config(name=Name("x"), machine=Machine(memory=Size(4096)), boot=Boot(kernel=HostPath("/k")))
     assert [path for path, _ in validate(config)] == [("machine", "memory")]

@@ -443,6 +443,16 @@ def test_r42_one_that_came_with_a_move_is_plugged_when_the_machine_runs(tmp_path
         assert (rig.visible(), rig.state()) == (BOTH, PairState.PLUGGED)
 
 
+def test_r8_nothing_but_a_standby_has_the_id_that_a_primary_waits_for(rig: FailoverRig) -> None:
+    rig.add_primary(1, bus="root3")
+    with pytest.raises(CommandError, match=r"^Device 'primary1' waits for its standby 'standby1': give this one fail"):
+        rig.add_standby(1, bus="root4", failover=False)
+    rig.add_standby(1, bus="root4")
+    rig.acks(1)
+    rig.pass_()
+    assert rig.state(1) is PairState.PLUGGED
+
+
 # R49
 
 
