@@ -5,6 +5,7 @@ All of them share one container, in which the guest's RAM is mapped for DMA whil
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -20,12 +21,15 @@ from kvmpy.host.pci_function import SysfsFunction, VirtualFunction
 from kvmpy.host.reactor import Reactor
 from kvmpy.host.tree import read
 from kvmpy.irq import MsiSink
+from kvmpy.log import Log
 from kvmpy.machine.steering import Steering
 from kvmpy.memory import GuestMemory
 
 if TYPE_CHECKING:
     from kvmpy.host.network import Network
 
+
+log = Log(__name__)
 
 ETHERNET: Final = 0x0200
 
@@ -62,7 +66,45 @@ class Claimed(Protocol):
 
     def carry(self, network: Network, mac: str | None) -> None: ...
 
+    def withdraw(self) -> None: ...
+
     def close(self) -> None: ...
+
+
+class Claims:
+    """The functions that one machine has of the host.
+
+    The kernel gives none back to a driver of the host's while its IOMMU group is open here for another (EBUSY; up to
+    5.18 it stops, with a BUG): one that leaves before stays ours, though no device's, until the last of its group does.
+    """
+
+    def __init__(self, claim: Callable[[str, str], Claimed]) -> None:
+        self._claim = claim
+        self._lock = threading.Lock()
+        self._used: dict[int, int] = {}  # by group, how many are some device's
+        self._unused: dict[str, Claimed] = {}
+
+    def take(self, address: str, directory: str) -> Claimed:
+        """Have that function for a device, until `give_back`. Raises HostError."""
+        with self._lock:
+            claimed = self._unused.pop(address, None) or self._claim(address, directory)
+            self._used[claimed.group] = self._used.get(claimed.group, 0) + 1
+        return claimed
+
+    def give_back(self, address: str, claimed: Claimed) -> None:
+        """No device has it any more, and its descriptor is closed."""
+        with self._lock:
+            self._unused[address] = claimed
+            self._used[claimed.group] -= 1
+            if self._used[claimed.group]:
+                try:
+                    claimed.withdraw()
+                except HostError as e:
+                    log.warning("%s; that is tried again when all of its IOMMU group is given back", e)
+                return
+            leaving = [name for name, unused in self._unused.items() if unused.group == claimed.group]
+            for name in leaving:
+                self._unused.pop(name).close()
 
 
 class Passthrough:
@@ -70,7 +112,7 @@ class Passthrough:
 
     def __init__(self, host: Surroundings, claim: Callable[[str, str], Claimed] = HostFunction.claim) -> None:
         """``claim`` takes a function from the host's driver, and notes in a directory how to give it back."""
-        self._host, self._claim = host, claim
+        self._host, self._claims = host, Claims(claim)
         self._container = Container(host.memory, host.groups)
         self.steerings: dict[str, Steering] = {}
 
@@ -96,8 +138,8 @@ class Passthrough:
         try:
             with ExitStack() as undo:
                 address = None if standby is None else self._address(str(table.host))
-                claimed = self._claim(str(table.host), host.directory)
-                undo.callback(claimed.close)
+                claimed = self._claims.take(str(table.host), host.directory)
+                undo.callback(self._claims.give_back, str(table.host), claimed)
                 mac = None if standby is not None or table.mac is None else str(table.mac)
                 if mac is not None or table.vlan is not None:
                     claimed.assign(self._network, mac=mac, vlan=table.vlan)

@@ -59,6 +59,9 @@ class Claim:
     def carry(self, network: object, mac: str | None) -> None:
         self.carried.append(mac)
 
+    def withdraw(self) -> None:
+        self.carried.append(None)
+
     def close(self) -> None:
         self.taken = False
 

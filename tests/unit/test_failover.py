@@ -509,7 +509,7 @@ def test_r45_the_gap_to_the_standby_is_from_the_bus_masters_end_to_the_rarp(runn
 def test_r45_the_network_hears_of_the_standby_when_the_primary_goes_back_before_its_last_word(
     running: FailoverRig,
 ) -> None:
-    steering: Any = running.cards["primary0"].steering  # type: ignore[attr-defined]
+    steering: Any = running.cards["primary0"].steering
     carry = steering._carry
 
     def slow(mac: str | None) -> None:
@@ -536,7 +536,7 @@ def test_r46_a_guest_that_has_gone_elsewhere_is_not_announced_from_here(running:
 
 
 def test_r45_the_gap_to_the_primary_ends_when_the_guest_has_an_interrupt_of_it_on(running: FailoverRig) -> None:
-    steering = running.cards["primary0"].steering  # type: ignore[attr-defined]
+    steering = running.cards["primary0"].steering
     steering.receives()
     running.settle()
     assert (running.told(), running.pair().rx_gap_ms) == ([], None), "a guest that does not drive it hears nothing"

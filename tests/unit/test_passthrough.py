@@ -23,7 +23,7 @@ from kvmpy.host.pci_function import VirtualFunction
 from kvmpy.host.reactor import Reactor
 from kvmpy.irq import MsiSink
 from kvmpy.machine import passthrough
-from kvmpy.machine.passthrough import Passthrough
+from kvmpy.machine.passthrough import Claims, Passthrough
 from kvmpy.memory import GuestMemory, Ram
 from tests.fakes.interrupts import FakeSink
 from tests.fakes.loop import Inbox, open_descriptors
@@ -67,6 +67,9 @@ class Claim:
         assert self.taken
         self.carried.append(mac)
 
+    def withdraw(self) -> None:
+        self.carried.append(None)
+
     def close(self) -> None:
         self.taken.pop()
 
@@ -106,6 +109,39 @@ def test_a_function_is_taken_reset_and_given_back(rig: Rig) -> None:
         assert rig.kernel.nic.resets == ["function"], "of what the host's driver left in it"
         assert function.name == "host0"
     assert (rig.claim.taken, rig.kernel.maps) == ([], {})
+
+
+class Function(Claim):
+    """One of several: ``said`` is what becomes of all."""
+
+    def __init__(self, name: str, group: int, said: list[str]) -> None:
+        super().__init__()
+        self.name, self.group, self.said = name, group, said
+        said.append(f"take {name}")
+
+    def withdraw(self) -> None:
+        self.said.append(f"withdraw {self.name}")
+
+    def close(self) -> None:
+        self.said.append(f"give {self.name}")
+
+
+def test_functions_of_a_group_are_given_back_when_no_device_has_one_any_more() -> None:
+    said: list[str] = []
+    groups = {"a": 1, "b": 1, "c": 2}
+    claims = Claims(lambda address, _: Function(address, groups[address], said))
+    a, b, c = (claims.take(address, "") for address in "abc")
+    said.clear()
+    claims.give_back("a", a)
+    assert said == ["withdraw a"], "b has the group open"
+    claims.give_back("c", c)
+    assert said == ["withdraw a", "give c"]
+    assert claims.take("a", "") is a
+    claims.give_back("b", b)
+    said.clear()
+    claims.give_back("a", a)
+    assert said == ["give b", "give a"]
+    assert claims.take("a", "") is not a
 
 
 @pytest.mark.parametrize(
