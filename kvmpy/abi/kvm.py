@@ -181,6 +181,8 @@ class Msrs(Layout, c="struct kvm_msrs"):
 
 MSR_ENTRY: Final = struct.Struct("=I4xQ")
 """struct kvm_msr_entry: a vCPU has hundreds, and taken one by one they are what a guest stands still for."""
+MOST_MSRS: Final = 255
+"""In one request: KVM refuses more with E2BIG (MAX_IO_MSRS in arch/x86/kvm/x86.c)."""
 
 
 def new_msrs(values: Sequence[tuple[int, int]]) -> Msrs:

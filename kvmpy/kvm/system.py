@@ -171,10 +171,11 @@ def read_msrs(fd: int, indices: Sequence[int]) -> dict[int, int]:
     values: dict[int, int] = {}
     rest = list(indices)
     while rest:
-        table = abi.new_msrs([(index, 0) for index in rest])
+        asked = rest[: abi.MOST_MSRS]
+        table = abi.new_msrs([(index, 0) for index in asked])
         done = abi.KVM_GET_MSRS(fd, table)
         values.update(abi.msr_values(table, done))
-        rest = rest[done + 1 :]  # KVM stops at the first it does not have
+        rest = rest[done + (done < len(asked)) :]  # KVM stops at the first it does not have
     return values
 
 

@@ -230,9 +230,10 @@ class Vcpu:
         refused: list[int] = []
         rest = list(values.items())
         while rest:
-            done = abi.KVM_SET_MSRS(self.fd, abi.new_msrs(rest))
-            refused += [index for index, _ in rest[done : done + 1]]
-            rest = rest[done + 1 :]
+            given = rest[: abi.MOST_MSRS]
+            done = abi.KVM_SET_MSRS(self.fd, abi.new_msrs(given))
+            refused += [index for index, _ in given[done : done + 1]]
+            rest = rest[done + (done < len(given)) :]
         return refused
 
     def tell_paused(self) -> None:

@@ -49,6 +49,16 @@ def test_an_unknown_msr_is_left_out_and_the_rest_is_read(make_guest: MakeGuest) 
     assert vcpu.get_msrs([0x174, 0x176]) == {0x174: 0x10, 0x176: 0x20}
 
 
+def test_more_msrs_than_kvm_takes_at_once_are_read_and_set_all_the_same(make_guest: MakeGuest) -> None:
+    vcpu = make_guest().vcpu
+    many = [0x174, 0x175, 0x176] * 200
+    assert vcpu.set_msrs(dict.fromkeys(many, 0x1000)) == []
+    assert vcpu.get_msrs(many) == {0x174: 0x1000, 0x175: 0x1000, 0x176: 0x1000}
+    absent = range(0x7FFF_0000, 0x7FFF_0000 + 300)
+    assert vcpu.set_msrs({0x174: 1} | dict.fromkeys(absent, 1) | {0x176: 2}) == list(absent)
+    assert vcpu.get_msrs([0x174, *absent, 0x176]) == {0x174: 1, 0x176: 2}
+
+
 def test_a_vcpu_beyond_the_limit_is_refused_by_name(make_guest: MakeGuest, system: System) -> None:
     vm = make_guest().vm
     with pytest.raises(IoctlError, match="KVM_CREATE_VCPU: E"):
