@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if not trace.enable(glob, tell):
             raise ConfigError(f"--trace {glob}: matches none of {', '.join(trace.names())}")
     config = load(args.config, args.set, name=args.name)
+    if args.insecure and args.incoming is None:
+        raise ConfigError("--insecure: only with --incoming")
     if args.incoming not in (None, DEFER):
         _check_uri(args.incoming)
     for warning in warnings(config):
@@ -284,10 +286,7 @@ def _migrations(machine: Machine, args: argparse.Namespace) -> Migrations | None
     if credentials is not None:
         import kvmpy.migration.tls  # noqa: F401  not beside running vCPUs: ssl takes long
 
-    migrations = Migrations(machine)
-    if args.insecure:
-        migrations.set_parameters(x_insecure=True)
-    return migrations
+    return Migrations(machine, insecure=args.insecure)
 
 
 def _serve_monitor(machine: Machine, directory: RuntimeDirectory, migrations: Migrations | None) -> MonitorServer:

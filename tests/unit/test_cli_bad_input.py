@@ -211,6 +211,7 @@ CONFIG_MISTAKES: Final = (
     [
         (["run", "m.toml", "--incoming", "foo:1"], "--incoming foo:1: expected tcp:HOST:PORT, unix:PATH, "),
         (["run", "m.toml", "--incoming", "tcp:host"], "--incoming tcp:host: expected tcp:HOST:PORT"),
+        (["run", "m.toml", "--insecure"], "--insecure: only with --incoming"),
         (["migrate", "m", "foo:1"], "URI: foo:1: expected tcp:HOST:PORT, unix:PATH, "),
         (["migrate", "m"], "URI: where to? Such as ssh://HOST"),
         (["migrate", "m", "unix:/x", "--set", "machine.cpus=2"], "--set: only with ssh://"),
