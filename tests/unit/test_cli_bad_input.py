@@ -669,6 +669,25 @@ def test_doctor_finds_a_runtime_directory_that_is_none(bare: Host, here: Path, m
     assert verdicts(examine(bare))["runtime directory"] == "fail"
 
 
+def test_doctor_goes_on_where_it_may_not_look_at_the_runtime_directory(
+    bare: Host, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, stat, access = here / "closed", os.stat, os.access
+    closed.mkdir()
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "")
+        return stat(path, **options)
+
+    monkeypatch.setenv("KVMPY_RUNTIME_DIR", f"{closed}/run")
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    found = {finding.what: finding for finding in examine(bare)}
+    assert found["runtime directory"].found == f"{closed} is not writable"
+    assert "CAP_NET_ADMIN" in found
+
+
 def test_a_report_fails_where_a_finding_does(capsys: pytest.CaptureFixture[str]) -> None:
     findings = [Finding("memory", "ok", "512 MiB"), Finding("/dev/kvm", FAIL, "ENOENT", "load kvm_intel")]
     assert report(findings, as_json=False) == 1
