@@ -113,6 +113,8 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
             machine.finish_output()
     if args.timings:
         _say_timings(machine, started_ns)
+    if isinstance(machine.error, ConfigError):  # at a reboot: the kernel has gone
+        return say(machine.error)
     if machine.error is not None:
         say(machine.error)
     elif outcome is Outcome.GUEST_PANIC:
