@@ -74,6 +74,7 @@ def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int], expec
     for space, window in ((Space.IO, windows.io), (Space.MEM32, windows.mem32), (Space.MEM64, windows.mem64)):
         for address, item in _packed(_contents(functions, space), window.start):
             if address + item.size > window.stop:
+                _require_size(functions, space, len(window))
                 raise HostError(
                     f"{item}, {item.size:#x} bytes, does not fit the {space.value} window, "
                     f"{window.start:#x} to {window.stop - 1:#x}; give the machine fewer devices or root ports"
@@ -91,6 +92,21 @@ def space(kind: BarKind) -> Space:
         case BarKind.MEM64_PREFETCHABLE:
             return Space.MEM64
     return Space.MEM32
+
+
+def _require_size(functions: Sequence[Function], space: Space, size: int) -> None:
+    """Raises HostError where one BAR is larger than all of the window, whatever else there is."""
+    bars = [(bar.size, str(bar)) for function in walk(functions) for bar in function.bars if bar.space is space]
+    for function in walk(functions):
+        coming = f"PCI {function}: a BAR of what is to come behind it"
+        bars += [(needed, coming) for where, needed in function.expected if where is space]
+    largest, bar = max(bars, default=(0, ""))
+    if largest > size:
+        more = "; only more root ports make that larger (docs/passthrough.md)" if space is Space.MEM64 else ""
+        raise HostError(
+            f"{bar} has {largest:#x} bytes, and all of the {space.value} window {size:#x}: "
+            f"this machine cannot be given such a device{more}"
+        )
 
 
 def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeWindow]:
