@@ -8,7 +8,7 @@ enables bus mastering of what it has a driver for; bridges forward it from the s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Protocol, TypeVar
 
@@ -66,6 +66,9 @@ class BridgeWindow(msgspec.Struct, frozen=True):
             item.place(address + offset)
 
 
+ON_ROOT: Final = "a BAR on the root bus"
+COMING: Final = "a BAR of what is to come behind it"
+
 Sizes = Sequence[tuple[Space, int]]
 Expected = Mapping[int, Sizes]
 
@@ -76,6 +79,11 @@ class Behind(msgspec.Struct, frozen=True):
     port: str
     bars: Sizes
     expected: Sizes
+
+    def each(self, space: Space) -> Iterator[tuple[int, str]]:
+        """How large each of them is, and what it is."""
+        for sizes, what in ((self.bars, "a BAR of what is behind it"), (self.expected, COMING)):
+            yield from ((size, f"{self.port}: {what}") for where, size in sizes if where is space)
 
     def window(self, space: Space) -> Extent:
         """What the port would forward."""
@@ -110,6 +118,7 @@ def set_up(config: ConfigAccess, windows: PciWindows, irqs: Sequence[int], expec
             for space in Space:
                 _forward(function, space, *CLOSED[space])
     for space, window in _windows(windows):
+        _require_size(_bars(functions, space), space, window)
         for address, item in _fitting(_contents(functions, space), space, window):
             item.place(address)
     for function in walk(functions):
@@ -122,6 +131,8 @@ def require_room(windows: PciWindows, on_root: Sizes, behind: Sequence[Behind]) 
     Raises HostError naming what does not fit.
     """
     for space, window in _windows(windows):
+        bars = [(size, ON_ROOT) for where, size in on_root if where is space]
+        _require_size([*bars, *(bar for port in behind for bar in port.each(space))], space, window)
         needed = [*_extents(on_root, space), *(port.window(space) for port in behind)]
         _fitting([extent for extent in needed if extent.size], space, window)
 
@@ -134,6 +145,25 @@ def space(kind: BarKind) -> Space:
         case BarKind.MEM64_PREFETCHABLE:
             return Space.MEM64
     return Space.MEM32
+
+
+def _bars(functions: Sequence[Function], space: Space) -> Iterator[tuple[int, str]]:
+    """How large each is, and what it is."""
+    for function in walk(functions):
+        yield from ((bar.size, str(bar)) for bar in function.bars if bar.space is space)
+        coming = f"PCI {function}: {COMING}"
+        yield from ((size, coming) for where, size in function.expected if where is space)
+
+
+def _require_size(bars: Iterable[tuple[int, str]], space: Space, window: range) -> None:
+    """Raises HostError where one BAR is larger than all of the window, whatever else there is."""
+    largest, bar = max(bars, default=(0, ""))
+    if largest > len(window):
+        more = "; only more root ports make that larger (docs/passthrough.md)" if space is Space.MEM64 else ""
+        raise HostError(
+            f"{bar} has {largest:#x} bytes, and all of the {space.value} window {len(window):#x}: "
+            f"this machine cannot be given such a device{more}"
+        )
 
 
 def _contents(functions: Sequence[Function], space: Space) -> list[Bar | BridgeWindow]:
@@ -165,7 +195,7 @@ def _room(expected: Sizes, space: Space) -> int:
 
 
 def _extents(bars: Sizes, space: Space) -> list[Extent]:
-    return [Extent("a BAR", size, size) for where, size in bars if where is space]
+    return [Extent(ON_ROOT, size, size) for where, size in bars if where is space]
 
 
 def _windows(windows: PciWindows) -> Sequence[tuple[Space, range]]:

@@ -66,7 +66,7 @@ class Client:
             self._socket.settimeout(patience)
             self._resources = resources.pop_all()
 
-    def __call__(self, command: str, **arguments: Any) -> Any:
+    def __call__(self, command: str, /, **arguments: Any) -> Any:
         """Send a command; returns its reply. Raises HostError with the machine's words where it refuses."""
         # A machine that hangs up does so before or after it has been asked: both show in the answer.
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):

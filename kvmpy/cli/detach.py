@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvmpy.cli.main import printable, tell
-from kvmpy.errors import HostError, refusal
+from kvmpy.errors import HostError, refusal, signal_name
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 RUNS: Final = b"\1"
@@ -62,16 +62,21 @@ def detach(name: str, log: str | None) -> Callable[[], object] | int:
 def _wait(name: str, child: int, read_end: int, path: str, begin: int) -> int:
     """Until the machine runs, or has ended before. Ctrl-C ends it."""
     try:
-        said = os.read(read_end, 1)
+        word = os.read(read_end, 1)
     except KeyboardInterrupt:
         os.kill(child, signal.SIGTERM)
         raise
-    if said == RUNS:
+    if word == RUNS:
         tell(f"kvmpy: {printable(name)}: process {child}; what it says goes to {printable(path)}")
         return 0
     _, status = os.waitpid(child, 0)
-    tell(_since(path, begin).rstrip())
-    return os.waitstatus_to_exitcode(status)
+    if said := _since(path, begin).rstrip():
+        tell(said)
+    if not os.WIFSIGNALED(status):
+        return os.waitstatus_to_exitcode(status)
+    number = os.WTERMSIG(status)
+    tell(f"kvmpy: process {child} was ended by {signal_name(number)} before its guest ran; see {printable(path)}")
+    return 128 + number
 
 
 def _open_log(path: str) -> int:

@@ -102,7 +102,9 @@ def _huge_pages(sys: Path) -> Finding:
 
 
 def _runtime_directory(base: str) -> Finding:
-    nearest = next(path for path in (Path(base).absolute(), *Path(base).absolute().parents) if path.exists())
+    path = Path(base).absolute()
+    # Not Path.exists, which raises where we may not look: what can be seen then is the directory that is closed to us.
+    nearest = next(place for place in (path, *path.parents) if os.path.exists(place))
     remedy = f"run as root, or set {rundir.OVERRIDE} to a directory of yours"
     if not nearest.is_dir():
         return Finding("runtime directory", FAIL, f"{nearest} is not a directory", remedy)

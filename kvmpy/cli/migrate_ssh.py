@@ -50,6 +50,9 @@ def _go(client: Client, args: argparse.Namespace, remote: Remote) -> int:
             primaries = partial(remote.primaries, PRIMARY_SECONDS)
             code = move(client, args, uri, shown=args.uri, settle=lambda: settle(remote), primaries=primaries)
             return code
+    except SystemExit:  # by a signal: the machine goes on without us
+        code = UNKNOWN
+        raise
     finally:
         if code != UNKNOWN:  # else it may be about to run the guest
             _leave(remote, arrived=code == 0)

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from typing import Any, Final
 
-from kvmpy.cli.client import Client, HungUp
+from kvmpy.cli.client import GREETING_PATIENCE, Client, HungUp, find
 from kvmpy.cli.main import printable, tell
 from kvmpy.cli.primaries import Ask, arrival, awaited
 from kvmpy.cli.progress import Progress, progress
@@ -56,17 +56,26 @@ def parameters(client: Client, args: argparse.Namespace) -> Iterator[None]:
         return
     before = client("query-migrate-parameters")
     capabilities = [each for each in client("query-migrate-capabilities") if each["capability"] == "multifd"]
-    try:
+
+    def put_back(raised: type[BaseException] | None, *_: object) -> None:
+        with ExitStack() as stack:
+            if raised is SystemExit:  # by a signal, and the session may be in the middle of an answer
+                stack.enter_context(suppress(HostError))
+                session = stack.enter_context(Client(find(args.name), GREETING_PATIENCE))
+            else:
+                stack.enter_context(suppress(HungUp))  # it has gone
+                session = client
+            session("migrate-set-parameters", **{name: before[name] for name in wanted})
+            if args.channels is not None:
+                session("migrate-set-capabilities", capabilities=capabilities)
+
+    with ExitStack() as undo:
+        undo.push(put_back)
         client("migrate-set-parameters", **wanted)
         if args.channels is not None:
             multifd = {"capability": "multifd", "state": args.channels > 0}
             client("migrate-set-capabilities", capabilities=[multifd])
         yield
-    finally:
-        with suppress(HungUp):  # it has gone
-            client("migrate-set-parameters", **{name: before[name] for name in wanted})
-            if args.channels is not None:
-                client("migrate-set-capabilities", capabilities=capabilities)
 
 
 def _wanted(args: argparse.Namespace) -> dict[str, Any]:
@@ -248,8 +257,7 @@ def interruptible(client: Client, shown: Progress, name: str) -> Iterator[Callab
 
     def note(number: int, _: object) -> None:
         if caught:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+            raise SystemExit(128 + number)
         caught.append(number)
 
     def ask() -> None:

@@ -42,6 +42,7 @@ NO_GUEST: Final = (RunState.INMIGRATE, RunState.POSTMIGRATE)
 """It is to come, or has gone: nobody can be asked to power off."""
 DEFER: Final = "defer"
 FILE_POLL: Final = 0.1
+PRESS_AGAIN: Final = 0.1
 ENDING: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # How long a thread may keep the GIL when another wants it. The default of 5 ms would be added to a guest's exit.
 SWITCH_INTERVAL: Final = 1e-4
@@ -57,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
         if not trace.enable(glob, tell):
             raise ConfigError(f"--trace {glob}: matches none of {', '.join(trace.names())}")
     config = load(args.config, args.set, name=args.name)
+    if args.insecure and args.incoming is None:
+        raise ConfigError("--insecure: only with --incoming")
     if args.incoming not in (None, DEFER):
         _check_uri(args.incoming)
     for warning in warnings(config):
@@ -110,6 +113,8 @@ def _run(args: argparse.Namespace, config: Config, started_ns: int, ready: Calla
             machine.finish_output()
     if args.timings:
         _say_timings(machine, started_ns)
+    if isinstance(machine.error, ConfigError):  # at a reboot: the kernel has gone
+        return say(machine.error)
     if machine.error is not None:
         say(machine.error)
     elif outcome is Outcome.GUEST_PANIC:
@@ -215,10 +220,11 @@ class _Signals:
         for number in os.read(self._read_fd, 16):
             if number in ENDING:
                 self._presses += 1
-                self._press(machine, signal.Signals(number).name, limit)
+                self._served += self._press(machine, signal.Signals(number).name, limit)
 
-    def _press(self, machine: Machine, name: str, limit: float) -> None:
-        with contextlib.suppress(CommandError):  # it has just ended by itself, and the signal is for us
+    def _press(self, machine: Machine, name: str, limit: float) -> bool:
+        """Whether the signal was for the machine; else it has just ended by itself, and the signal is for us."""
+        try:
             if self._presses > 1 or machine.state in NO_GUEST:
                 log.info("%s: stopping the guest" if self._presses > 1 else "%s: there is no guest here", name)
                 machine.stop()
@@ -230,7 +236,13 @@ class _Signals:
                     name,
                     limit,
                 )
-            self._served += 1
+        except CommandError:
+            if machine.outcome is not None:
+                return False
+            # The guest is being handed over: it stays and hears the button, or goes, or a second signal ends the wait.
+            again = machine.control.timer(lambda: self._presses > 1 or self._press(machine, name, limit))
+            again.arm(PRESS_AGAIN)
+        return True
 
 
 def _check_uri(where: str) -> None:
@@ -276,10 +288,7 @@ def _migrations(machine: Machine, args: argparse.Namespace) -> Migrations | None
     if credentials is not None:
         import kvmpy.migration.tls  # noqa: F401  not beside running vCPUs: ssl takes long
 
-    migrations = Migrations(machine)
-    if args.insecure:
-        migrations.set_parameters(x_insecure=True)
-    return migrations
+    return Migrations(machine, insecure=args.insecure)
 
 
 def _serve_monitor(machine: Machine, directory: RuntimeDirectory, migrations: Migrations | None) -> MonitorServer:

@@ -113,10 +113,11 @@ class Migration(Table, frozen=True, kw_only=True):
 
 
 class RootPort(Table, frozen=True, kw_only=True):
-    """A PCIe port that one device can be plugged into, also while the guest runs."""
+    """A PCIe port that one device can be plugged into, also while the guest runs. `chassis` is accepted because QEMU's
+    ports have it, to tell them apart; here their ids do, and no register of a root port shows it."""
 
     id: Id  # what a device's `bus` says
-    chassis: Annotated[int, Meta(ge=0, le=255)] | None = None  # its chassis; default: by the order of the ports
+    chassis: Annotated[int, Meta(ge=0, le=255)] | None = None  # accepted, no effect; default: none
     slot: Annotated[int, Meta(ge=1, le=0x1FFF)] | None = None  # its physical slot; default: by the order of the ports
     power_controller: bool = True  # the guest switches its power; without, Linux lets a device go a second sooner
 

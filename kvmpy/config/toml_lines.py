@@ -71,12 +71,14 @@ class Document:
         """
         path: Path = ()
         value: Any = self.data
-        for part in _key_parts(key):
+        rest = _key_parts(key)
+        while rest:
             if isinstance(value, list):
-                index = _item(path, part, value)
+                index, rest = _item(path, rest, value)
                 path = (*path, index)
                 value = value[index]
             elif isinstance(value, dict):
+                part, *rest = rest
                 path = (*path, part)
                 value = value.get(part, {})  # a table that `set` would make
             else:
@@ -267,16 +269,21 @@ def _key_parts(key: str) -> list[str]:
     return parts
 
 
-def _item(path: Path, part: str, items: list[Any]) -> int:
-    """The index that ``part`` stands for, which is a number or the id of an item."""
+def _item(path: Path, parts: list[str], items: list[Any]) -> tuple[int, list[str]]:
+    """The index that ``parts`` begin with, as a number or the id of an item, and the parts after it.
+
+    An id may have dots. Of several the longest is meant, but one before a key rather than one that is all there is.
+    """
+    part = parts[0]
     if re.fullmatch(r"[0-9]{1,9}", part):
         if int(part) < len(items):
-            return int(part)
+            return int(part), parts[1:]
         others = f", only {len(items)} of them" if items else ""
         raise ValueError(f"there is no {key_text((*path, int(part)))}{others}")
     ids = [str(item.get("id")) if isinstance(item, dict) else "" for item in items]
-    if part in ids:
-        return ids.index(part)
+    for end in (*range(len(parts) - 1, 0, -1), len(parts)):
+        if (name := ".".join(parts[:end])) in ids:
+            return ids.index(name), parts[end:]
     raise ValueError(f"no {key_text(path)} has the id '{plain(part)}'{did_you_mean(part, ids)}")
 
 

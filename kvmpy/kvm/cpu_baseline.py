@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from typing import Final
 
@@ -167,11 +168,24 @@ def _same_vmx(descriptions: list[CpuDescription]) -> bool:
 
 
 def write(path: str, description: CpuDescription) -> None:
-    """Put it into a file, whole or not at all. Raises HostError."""
-    beside = f"{path}.new"
+    """Put it into a file, whole or not at all; what is there and no file is written to. Raises HostError."""
     try:
-        with open(beside, "w") as file:
-            file.write(text(description))
-        os.replace(beside, path)
+        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+            with open(path, "w") as file:
+                file.write(text(description))
+        else:
+            _replace(path, text(description))
     except OSError as e:
         raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written") from e
+
+
+def _replace(path: str, content: str) -> None:
+    beside = f"{path}.{os.getpid()}.new"
+    with open(beside, "x") as file:  # not through somebody's link
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from kvmpy.boot import acpi, pci_tables
@@ -48,7 +49,7 @@ def plan_boot(config: Config) -> BootPlan:
 
     Raises ConfigError, each problem with the place in the configuration it comes from.
     """
-    try:
+    with placing(config):
         return plan(
             config.boot.kernel,
             config.boot.initrd or None,
@@ -58,8 +59,6 @@ def plan_boot(config: Config) -> BootPlan:
             low=layout.LOW_MEMORY,
             acpi=acpi.build(_acpi_description(config), layout.LOW_MEMORY.acpi.start),
         )
-    except ConfigError as e:
-        raise ConfigError(*(placed(config, problem) for problem in e.problems)) from e
 
 
 def check_devices(config: Config) -> None:
@@ -128,6 +127,15 @@ def located(config: Config, key: str, e: HostError) -> HostError:
     number = e.__cause__.errno if isinstance(e.__cause__, OSError) else None
     advice = f"; {ADVICE[number]}" if number in ADVICE else ""
     return HostError(placed(config, f"{key}: {e}" if key else str(e)) + advice)
+
+
+@contextmanager
+def placing(config: Config) -> Iterator[None]:
+    """Within, each problem of a ConfigError is told with its place in the configuration."""
+    try:
+        yield
+    except ConfigError as e:
+        raise ConfigError(*(placed(config, problem) for problem in e.problems)) from e
 
 
 def huge_page(config: Config) -> int:

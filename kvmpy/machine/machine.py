@@ -42,7 +42,7 @@ from kvmpy.machine import registers
 from kvmpy.machine.announce import Announcer, Rounds
 from kvmpy.machine.build import Board, build
 from kvmpy.machine.changes import Change, Changes, Steps, Waiting, at_once
-from kvmpy.machine.check import check, check_devices, located
+from kvmpy.machine.check import check, check_devices, located, placing
 from kvmpy.machine.failure import explain
 from kvmpy.machine.handoff import Handoff
 from kvmpy.machine.runstate import LEGAL, Outcome, RunState
@@ -172,7 +172,7 @@ class Machine:
     def _start_threads(self) -> None:
         accept_kicks()
         if not self.is_incoming:
-            registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
+            self._load_kernel()
         self._threads = tuple(
             VcpuThread(vcpu, self._gate, self.board.pio, self.board.mmio, self._vcpu_failed)
             for vcpu in self.board.vcpus
@@ -471,7 +471,12 @@ class Machine:
             with device.lock:
                 device.reset()
         board.set_up_pci()
-        registers.enter(board.vcpus[0], self.boot.load(board.memory))
+        self._load_kernel()
+
+    def _load_kernel(self) -> None:
+        """What the boot vCPU runs next. Raises ConfigError where a file cannot be used any more."""
+        with placing(self.config):
+            registers.enter(self.board.vcpus[0], self.boot.load(self.board.memory))
 
     def _powerdown(self, limit: float | None) -> bool:
         self.require_alive()

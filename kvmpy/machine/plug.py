@@ -407,4 +407,5 @@ class Plugger:
 
     def _is_own(self, problem: str) -> bool:
         """Whether what a message begins with is a key of the configuration's, and was not added since."""
-        return tuple(problem.partition(":")[0].split(".")[:2]) in self._own
+        kind, _, rest = problem.partition(":")[0].partition(".")
+        return not {(kind, rest), (kind, rest.rpartition(".")[0])}.isdisjoint(self._own)  # an id may have dots

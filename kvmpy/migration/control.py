@@ -51,10 +51,13 @@ class Failure(NamedTuple):
 
 
 class Migrations:
-    """Of ``machine``. Any thread; nothing here waits for the other side but `check`."""
+    """Of ``machine``. Any thread; nothing here waits for the other side but `check`.
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    ``insecure``: the guest that comes may do so by tcp without TLS, whatever the parameters say of those that go.
+    """
+
+    def __init__(self, machine: Machine, *, insecure: bool = False) -> None:
+        self._machine, self._insecure = machine, insecure
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._outgoing: Outgoing | None = None
@@ -151,7 +154,7 @@ class Migrations:
                     stop=stop,
                     timeout=parameters.x_timeout,
                     fds=fds,
-                    insecure=parameters.x_insecure,
+                    insecure=self._insecure or parameters.x_insecure,
                 )
             except (MigrationError, HostError) as e:
                 stop.close()

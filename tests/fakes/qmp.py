@@ -80,7 +80,7 @@ class FakeMonitor:
             self._send(client, {"QMP": {"version": {}, "capabilities": []}})
             self._clients.append(client)
             decoder, text = json.JSONDecoder(), ""
-            with contextlib.suppress(ConnectionResetError):
+            with contextlib.suppress(ConnectionError):
                 while not self.quit.is_set() and (piece := client.recv(1 << 16)):
                     text += piece.decode()
                     while text:

@@ -251,6 +251,15 @@ def test_the_exit_code_says_how_the_guest_ended(run: Start, code: bytes, exit_co
     assert "Traceback" not in err
 
 
+def test_a_kernel_that_is_gone_at_a_reboot_is_a_mistake_with_its_place(run: Start, here: Path) -> None:
+    process = started(run(ECHO))
+    (here / "kernel").unlink()
+    assert main(["reset", "m"]) == 0
+    ended, _, err = outcome(process)
+    assert ended == 2
+    assert re.fullmatch(r"kvmpy: m\.toml:\d+: boot\.kernel: .*/kernel: cannot be opened: .*", err.splitlines()[-1])
+
+
 def test_timings_say_when_the_guest_first_ran(run: Start) -> None:
     _, _, err = outcome(run(POWER_OFF, "--timings"))
     assert re.fullmatch(r"kvmpy: where the time went: first KVM_RUN \d+\.\d+ s", err.splitlines()[-1])

@@ -7,6 +7,7 @@ source's and goes on there as if nothing had been; once GO is on its way nobody 
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from kvmpy.cli.run import _Signals
 from kvmpy.errors import CommandError, HostError
 from kvmpy.host.disk import Disk
 from kvmpy.kvm.system import System
@@ -29,7 +31,7 @@ from kvmpy.migration.messages import Kind
 from kvmpy.migration.source import UNKNOWN
 from kvmpy.migration.status import Status
 from tests.fakes.journey import PATIENCE, Journey, Stop
-from tests.fakes.loop import BOUND
+from tests.fakes.loop import BOUND, poll
 from tests.fakes.middle import Harm, Middle
 
 DISK = """
@@ -375,6 +377,45 @@ def test_a_machine_that_is_stopped_ends_its_migration(journey: Journey, at: Kind
     assert source.machine.wait(BOUND) is Outcome.POWER_OFF
     assert there.machine.wait(BOUND) is Outcome.HOST_ERROR
     assert there.said == b""
+
+
+@pytest.fixture
+def signals() -> Iterator[_Signals]:
+    with _Signals() as signals:
+        yield signals
+
+
+def send_signal(journey: Journey, signals: _Signals) -> None:
+    """To the source, which has heard it when this returns."""
+    machine = journey.stops[0].machine
+    assert machine.state is RunState.FINISH_MIGRATE
+    signals.serve(machine, limit=3600)
+    signal.raise_signal(signal.SIGTERM)
+    machine.in_control(lambda: None)
+
+
+def test_a_signal_during_the_switchover_presses_the_button_of_a_guest_that_stays(
+    journey: Journey, signals: _Signals
+) -> None:
+    source, _ = set_out(journey, Kind.READY, Harm.CUT, {Kind.READY: lambda: send_signal(journey, signals)})
+    source.wait(Status.FAILED)
+    poll(lambda: "POWERDOWN" in [name for name, _ in source.events], lambda: "nobody pressed the button")
+    assert source.runs
+    source.machine.stop()
+    signals.end_if_caught()  # which it was told of
+
+
+@pytest.mark.parametrize("quit_by", ["kvmpy migrate", "the signal"])
+def test_a_signal_during_the_switchover_ends_a_source_whose_guest_has_gone_as_if_there_had_been_none(
+    journey: Journey, signals: _Signals, quit_by: str
+) -> None:
+    source, there = set_out(journey, hooks={Kind.READY: lambda: send_signal(journey, signals)}, patience=BOUND)
+    source.wait(Status.COMPLETED)
+    if quit_by == "kvmpy migrate":
+        source.machine.stop()
+    assert source.machine.wait(BOUND) is Outcome.POWER_OFF
+    signals.end_if_caught()
+    there.wait_for_count()
 
 
 def test_a_destination_that_is_stopped_leaves_the_guest_at_the_source(journey: Journey) -> None:

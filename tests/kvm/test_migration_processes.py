@@ -210,6 +210,15 @@ def test_a_destination_that_was_deferred_is_told_where_to_wait(processes: Proces
     there.wait_for_count()
 
 
+@pytest.mark.parametrize("uri", ["tcp:127.0.0.1:0", "defer"])
+def test_insecure_is_for_the_guest_that_comes_and_not_for_where_it_goes_next(processes: Processes, uri: str) -> None:
+    there = processes("--incoming", uri, "--insecure")
+    if uri == "defer":
+        there("migrate-incoming", uri="tcp:127.0.0.1:0")
+    assert there("query-status")["status"] == "inmigrate", "it waits, without certificates"
+    assert not there("query-migrate-parameters")["x-insecure"]
+
+
 def test_a_file_that_is_broken_is_found_out_before_the_machine_is_said_to_be_there(
     processes: Processes, tmp_path: Path
 ) -> None:

@@ -211,6 +211,7 @@ CONFIG_MISTAKES: Final = (
     [
         (["run", "m.toml", "--incoming", "foo:1"], "--incoming foo:1: expected tcp:HOST:PORT, unix:PATH, "),
         (["run", "m.toml", "--incoming", "tcp:host"], "--incoming tcp:host: expected tcp:HOST:PORT"),
+        (["run", "m.toml", "--insecure"], "--insecure: only with --incoming"),
         (["migrate", "m", "foo:1"], "URI: foo:1: expected tcp:HOST:PORT, unix:PATH, "),
         (["migrate", "m"], "URI: where to? Such as ssh://HOST"),
         (["migrate", "m", "unix:/x", "--set", "machine.cpus=2"], "--set: only with ssh://"),
@@ -666,6 +667,25 @@ def test_doctor_opens_devices_and_names_what_went_wrong(rich: Host) -> None:
 def test_doctor_finds_a_runtime_directory_that_is_none(bare: Host, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(here / "kernel"))
     assert verdicts(examine(bare))["runtime directory"] == "fail"
+
+
+def test_doctor_goes_on_where_it_may_not_look_at_the_runtime_directory(
+    bare: Host, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed, stat, access = here / "closed", os.stat, os.access
+    closed.mkdir()
+
+    def refuse(path: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(f"{closed}/"):
+            raise PermissionError(errno.EACCES, "")
+        return stat(path, **options)
+
+    monkeypatch.setenv("KVMPY_RUNTIME_DIR", f"{closed}/run")
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != closed and access(path, mode))
+    found = {finding.what: finding for finding in examine(bare)}
+    assert found["runtime directory"].found == f"{closed} is not writable"
+    assert "CAP_NET_ADMIN" in found
 
 
 def test_a_report_fails_where_a_finding_does(capsys: pytest.CaptureFixture[str]) -> None:

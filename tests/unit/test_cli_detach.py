@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,17 @@ def test_one_that_ends_before_it_runs_tells_why_with_its_exit_code(tmp_path: Pat
     done = run(log, "print('kvmpy: no such bridge'); sys.exit(2)")
     assert (done.returncode, done.stderr) == (2, "kvmpy: no such bridge\n")
     assert log.read_text().startswith("from earlier\n")
+
+
+def test_one_that_a_signal_ends_before_it_runs_has_the_exit_code_of_that_and_is_told_of(tmp_path: Path) -> None:
+    log = tmp_path / "web1.log"
+    done = run(log, "print('making memory', os.getpid(), flush=True); os.kill(os.getpid(), 9)")
+    pid = log.read_text().split()[-1]
+    assert done.returncode == 128 + signal.SIGKILL
+    assert done.stderr.splitlines() == [
+        f"making memory {pid}",
+        f"kvmpy: process {pid} was ended by SIGKILL before its guest ran; see {log}",
+    ]
 
 
 def test_the_parent_waits_for_nothing_but_the_word_that_it_runs(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -18,6 +19,7 @@ from kvmpy.cli.main import main
 from kvmpy.cli.move import BLOCKED, CANCELLED, UNKNOWN
 from kvmpy.cli.primaries import awaited
 from kvmpy.cli.progress import Lines, figures, progress, share_done
+from tests.fakes.loop import BOUND
 from tests.fakes.qmp import FakeMonitor, Refusal
 
 ANSWER: Final[dict[str, Any]] = json.loads((Path(__file__).parents[1] / "fakes" / "migration_answer.json").read_text())
@@ -207,6 +209,41 @@ def test_a_signal_cancels_and_waits_until_the_guest_runs_here_again(
     assert states == []
     assert source.commands().count("migrate_cancel") == 1
     assert "cancelled; the guest is here, and running" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_it_and_leaves_parameters_and_terminal_as_they_were(
+    source: Source, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the machine answers nothing any more in that session."""
+    ended = threading.Event()
+
+    def migration(_: object) -> dict[str, Any]:
+        os.kill(os.getpid(), number)
+        return ACTIVE
+
+    def cancel(_: object) -> None:
+        os.kill(os.getpid(), number)
+        assert ended.wait(BOUND)
+        raise Refusal("it is too late")
+
+    source.handlers |= {"query-migrate": migration, "migrate_cancel": cancel}
+    before = [signal.signal(each, signal.default_int_handler) for each in (signal.SIGINT, signal.SIGTERM)]
+    ours, theirs = os.openpty()
+    try:
+        with os.fdopen(theirs, "w") as terminal:
+            monkeypatch.setattr("sys.stderr", terminal)
+            with pytest.raises(SystemExit) as exit_:
+                main(["migrate", "web1", URI, "--insecure"])
+    finally:
+        for each, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            signal.signal(each, handler)
+        ended.set()
+    assert exit_.value.code == 128 + number
+    assert source.last_arguments("migrate-set-parameters") == {"x-insecure": False}
+    drawn = everything(ours)
+    hidden, shown = (drawn.rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    assert 0 <= hidden < shown, "the cursor"
 
 
 def test_cancelling_from_elsewhere_waits_for_the_end(source: Source) -> None:

@@ -60,6 +60,15 @@ def test_every_command_is_listed_with_its_arguments() -> None:
     assert "netdev_add type=tap id=STRING ..." in lines
 
 
+def test_arguments_may_have_any_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("KVMPY_RUNTIME_DIR", str(tmp_path / "run"))
+    with FakeMonitor("web1", {"x": lambda arguments: arguments}):
+        assert main(["qmp", "web1", "x", "command=1", "self=2"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"command": 1, "self": 2}
+
+
 def test_a_command_with_a_slip_in_its_name_is_answered_with_the_right_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +202,22 @@ def test_after_a_failure_the_destination_is_ended(
     assert session.asked()[1:] == [{"end": True}, "end"]
     assert "migration failed: the link was cut; the guest is here, and running" in capsys.readouterr().err
     assert "quit" not in source.commands()
+
+
+def test_who_is_ended_by_a_second_signal_leaves_the_end_of_the_destination_to_the_far_end(
+    source: Source, session: Session
+) -> None:
+    """Which waits for what becomes of the guest: it may be about to run there."""
+
+    def interrupt(_: object) -> dict[str, Any]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"status": "active"}
+
+    source.handlers["query-migrate"] = interrupt
+    session.answer(STARTED, {"status": "ended"})
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        migrate(session)
+    assert session.asked()[1:] == ["end"]
 
 
 def test_a_destination_that_cannot_start_is_an_error_and_nothing_moves(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -361,6 +363,38 @@ def test_a_file_keeps_a_description(tmp_path: Path) -> None:
     path = str(tmp_path / "host.json")
     cpu_baseline.write(path, processor())
     assert cpu_baseline.read(path) == processor()
+
+
+def test_what_is_no_file_is_written_to_and_stays_what_it_is(tmp_path: Path) -> None:
+    """As root that would else be the host's /dev/null."""
+    fifo, link, file = tmp_path / "fifo", tmp_path / "link", tmp_path / "host.json"
+    os.mkfifo(fifo)
+    link.symlink_to(file)
+    with open(os.open(fifo, os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:
+        cpu_baseline.write(str(fifo), processor())
+        assert json.loads(reader.read())
+    assert fifo.is_fifo()
+    cpu_baseline.write(str(link), processor())
+    assert link.is_symlink()
+    assert cpu_baseline.read(str(file)) == processor()
+
+
+def test_a_file_that_cannot_be_put_in_its_place_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other = tmp_path / "host.json", tmp_path / "other"
+    (tmp_path / "host.json.new").symlink_to(other)
+    cpu_baseline.write(str(path), processor())
+    assert not other.exists(), "written through somebody's link"
+
+    def full(_from: str, _to: str) -> None:
+        raise OSError(errno.ENOSPC, "")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(HostError, match=r"host.json: ENOSPC: cannot be written"):
+        cpu_baseline.write(str(path), processor(xsave_size=0))
+    assert cpu_baseline.read(str(path)) == processor()
+    assert {each.name for each in tmp_path.iterdir()} == {"host.json", "host.json.new"}
 
 
 FILES = {

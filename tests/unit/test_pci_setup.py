@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -15,6 +17,8 @@ from kvmpy.boot.pci_setup import Behind, Sizes, require_room, set_up
 from kvmpy.devices.pci.bar import BarKind
 from kvmpy.devices.pci.decode import PciWindows
 from kvmpy.errors import HostError
+from kvmpy.machine import layout
+from kvmpy.machine.check import ROOT_BUS_SLOTS
 from tests.fakes.config_space import (
     DOWNSTREAM,
     IO,
@@ -244,14 +248,54 @@ def test_interrupt_lines_are_swizzled_device_by_device_and_bridge_by_bridge() ->
 @pytest.mark.parametrize(
     ("bars", "message"),
     [
-        ({0: (MEM32, GIB)}, "PCI 00:01.0: the BAR at 0x10, 0x40000000 bytes, does not fit the 32-bit MMIO window"),
-        ({2: (MEM64_PREFETCHABLE, 16 * GIB)}, "the BAR at 0x18, 0x400000000 bytes, does not fit the 64-bit"),
-        ({5: (IO, 0x1_0000)}, "the BAR at 0x24, 0x10000 bytes, does not fit the I/O window, 0x1000 to 0xffff"),
+        (
+            {0: (MEM32, 512 * MIB), 1: (MEM32, 512 * MIB)},
+            "PCI 00:01.0: the BAR at 0x14, 0x20000000 bytes, does not fit the 32-bit MMIO window",
+        ),
+        (
+            {2: (MEM64_PREFETCHABLE, 8 * GIB), 4: (MEM64_PREFETCHABLE, GIB)},
+            "the BAR at 0x20, 0x40000000 bytes, does not fit the 64-bit",
+        ),
+        (
+            {4: (IO, 0x8000), 5: (IO, 0x8000)},
+            "the BAR at 0x24, 0x8000 bytes, does not fit the I/O window, 0x1000 to 0xffff",
+        ),
     ],
 )
 def test_a_bar_larger_than_the_window_is_refused(bars: dict[int, tuple[int, int]], message: str) -> None:
     with pytest.raises(HostError, match=message):
         booted(FakeFunction(), FakeFunction(bars))
+
+
+@pytest.mark.parametrize(
+    ("bar", "said"),
+    [
+        (
+            (MEM32, GIB),
+            "0x40000000 bytes, and all of the 32-bit MMIO window 0x3ec00000: this machine cannot be given such a "
+            "device",
+        ),
+        (
+            (MEM64_PREFETCHABLE, 16 * GIB),
+            "0x400000000 bytes, and all of the 64-bit MMIO window 0x200000000: this machine cannot be given such a "
+            "device; only more root ports make that larger (docs/passthrough.md)",
+        ),
+    ],
+)
+def test_a_bar_larger_than_all_of_the_window_is_not_blamed_on_other_devices(bar: tuple[int, int], said: str) -> None:
+    with pytest.raises(HostError, match=f"^PCI 01:00.0: the BAR at 0x10 has {re.escape(said)}$"):
+        booted(FakeFunction(), bridge([FakeFunction({0: bar})], hot_plug=True), bridge(hot_plug=True))
+
+
+@pytest.mark.parametrize(("gib", "fits"), [(4, True), (8, True), (16, True), (32, False)])
+def test_as_many_root_ports_as_a_bar_has_gib_make_room_for_it_up_to_16(gib: int, fits: bool) -> None:
+    """docs/passthrough.md says so."""
+    ports = min(gib, ROOT_BUS_SLOTS)
+    base, size = layout.mmio64(GIB, ports)
+    windows = PciWindows(WINDOWS.io, WINDOWS.mem32, range(base, base + size))
+    card = FakeFunction({0: (MEM64_PREFETCHABLE, gib * GIB)})
+    with nullcontext() if fits else pytest.raises(HostError):
+        booted(bridge([card], hot_plug=True), *(bridge(hot_plug=True) for _ in range(ports - 1)), windows=windows)
 
 
 def test_a_port_whose_window_does_not_fit_is_refused() -> None:
@@ -378,7 +422,7 @@ def test_r27_a_port_has_room_for_the_bars_of_what_is_hidden_there() -> None:
 
 def test_r27_one_that_does_not_fit_is_a_problem_of_the_start() -> None:
     config = FakeConfigSpace({0: FakeFunction(), 1 << 3: bridge(hot_plug=True)})
-    with pytest.raises(HostError, match=r"PCI 00:01\.0: the window for what is behind it, 0x400000000 bytes"):
+    with pytest.raises(HostError, match=r"PCI 00:01\.0: a BAR of what is to come behind it has 0x400000000 bytes"):
         set_up(config, WINDOWS, IRQS, {1 << 3: [(Space.MEM64, 16 * GIB)]})
 
 
@@ -425,5 +469,8 @@ def test_what_has_no_room_is_told_by_its_port() -> None:
     behind = [Behind("root1", [(Space.MEM64, 2 * GIB)], ()), Behind("root2", (), ())]
     require_room(WINDOWS, [(Space.MEM64, 16 * KIB)], behind)
     wider = [*behind, Behind("root3", (), [(Space.MEM64, 16 * GIB)])]
-    with pytest.raises(HostError, match=r"^root3: the window for what is behind it, 0x400000000 bytes, does not fit"):
+    with pytest.raises(HostError, match=r"^root3: a BAR of what is to come behind it has 0x400000000 bytes, and all"):
         require_room(WINDOWS, [(Space.MEM64, 16 * KIB)], wider)
+    more = [*behind, Behind("root3", [(Space.MEM64, 4 * GIB)], ()), Behind("root4", (), ())]
+    with pytest.raises(HostError, match=r"^a BAR on the root bus, 0x4000 bytes, does not fit"):
+        require_room(WINDOWS, [(Space.MEM64, 16 * KIB)], more)

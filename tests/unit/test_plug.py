@@ -123,6 +123,12 @@ def test_a_machine_whose_name_somebody_has_does_not_take_it(tmp_path: Path, dire
     assert not directory.exists()
 
 
+def test_what_the_host_lacks_has_its_place_also_where_the_id_has_dots(tmp_path: Path, directory: Path) -> None:
+    text = PASSED.replace("hostdev0", "slot.3.nic")
+    with ExitStack() as resources, pytest.raises(HostError, match=r"m\.toml:8: device\.slot\.3\.nic\.host: "):
+        make(tmp_path, text, resources, named=True)[0].plug_all()
+
+
 def test_a_program_gives_back_what_a_machine_of_that_name_left(tmp_path: Path, directory: Path) -> None:
     directory.mkdir(mode=0o750)
     with subprocess.Popen(["true"]) as gone:  # a process that is no more

@@ -346,6 +346,21 @@ def test_a_key_that_leads_nowhere_is_refused(key: str, message: str) -> None:
         Document(DOCUMENT, "f.toml").path(key)
 
 
+@pytest.mark.parametrize(
+    ("key", "path"),
+    [
+        ("device.net.1.mac", ("device", 0, "mac")),
+        ("device.slot.3", ("device", 3)),
+        ('device."net.1".mac', ("device", 0, "mac")),
+        ("device.net.mac", ("device", 1, "mac")),
+        ("device.net.mac.mac", ("device", 2, "mac")),
+    ],
+)
+def test_an_id_may_have_dots(key: str, path: Path) -> None:
+    text = "".join(f'[[device]]\nid = "{name}"\n' for name in ("net.1", "net", "net.mac", "slot.3"))
+    assert Document(text, "f.toml").path(key) == path
+
+
 def test_a_key_set_from_outside_is_located_there_with_all_below_it() -> None:
     document = Document(DOCUMENT, "f.toml")
     document.set("device[1].port[0].number", 3, "--set number")
