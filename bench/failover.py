@@ -30,7 +30,7 @@ from scripts.lab.nics import functions, pf
 from tests.lab import tables
 from tests.lab.journey import PINGER
 
-ROUNDS: Final = 3
+ROUNDS: Final = 5
 TURN_SECONDS: Final = 300.0  # more than one takes, for a busy machine
 OTHER_MAC, THIRD_MAC, NO_MAC = "52:54:00:00:01:10", "52:54:00:00:01:20", "00:00:00:00:00:00"
 PF_MAC: Final = "52:54:00:00:01:30"

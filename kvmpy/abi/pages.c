@@ -564,7 +564,7 @@ static int locate(struct kvmpy_intake *in, char **memory)
     return fault(in, KVMPY_FAULT_RANGE);
 }
 
-/* A page that is zero already is only read: memory that was never written stays unpopulated. */
+/* A page that is zero already is only read: memory that was never written stays unpopulated, but for a memfd's. */
 static void wipe(struct kvmpy_intake *in, char *memory)
 {
     for (uint32_t i = 0; i < in->pages; i++)

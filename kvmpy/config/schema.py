@@ -79,7 +79,7 @@ class Machine(Table, frozen=True, kw_only=True):
     cpu: Cpu = Cpu("host")  # the guest's processor: all that the host's can give, or what its fleet has in common
     hugepages: HugePages = HugePages.OFF  # huge pages to take RAM from, which is a multiple of them
     reserve: bool = False  # take all RAM from the host at start
-    shared: bool = False  # RAM in a memfd, for backends that map it
+    shared: bool = False  # RAM in a memfd, for backends that map it; a migration takes all of it from either host
     dirty_ring: bool = False  # log dirty pages in rings instead of a bitmap
     failover_hook: HostPath | None = None  # a program, run whenever the path of a failover pair changes; default: none
     failover_compat: bool = False  # as QEMU: MACs of pairs are not compared, a primary without its standby is visible

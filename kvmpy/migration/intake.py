@@ -2,7 +2,7 @@
 
 Every record is the other side's to choose, and is checked before anything of it touches memory; what is wrong is said
 with its place in the stream. A page that is to be zero and is zero already is not written, so memory that no guest has
-touched costs this host nothing either.
+touched costs this host nothing either, unless it is shared: what is read of a memfd is there from then on.
 """
 
 from __future__ import annotations
