@@ -88,6 +88,8 @@ class Behind(msgspec.Struct, frozen=True):
     def window(self, space: Space) -> Extent:
         """What the port would forward."""
         bars = _packed(_extents(self.bars, space), 0)
+        if space is Space.IO and not bars:  # an empty slot's port forwards none
+            return Extent(self.port, 0, 1)
         return Extent(f"{self.port}: the window for what is behind it", *_window_size(bars, self.expected, space))
 
 

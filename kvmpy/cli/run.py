@@ -239,10 +239,22 @@ class _Signals:
         except CommandError:
             if machine.outcome is not None:
                 return False
-            # The guest is being handed over: it stays and hears the button, or goes, or a second signal ends the wait.
-            again = machine.control.timer(lambda: self._presses > 1 or self._press(machine, name, limit))
-            again.arm(PRESS_AGAIN)
+            self._press_later(machine, name, limit)
         return True
+
+    def _press_later(self, machine: Machine, name: str, limit: float) -> None:
+        """The guest is being handed over: it stays and hears the button, or goes, or a second signal ends the wait."""
+
+        def again() -> None:
+            if self._presses > 1:
+                return
+            if machine.handoff.held is not None and machine.state not in NO_GUEST:  # nobody knows where it runs
+                timer.arm(PRESS_AGAIN)
+            else:
+                self._press(machine, name, limit)
+
+        timer = machine.control.timer(again)
+        timer.arm(PRESS_AGAIN)
 
 
 def _check_uri(where: str) -> None:

@@ -71,7 +71,7 @@ class HostFunction:
             group = function.group
             assert group is not None  # else there was an obstacle
             claimed = cls(function, group, lock, journal_dir, record)
-            claimed._bind()
+            claimed.bind()
         except BaseException:
             os.close(lock)
             raise
@@ -152,7 +152,7 @@ class HostFunction:
             os.close(self._lock)
             self._lock = -1
 
-    def _bind(self) -> None:
+    def bind(self) -> None:
         """Bind it to vfio-pci unless it is bound so. Raises HostError, with everything as it was."""
         function = self._function
         if is_vfio(function.driver):
@@ -177,7 +177,7 @@ class HostFunction:
             raise
 
     def _unbind(self) -> None:
-        """Undo `_bind`. Raises HostError."""
+        """Undo `bind`. Raises HostError."""
         _give_back(self._function, self._record)
         self._note(rebound=False, driver="", override="")
 

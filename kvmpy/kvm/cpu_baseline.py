@@ -170,11 +170,11 @@ def _same_vmx(descriptions: list[CpuDescription]) -> bool:
 def write(path: str, description: CpuDescription) -> None:
     """Put it into a file, whole or not at all; what is there and no file is written to. Raises HostError."""
     try:
-        if os.path.lexists(path) and not stat.S_ISREG(os.lstat(path).st_mode):
+        if os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode):
             with open(path, "w") as file:
                 file.write(text(description))
         else:
-            _replace(path, text(description))
+            _replace(os.path.realpath(path), text(description))
     except OSError as e:
         raise HostError(f"{path}: {errno_name(e.errno or 0)}: cannot be written") from e
 

@@ -66,6 +66,8 @@ class Claimed(Protocol):
 
     def carry(self, network: Network, mac: str | None) -> None: ...
 
+    def bind(self) -> None: ...
+
     def withdraw(self) -> None: ...
 
     def close(self) -> None: ...
@@ -87,7 +89,11 @@ class Claims:
     def take(self, address: str, directory: str) -> Claimed:
         """Have that function for a device, until `give_back`. Raises HostError."""
         with self._lock:
-            claimed = self._unused.pop(address, None) or self._claim(address, directory)
+            if address in self._unused:
+                self._unused[address].bind()  # the host may have taken it back meanwhile
+                claimed = self._unused.pop(address)
+            else:
+                claimed = self._claim(address, directory)
             self._used[claimed.group] = self._used.get(claimed.group, 0) + 1
         return claimed
 
@@ -103,8 +109,9 @@ class Claims:
                     log.warning("%s; that is tried again when all of its IOMMU group is given back", e)
                 return
             leaving = [name for name, unused in self._unused.items() if unused.group == claimed.group]
-            for name in leaving:
-                self._unused.pop(name).close()
+            with ExitStack() as closing:  # what one fails with keeps no other from going
+                for name in reversed(leaving):
+                    closing.callback(self._unused.pop(name).close)
 
 
 class Passthrough:

@@ -59,8 +59,11 @@ class Claim:
     def carry(self, network: object, mac: str | None) -> None:
         self.carried.append(mac)
 
+    def bind(self) -> None:
+        raise AssertionError("each has a group of its own")
+
     def withdraw(self) -> None:
-        self.carried.append(None)
+        raise AssertionError("each has a group of its own")
 
     def close(self) -> None:
         self.taken = False

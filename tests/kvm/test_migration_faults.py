@@ -405,6 +405,30 @@ def test_a_signal_during_the_switchover_presses_the_button_of_a_guest_that_stays
     signals.end_if_caught()  # which it was told of
 
 
+@pytest.mark.usefixtures("curt")
+def test_a_signal_during_the_switchover_waits_while_nobody_knows_where_the_guest_runs(
+    journey: Journey, signals: _Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvmpy.cli.run.PRESS_AGAIN", 0.001)
+    source, _ = set_out(journey, Kind.GO, Harm.CUT, {Kind.READY: lambda: send_signal(journey, signals)})
+    source.wait(Status.FAILED)
+    assert source.error is not None
+    assert source.error.startswith(UNKNOWN)
+    passes: list[int] = []
+    timer = source.machine.control.timer(lambda: again())
+
+    def again() -> None:
+        passes.append(1)
+        if len(passes) < 20:
+            timer.arm(0.002)
+
+    source.machine.in_control(again)
+    poll(lambda: len(passes) == 20)
+    assert "POWERDOWN" not in [name for name, _ in source.events]
+    source.machine.resume(force=True)
+    poll(lambda: "POWERDOWN" in [name for name, _ in source.events], lambda: "nobody pressed the button")
+
+
 @pytest.mark.parametrize("quit_by", ["kvmpy migrate", "the signal"])
 def test_a_signal_during_the_switchover_ends_a_source_whose_guest_has_gone_as_if_there_had_been_none(
     journey: Journey, signals: _Signals, quit_by: str

@@ -67,8 +67,11 @@ class Claim:
         assert self.taken
         self.carried.append(mac)
 
+    def bind(self) -> None:
+        """It is bound."""
+
     def withdraw(self) -> None:
-        self.carried.append(None)
+        """The test of `Claims` has what it is for."""
 
     def close(self) -> None:
         self.taken.pop()
@@ -119,6 +122,9 @@ class Function(Claim):
         self.name, self.group, self.said = name, group, said
         said.append(f"take {name}")
 
+    def bind(self) -> None:
+        self.said.append(f"bind {self.name}")
+
     def withdraw(self) -> None:
         self.said.append(f"withdraw {self.name}")
 
@@ -136,7 +142,9 @@ def test_functions_of_a_group_are_given_back_when_no_device_has_one_any_more() -
     assert said == ["withdraw a"], "b has the group open"
     claims.give_back("c", c)
     assert said == ["withdraw a", "give c"]
+    said.clear()
     assert claims.take("a", "") is a
+    assert said == ["bind a"], "the host may have taken it back meanwhile"
     claims.give_back("b", b)
     said.clear()
     claims.give_back("a", a)

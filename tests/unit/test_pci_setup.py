@@ -445,7 +445,7 @@ def with_bars(sizes: Sizes) -> FakeFunction:
 @given(SIZES, st.lists(st.tuples(SIZES, st.booleans()), max_size=4))
 def test_whether_there_is_room_is_known_before(on_root: Sizes, behind: list[tuple[Sizes, bool]]) -> None:
     ports = {
-        number << 3: bridge([] if is_expected else [with_bars(sizes)], hot_plug=True)
+        number << 3: bridge([] if is_expected else [with_bars(sizes)], hot_plug=True, ports=not is_expected)
         for number, (sizes, is_expected) in enumerate(behind, 2)
     }
     expected = {number << 3: sizes for number, (sizes, is_expected) in enumerate(behind, 2) if is_expected}

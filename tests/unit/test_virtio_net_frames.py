@@ -371,6 +371,15 @@ def test_largest_frame_takes_few_turns_on_a_slow_host(slow: NetRig) -> None:
     assert [len(frame) for frame in slow.received()] == [65535]
 
 
+def test_tiny_chains_keep_nobody_waiting_for_long(slow: NetRig) -> None:
+    slow.start(MERGEABLE)
+    for _ in range(64):
+        slow.guest.queues[RX].offer(writable=[1])
+    slow.guest.kick(RX, run=False)
+    slow.loop.once()
+    assert slow.net.queues[RX].in_flight == net_frames.LEAST
+
+
 @pytest.mark.parametrize("features", [MERGEABLE, CONTROLLED], ids=["mergeable", "with segmentation"])
 def test_frames_that_wait_are_one_interrupt_on_a_slow_host(slow: NetRig, features: int) -> None:
     slow.start(features, event_idx=False)

@@ -160,7 +160,7 @@ class Receiver:
         self._buffers: list[memoryview] = []
         self._room = 0
         self._held: bytes | None = None
-        self._link_up = self._mergeable = False
+        self._link_up = self._mergeable = self._is_collecting = False
         self._usual = self._largest = self._expected = LARGEST
 
     def start(self, *, link_up: bool, mergeable: bool, usual: int, largest: int) -> None:
@@ -211,15 +211,17 @@ class Receiver:
             self._queue.set_notification(enabled=False)
         step = self._receive if self._link_up else self._discard
         for steps in itertools.count(1):
+            self._is_collecting = False
             if not step():
                 return
-            if steps % LEAST == 0 and time.monotonic() > deadline:
+            if (self._is_collecting or steps % LEAST == 0) and time.monotonic() > deadline:
                 self._queue.kick.signal()
                 return
 
     def _receive(self) -> bool:
         """Move one frame, or take a step towards it; False if that has to wait for the tap or the driver."""
-        if self._collect():
+        self._is_collecting = self._collect()
+        if self._is_collecting:
             return True
         if not self._chains:
             return self._wait_for_driver()
