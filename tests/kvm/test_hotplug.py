@@ -201,13 +201,15 @@ def test_a_device_that_would_have_no_room_at_a_reboot_is_refused(rig: Rig, monke
 
     def large(table: Any, config: Any) -> Plugged:
         plugged = make(table, config)
-        plugged.function.add_bar(2, 8 << 30, BarKind.MEM64_PREFETCHABLE, plugged.function)
+        plugged.function.add_bar(2, 2 << 30, BarKind.MEM64_PREFETCHABLE, plugged.function)
         return plugged
 
     monkeypatch.setattr(plugger, "make", large)
     before = footprint()
     said = rig.refused(RNG)
-    assert said.startswith("Device 'rng1': a guest that reboots has no room for it: root1: the window")
+    assert said.startswith(
+        "Device 'rng1': a guest that reboots has no room for it: a BAR on the root bus, 0x4000 bytes"
+    )
     assert footprint() == before
     monkeypatch.undo()
     rig.machine.request_reset()
